@@ -1,0 +1,185 @@
+"""Each op as a model-local function of standard operators: what runs where our library is not registered.
+
+One function per op serves every node: attributes are references, sizes are read from shapes. What depends on
+weights and static sizes alone, all the unpacking, is folded when a session is created, so a float matmul remains.
+"""
+
+from __future__ import annotations
+
+from onnx import FunctionProto, parser
+
+from specquant.custom_ops.schema import DOMAIN, OPS, VERSION
+
+OPSET = 23  # the first with RMSNormalization, which the graph uses
+
+# Columns from rank on are set to 0 rather than cut off, so that shapes stay static when rank is an input.
+_SPECTRAL_BRANCH = """
+{
+    x32 = Cast <to = 1> (x)
+    b = Cast <to = 1> (basis)
+    c = Cast <to = 1> (coef)
+    all = MatMul (x32, b)
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    width_1d = Shape <start = 1> (basis)
+    width = Squeeze (width_1d)
+    column = Range (zero, width, one)
+    used = Less (column, rank)
+    zero32 = Constant <value_float = 0.0> ()
+    low32 = Where (used, all, zero32)
+    y32 = MatMul (low32, c)
+    y = CastLike (y32, x)
+    low = CastLike (low32, x)
+}
+"""
+
+# Unpacking: bytes [P, Q, lane, j] → [Q, j, P, lane] → [Q, j, M] → nibbles [Q, half, j, M] → [G, 8Q/G, M] → [8Q, M].
+# A nibble q + 8 with its top bit flipped is q in two's complement, and in the high half of an int8 it is 16 q. All
+# that is done on bytes, in two simple transposes: session creation keeps every step in memory until the last.
+# N is known only from x, whose shape ONNX Runtime does not fold, so x is padded to the weights' 8Q features; with
+# groups, 8 divides N and nothing is missing.
+# Quantisation: clip(rint(u · inv) + z, 0, qmax) − z is min(rint(u · inv), qmax − z), since rounding keeps u ≥ lo, and
+# a NaN or an infinity needs no care: one of inv, s and the rounded value is NaN or infinite too, and reaches y as NaN.
+_INT4_RESIDUAL_MATMUL = """
+{
+    u = Cast <to = 1> (x)
+    m = Shape <start = 1> (scales)
+    zero = Constant <value_ints = [0]> ()
+    minus_one = Constant <value_ints = [-1]> ()
+
+    sign_bits = Constant <value = int8 {-120}> ()
+    signed_nibbles = BitwiseXor (qweight, sign_bits)
+    bytes = Cast <to = 2> (signed_nibbles)
+    lanes_shape = Constant <value_ints = [0, 0, 16, 4]> ()
+    by_lane = Reshape (bytes, lanes_shape)
+    by_feature = Transpose <perm = [0, 1, 3, 2]> (by_lane)
+    features_first = Transpose <perm = [1, 2, 0, 3]> (by_feature)
+    joined_shape = Constant <value_ints = [0, 0, -1]> ()
+    joined = Reshape (features_first, joined_shape)
+    one_1d = Constant <value_ints = [1]> ()
+    two_1d = Constant <value_ints = [2]> ()
+    cut = Slice (joined, zero, m, two_1d)
+    four = Constant <value = uint8 {4}> ()
+    high_mask = Constant <value = uint8 {240}> ()
+    low_half = BitShift <direction = "LEFT"> (cut, four)
+    high_half = BitwiseAnd (cut, high_mask)
+    halves = Concat <axis = 1> (low_half, high_half)
+    groups = Shape <start = 0, end = 1> (scales)
+    grouped_shape = Concat <axis = 0> (groups, minus_one, m)
+    grouped = Reshape (halves, grouped_shape)
+    signed = Cast <to = 3> (grouped)
+    q16 = Cast <to = 1> (signed)
+    sixteenth = Constant <value_float = 0.0625> ()
+    scales32 = Cast <to = 1> (scales)
+    scales_16 = Mul (scales32, sixteenth)
+    scale_row = Unsqueeze (scales_16, one_1d)
+    scaled = Mul (q16, scale_row)
+    weight_shape = Concat <axis = 0> (minus_one, m)
+    weight = Reshape (scaled, weight_shape)
+
+    bits = Constant <value_int: int = @act_bits> ()
+    act_group = Constant <value_int: int = @act_group> ()
+    unquantised_bits = Constant <value_int = 16> ()
+    is_quantised = Less (bits, unquantised_bits)
+    input = If (is_quantised) <
+        then_branch = quantise () => (dequantised) {
+            tokens = Flatten <axis = -1> (u)
+            one_run = Constant <value_ints = [0, 1, -1]> ()
+            zero_and_rest = Constant <value_ints = [0, -1]> ()
+            act_group_1d = Reshape (act_group, minus_one)
+            many_runs = Concat <axis = 0> (zero_and_rest, act_group_1d)
+            whole_token = Equal (act_group_1d, zero)
+            runs_shape = Where (whole_token, one_run, many_runs)
+            runs = Reshape (tokens, runs_shape)
+            zero32 = Constant <value_float = 0.0> ()
+            one32 = Constant <value_float = 1.0> ()
+            two32 = Constant <value_float = 2.0> ()
+            levels = Pow (two32, bits)
+            qmax = Sub (levels, one32)
+            smallest = ReduceMin (runs, minus_one)
+            largest = ReduceMax (runs, minus_one)
+            lo = Min (smallest, zero32)
+            hi = Max (largest, zero32)
+            range = Sub (hi, lo)
+            tiny = Constant <value_float = 1.0e-30> ()
+            is_empty = Less (range, tiny)
+            inverse_range = Div (qmax, range)
+            inv = Where (is_empty, zero32, inverse_range)
+            s = Div (range, qmax)
+            scaled_lo = Mul (lo, inv)
+            minus_z = Round (scaled_lo)
+            top = Add (minus_z, qmax)
+            scaled_u = Mul (runs, inv)
+            rounded = Round (scaled_u)
+            centred = Min (rounded, top)
+            scaled_back = Mul (centred, s)
+            u_shape = Shape (u)
+            dequantised = Reshape (scaled_back, u_shape)
+        },
+        else_branch = keep () => (kept) { kept = Identity (u) }
+    >
+    group_size = Constant <value_int: int = @group_size> ()
+    any_group = Add (group_size, act_group)
+    in_whole_blocks = Cast <to = 9> (any_group)
+    padded = If (in_whole_blocks) <
+        then_branch = whole () => (same) { same = Identity (input) },
+        else_branch = pad () => (longer) {
+            n = Shape <start = -1> (x)
+            rows = Shape <end = 1> (weight)
+            missing = Sub (rows, n)
+            pads = Concat <axis = 0> (zero, missing)
+            none = Constant <value_float = 0.0> ()
+            longer = Pad (input, pads, none, minus_one)
+        }
+    >
+    product = MatMul (padded, weight)
+    y32 = Add (product, bias)
+    y = CastLike (y32, x)
+}
+"""
+
+_SPECQUANT_MATMUL = """
+{
+    x32 = Cast <to = 1> (x)
+    branch, low = specquant.SpectralBranch (x32, basis, coef, rank)
+    subtract = Constant <value_int: int = @subtract> ()
+    is_subtracted = Cast <to = 9> (subtract)
+    u = If (is_subtracted) <
+        then_branch = remove () => (rest) {
+            b = Cast <to = 1> (basis)
+            b_t = Transpose <perm = [1, 0]> (b)
+            part = MatMul (low, b_t)
+            rest = Sub (x32, part)
+        },
+        else_branch = keep () => (kept) { kept = Identity (x32) }
+    >
+    residual = specquant.Int4ResidualMatMul
+        <group_size: int = @group_size, act_bits: int = @act_bits, act_group: int = @act_group>
+        (u, qweight, scales, row_sums, bias)
+    y32 = Add (branch, residual)
+    y = CastLike (y32, x)
+}
+"""
+
+_BODIES = {
+    "SpectralBranch": _SPECTRAL_BRANCH,
+    "Int4ResidualMatMul": _INT4_RESIDUAL_MATMUL,
+    "SpecQuantMatMul": _SPECQUANT_MATMUL,
+}
+
+
+def function_protos(names: set[str]) -> list[FunctionProto]:
+    """The functions of the ops in `names` and of those they call, in the order of schema.OPS."""
+    needed = set(OPS) if "SpecQuantMatMul" in names else names
+    return [_function(name) for name in OPS if name in needed]
+
+
+def _function(name: str) -> FunctionProto:
+    op = OPS[name]
+    attributes = ", ".join(f"{attribute.name}: int = {attribute.default}" for attribute in op.attributes)
+    inputs, outputs = (", ".join(tensor.name for tensor in tensors) for tensors in (op.inputs, op.outputs))
+    header = f'<opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}], domain: "{DOMAIN}">'
+    signature = f"{name} {f'<{attributes}>' if attributes else ''} ({inputs}) => ({outputs})"
+    function: FunctionProto = parser.parse_function(f"{header}\n{signature}\n{_BODIES[name]}")
+    function.doc_string = op.doc
+    return function

@@ -1,0 +1,69 @@
+// AVX512-VNNI: one vector is a whole panel; 8 tokens × 2 panels of sums fill half the registers.
+#include "cpu_features.h"
+#include "ymm.h"
+
+namespace specquant {
+namespace {
+
+struct Zmm {
+  static constexpr int W = 16, kTokens = 8, kPanels = 2, kDecodePanels = 4;
+  using F = __m512;
+  using I = __m512i;
+
+  static F splat(float value) { return _mm512_set1_ps(value); }
+  static F load(const float* from) { return _mm512_loadu_ps(from); }
+  static void store(float* to, F value) { _mm512_storeu_ps(to, value); }
+  static F half(const uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static void store_half(uint16_t* to, F value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static F fma(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
+
+  struct Weights {
+    I low, high;
+  };
+  struct Activation {
+    I low, high;
+  };
+  static I splat_int(int32_t value) { return _mm512_set1_epi32(value); }
+  static F to_float(I value) { return _mm512_cvtepi32_ps(value); }
+  static I load_packed(const uint8_t* from) { return _mm512_loadu_si512(from); }
+  static Weights unpack(const uint8_t* from) {
+    const I packed = load_packed(from), mask = _mm512_set1_epi8(15);
+    return {_mm512_and_si512(packed, mask), _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask)};
+  }
+  static Activation activation(const int8_t* a) {
+    const auto* four = reinterpret_cast<const FourBytes*>(a);
+    return {splat_int(four[0]), splat_int(four[1])};
+  }
+  static I dot(I sum, Weights w, Activation a) {
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w.low, a.low), w.high, a.high);
+  }
+  struct Narrow {
+    I lanes;
+  };
+  static Narrow load_sums(const int16_t* from) {
+    return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+  }
+  static I load_sums(const int32_t* from) { return _mm512_loadu_si512(from); }
+  // start + sums · zero. As pairs of int16: the sum's upper half meets the 0 above zero's low 16 bits.
+  static I start(int32_t start, Narrow sums, int32_t zero) {
+    return _mm512_dpwssd_epi32(splat_int(start), sums.lanes, splat_int(zero & 0xFFFF));
+  }
+  static I start(int32_t start, I sums, int32_t zero) {
+    return _mm512_add_epi32(splat_int(start), _mm512_mullo_epi32(sums, splat_int(zero)));
+  }
+  // A table of 16 floats indexed by the lane's low 4 bits; the bits above are ignored.
+  static F lowest_nibble(I packed) {
+    return _mm512_permutexvar_ps(packed, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static I next_nibble(I packed) { return _mm512_srli_epi32(packed, 4); }
+};
+
+}  // namespace
+
+const Kernels kAvx512Vnni{"avx512vnni", cpu_has_avx512vnni, quantize_row<Ymm>, prepare<Zmm, Ymm>, multiply<Zmm>};
+
+}  // namespace specquant

@@ -1,0 +1,72 @@
+// The C ABI that custom_ops/library.py calls through ctypes: tests and tools, on one thread.
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "steps.h"
+
+#define SPECQUANT_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+thread_local char message[256];
+
+}  // namespace
+
+SPECQUANT_EXPORT int32_t specquant_abi() { return specquant::kAbi; }
+
+// sizeof(Problem), which the caller's mirror of it must have too.
+SPECQUANT_EXPORT int64_t specquant_problem_size() { return int64_t(sizeof(specquant::Problem)); }
+
+// The machine the library was compiled for.
+SPECQUANT_EXPORT const char* specquant_architecture() {
+#if defined(__x86_64__)
+  return "x86_64";
+#elif defined(__aarch64__)
+  return "aarch64";
+#else
+  return "other";
+#endif
+}
+
+// The index-th instruction set that was compiled, slowest first; null past the last.
+SPECQUANT_EXPORT const char* specquant_isa(int32_t index) {
+  for (const auto* const* it = specquant::kCompiled; *it; ++it)
+    if (index-- == 0) return (*it)->name;
+  return nullptr;
+}
+
+// 1 if this CPU runs the instruction set called `name`.
+SPECQUANT_EXPORT int32_t specquant_isa_supported(const char* name) {
+  return specquant::select(name, message, sizeof message) != nullptr;
+}
+
+// Null if it worked, else one line, valid until this thread's next call.
+SPECQUANT_EXPORT const char* specquant_run(const specquant::Problem* problem, const char* isa) {
+  const specquant::Kernels* kernels = specquant::select(isa, message, sizeof message);
+  if (!kernels) return message;
+  if (const char* wrong = specquant::check(*problem)) return wrong;
+  const std::unique_ptr<char[]> scratch(new (std::nothrow) char[specquant::scratch_bytes(*problem)]);
+  if (!scratch) return "there is no memory for the scratch; use fewer tokens";
+  specquant::matmul(*kernels, *problem, specquant::ThreadPool{nullptr, nullptr}, scratch.get());
+  return nullptr;
+}
+
+// One row: u float32 [n] → q int8 [n] (less 128 where bits is 8), scale and zero_point [n / group, or 1].
+SPECQUANT_EXPORT const char* specquant_quantize(const float* u, int64_t n, int32_t bits, int64_t group, int8_t* q,
+                                                float* scale, int32_t* zero_point, const char* isa) {
+  const specquant::Kernels* kernels = specquant::select(isa, message, sizeof message);
+  if (!kernels) return message;
+  if (bits < 2 || bits > 8) return "bits must be 2 to 8";
+  if (n < 1 || group < 0 || group % specquant::kBlock || (group && n % group))
+    return "group must be 0, or a divisor of n that 8 divides";
+  const int64_t padded = specquant::round_up(n, specquant::kBlock);
+  const std::unique_ptr<float[]> values(new (std::nothrow) float[size_t(padded)]());
+  const std::unique_ptr<int8_t[]> levels(new (std::nothrow) int8_t[size_t(padded)]);
+  if (!values || !levels) return "there is no memory for the row";
+  std::memcpy(values.get(), u, size_t(n) * sizeof(float));
+  kernels->quantize(values.get(), n, bits, group, levels.get(), scale, zero_point);
+  std::memcpy(q, levels.get(), size_t(n));
+  return nullptr;
+}

@@ -1,0 +1,43 @@
+#include "cpu_features.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+#include <cstdint>
+
+namespace specquant {
+namespace {
+
+struct Features {
+  bool avx2 = false, avxvnni = false, avx512vnni = false;
+
+  Features() {
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    const bool osxsave = c >> 27 & 1, fma = c >> 12 & 1, f16c = c >> 29 & 1;
+    if (!osxsave || !fma || !f16c) return;
+    uint32_t saved, upper;
+    __asm__("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+    if ((saved & 0x06) != 0x06) return;  // xmm and ymm
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    const uint32_t most_subleaf = a;
+    avx2 = b >> 5 & 1;
+    const bool avx512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);  // F, DQ, BW, VL
+    avx512vnni = avx2 && avx512 && (c >> 11 & 1) && (saved & 0xE0) == 0xE0;               // opmask and zmm
+    if (most_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avxvnni = avx2 && (a >> 4 & 1);
+  }
+};
+
+const Features& features() {
+  static const Features found;
+  return found;
+}
+
+}  // namespace
+
+bool cpu_has_avx2() { return features().avx2; }
+bool cpu_has_avxvnni() { return features().avxvnni; }
+bool cpu_has_avx512vnni() { return features().avx512vnni; }
+
+}  // namespace specquant
+#endif

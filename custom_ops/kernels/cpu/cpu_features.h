@@ -1,0 +1,10 @@
+// What this CPU has and its operating system saves: cpuid and xgetbv, asked once.
+#pragma once
+
+namespace specquant {
+
+bool cpu_has_avx2();        // with FMA and F16C
+bool cpu_has_avxvnni();     // and AVX-VNNI
+bool cpu_has_avx512vnni();  // F, BW, DQ, VL and VNNI on top of AVX2
+
+}  // namespace specquant

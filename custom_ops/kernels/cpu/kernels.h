@@ -1,0 +1,70 @@
+// The CPU kernels of the op set (docs/ops.md) on raw pointers and sizes: no framework header here or below.
+//
+// Symbols: N in-features, M out-features, r columns of the basis, T tokens, G weight groups, S segments,
+// P = ceil(M / 16) panels, Q = ceil(N / 8) blocks. All arrays are contiguous, row by row.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace specquant {
+
+constexpr int32_t kAbi = 1;  // raised when Problem, or an exported function, changes
+
+// One call of an op. SpectralBranch: qweight is null; Int4ResidualMatMul: basis is null; SpecQuantMatMul: neither.
+// Passed across the C ABI as it is (custom_ops/library.py mirrors it), hence the plain types.
+struct Problem {
+  int64_t tokens;        // T >= 0
+  int64_t in_features;   // N
+  int64_t out_features;  // M
+  int64_t basis_rank;    // r, the columns stored
+  int64_t rank;          // columns used, 0..r
+  int64_t group_size;    // features per weight scale; 0: all N
+  int64_t act_group;     // features per activation scale; 0: all N
+  int32_t act_bits;      // 2..8, or 16: activations are not quantised
+  int32_t subtract;      // 1: the branch's part of x is removed before it is quantised
+  int32_t half;          // 1: x, y and low are float16; 0: float32
+  int32_t wide_sums;     // 1: row_sums is int32; 0: int16
+  const void* x;         // [T, N]
+  const uint16_t* basis;   // float16 [N, r]
+  const uint16_t* coef;    // float16 [r, M]
+  const uint8_t* qweight;  // [P, Q, 64], two nibbles a byte
+  const uint16_t* scales;  // float16 [G, M]
+  const void* row_sums;    // [S, M]
+  const float* bias;       // [M], or null
+  void* y;                 // [T, M]
+  void* low;               // [T, r], or null when nobody asks for it
+};
+
+// How tasks reach a thread pool: run(context, task, argument, count) calls task(argument, i) for every i < count
+// in any order, on any threads, and returns when all are done. run == null: one after another, on this thread.
+struct ThreadPool {
+  void (*run)(void* context, void (*task)(void* argument, size_t index), void* argument, size_t count);
+  void* context;
+};
+
+struct Kernels;  // the steps, compiled for one instruction set (steps.h)
+
+// Sizes, attributes and pointers of a problem, before anything is read: null if sound, else one line that says
+// what is wrong. y and low are not looked at: they may be allocated afterwards. That the arrays have the sizes that
+// Problem states is the caller's to check.
+const char* check(const Problem& problem);
+
+// Features that share one weight scale and one activation scale: the smaller non-zero group, or N.
+int64_t segment_length(const Problem& problem);
+
+// Bytes that `matmul` needs as scratch, for a problem that passed `check`. The start may have any alignment.
+size_t scratch_bytes(const Problem& problem);
+
+// y (and low) of the problem. Same bits for every pool and every number of threads.
+void matmul(const Kernels& kernels, const Problem& problem, const ThreadPool& pool, void* scratch);
+
+// Every instruction set that was compiled, slowest first, ended by null; `supported` asks this CPU and its system.
+extern const Kernels* const kCompiled[];
+bool supported(const Kernels& kernels);
+
+// The kernels called `name`, or the fastest if name is null or empty. Null if there are none, with one line in
+// `error` (of `size` bytes).
+const Kernels* select(const char* name, char* error, size_t size);
+
+}  // namespace specquant

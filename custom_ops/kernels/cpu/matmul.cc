@@ -1,0 +1,152 @@
+// One op call: checks, the scratch, and how the work is cut into tasks. Needs no instruction set.
+#include <algorithm>
+
+#include "half.h"
+#include "steps.h"
+
+namespace specquant {
+namespace {
+
+constexpr int64_t kMostFeatures = int64_t(1) << 19;  // the int32 sums stay exact up to here: see check()
+constexpr int64_t kMostOutputs = int64_t(1) << 31;
+constexpr int64_t kPrepareRows = 8;              // tokens a task prepares
+constexpr int64_t kTileRows = 32;                // tokens a task multiplies when panels alone are too few tasks
+constexpr int64_t kTaskBytes = 128 * 1024;       // of weights a task reads, counted once per 8 tokens
+constexpr int64_t kChunkBytes = 1024 * 1024;     // of quantised activations at a time, so that they stay in cache
+constexpr int64_t kAlign = 64;
+
+int64_t panels_of(const Problem& p) { return (p.out_features + kPanel - 1) / kPanel; }
+
+// Tokens that are prepared, then multiplied, together: bounds the scratch, whatever T is.
+int64_t chunk_rows(const Problem& p) {
+  const int64_t rows = std::clamp<int64_t>(kChunkBytes / p.in_features / 32 * 32, 32, 512);
+  return std::min(rows, p.tokens);
+}
+
+struct Arena {
+  char* next;
+  template <class T>
+  T* take(int64_t count) {
+    char* at = next;
+    next += round_up(count * int64_t(sizeof(T)), kAlign);
+    return reinterpret_cast<T*>(at);
+  }
+};
+
+// Lays the activations out from `base`; the end of the arena is what they need.
+Activations lay_out(const Problem& p, char* base, char** end) {
+  const int64_t rows = chunk_rows(p);
+  Activations x{};
+  x.features = round_up(p.in_features, 64) + 64;
+  x.columns = round_up(p.basis ? p.rank : 0, kPanel);
+  x.segments = p.qweight ? p.in_features / segment_length(p) : 0;
+  Arena arena{base};
+  x.u = arena.take<float>(rows * x.features);
+  x.low = arena.take<float>(rows * x.columns);
+  x.a = arena.take<int8_t>(rows * x.features);
+  x.scale = arena.take<float>(rows * x.segments);
+  x.zero = arena.take<int32_t>(rows * x.segments);
+  x.start = arena.take<int32_t>(rows * x.segments);
+  *end = arena.next;
+  return x;
+}
+
+// One chunk, as its tasks see it.
+struct Work {
+  const Kernels& kernels;
+  const Problem& problem;
+  const Activations& activations;
+  int64_t rows;
+  int64_t tile_rows, tile_panels, tiles_across;  // the grid of the multiplication
+};
+
+void prepare_task(void* argument, size_t index) {
+  const Work& work = *static_cast<const Work*>(argument);
+  const int64_t row = int64_t(index) * kPrepareRows;
+  work.kernels.prepare(work.problem, work.activations, row, std::min(kPrepareRows, work.rows - row));
+}
+
+void multiply_task(void* argument, size_t index) {
+  const Work& work = *static_cast<const Work*>(argument);
+  const int64_t row = int64_t(index) / work.tiles_across * work.tile_rows;
+  const int64_t panel = int64_t(index) % work.tiles_across * work.tile_panels;
+  work.kernels.multiply(work.problem, work.activations, row, std::min(work.tile_rows, work.rows - row), panel,
+                        std::min(work.tile_panels, panels_of(work.problem) - panel));
+}
+
+void run(const ThreadPool& pool, void (*task)(void*, size_t), Work& work, int64_t count) {
+  if (pool.run && count > 1) {
+    pool.run(pool.context, task, &work, size_t(count));
+  } else {
+    for (int64_t i = 0; i < count; ++i) task(&work, size_t(i));
+  }
+}
+
+void store_low(const Problem& p, const Activations& x, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t j = 0; j < p.basis_rank; ++j) {
+      const float value = j < p.rank ? x.low[row * x.columns + j] : 0.0f;
+      const int64_t at = (x.first_token + row) * p.basis_rank + j;
+      if (p.half) {
+        static_cast<uint16_t*>(p.low)[at] = float_to_half(value);
+      } else {
+        static_cast<float*>(p.low)[at] = value;
+      }
+    }
+}
+
+}  // namespace
+
+int64_t segment_length(const Problem& p) {
+  if (p.group_size && p.act_group) return std::min(p.group_size, p.act_group);
+  return p.group_size ? p.group_size : p.act_group ? p.act_group : p.in_features;
+}
+
+const char* check(const Problem& p) {
+  // Σ w·a, 8 Σ a and z · row_sums are at most 15·128·N, 8·128·N and 8·128·N: 3968 · 2^19 < 2^31.
+  if (p.in_features < 1 || p.in_features > kMostFeatures) return "in-features must be 1 to 524288";
+  if (p.out_features < 1 || p.out_features > kMostOutputs) return "out-features must be 1 to 2^31";
+  if (p.tokens < 0 || p.tokens > kMostOutputs) return "the number of tokens must be 0 to 2^31";
+  if (!p.basis && !p.qweight) return "there are neither weights nor a branch";
+  if (p.tokens && !p.x) return "x is missing";
+  if (p.basis) {
+    if (!p.coef) return "coef is missing";
+    if (p.basis_rank < 0 || p.basis_rank > p.in_features) return "the basis must have 0 to in-features columns";
+    if (p.rank < 0 || p.rank > p.basis_rank) return "rank must be 0 to the columns of the basis";
+  }
+  if (p.qweight) {
+    if (!p.scales || !p.row_sums) return "scales or row_sums are missing";
+    if (p.act_bits != 16 && (p.act_bits < 2 || p.act_bits > 8)) return "act_bits must be 2 to 8, or 16";
+    for (const int64_t group : {p.group_size, p.act_group})
+      if (group < 0 || group % kBlock || (group && p.in_features % group))
+        return "group_size and act_group must be 0, or a divisor of in-features that 8 divides";
+    const auto [small, large] = std::minmax(p.group_size, p.act_group);
+    if (small && large % small) return "one of group_size and act_group must divide the other";
+  }
+  return nullptr;
+}
+
+size_t scratch_bytes(const Problem& p) {
+  char* end;
+  lay_out(p, nullptr, &end);
+  return size_t(end - static_cast<char*>(nullptr)) + kAlign;
+}
+
+void matmul(const Kernels& kernels, const Problem& p, const ThreadPool& pool, void* scratch) {
+  if (p.tokens == 0) return;
+  char *end, *base = reinterpret_cast<char*>(round_up(int64_t(reinterpret_cast<intptr_t>(scratch)), kAlign));
+  Activations x = lay_out(p, base, &end);
+  const int64_t chunk = chunk_rows(p), panels = panels_of(p), panel_bytes = (p.in_features + 7) / 8 * 64;
+  for (x.first_token = 0; x.first_token < p.tokens; x.first_token += chunk) {
+    const int64_t rows = std::min(chunk, p.tokens - x.first_token);
+    const int64_t fitting = kTaskBytes / (panel_bytes * ((rows + 7) / 8));
+    Work work{kernels, p, x, rows, rows, std::clamp<int64_t>(fitting / 4 * 4, 4, panels + 3), 0};
+    work.tiles_across = (panels + work.tile_panels - 1) / work.tile_panels;
+    if (work.tiles_across < 16) work.tile_rows = std::min(rows, kTileRows);
+    run(pool, prepare_task, work, (rows + kPrepareRows - 1) / kPrepareRows);
+    run(pool, multiply_task, work, work.tiles_across * ((rows + work.tile_rows - 1) / work.tile_rows));
+    if (p.low) store_low(p, x, rows);
+  }
+}
+
+}  // namespace specquant

@@ -1,0 +1,91 @@
+// Any architecture: the same steps on 8 lanes of the compiler's generic vectors, no instruction set asked for.
+#include "tiles.h"
+
+namespace specquant {
+namespace {
+
+struct Portable {
+  static constexpr int W = 8, kTokens = 2, kPanels = 1, kDecodePanels = 1;
+  typedef float F __attribute__((vector_size(32)));
+  typedef int32_t I __attribute__((vector_size(32)));
+
+  static F splat(float value) { return F{value, value, value, value, value, value, value, value}; }
+  static F load(const float* from) {
+    F value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  }
+  static void store(float* to, F value) { std::memcpy(to, &value, sizeof value); }
+  static F half(const uint16_t* from) {
+    F value;
+    for (int i = 0; i < W; ++i) value[i] = half_to_float(from[i]);
+    return value;
+  }
+  static void store_half(uint16_t* to, F value) {
+    for (int i = 0; i < W; ++i) to[i] = float_to_half(value[i]);
+  }
+  static F fma(F a, F b, F sum) { return a * b + sum; }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F round(F value) {
+    for (int i = 0; i < W; ++i) value[i] = __builtin_rintf(value[i]);
+    return value;
+  }
+  static float smallest(F value) {
+    float least = value[0];
+    for (int i = 1; i < W; ++i) least = value[i] < least ? value[i] : least;
+    return least;
+  }
+  static float largest(F value) { return -smallest(-value); }
+  static bool any_nan(F value) {
+    for (int i = 0; i < W; ++i)
+      if (value[i] != value[i]) return true;
+    return false;
+  }
+  static void store_int8(int8_t* to, F whole_numbers) {
+    for (int i = 0; i < W; ++i) to[i] = int8_t(whole_numbers[i]);
+  }
+  static void transpose(F (&rows)[8]) {
+    for (int i = 0; i < 8; ++i)
+      for (int j = 0; j < i; ++j) {
+        const float moved = rows[i][j];
+        rows[i][j] = rows[j][i];
+        rows[j][i] = moved;
+      }
+  }
+
+  using Weights = I;                 // as packed
+  using Activation = const int8_t*;  // 8 features
+  static F to_float(I value) { return __builtin_convertvector(value, F); }
+  static I load_packed(const uint8_t* from) {
+    I value;
+    for (int i = 0; i < W; ++i)  // byte by byte: the layout is little-endian whatever the machine is
+      value[i] = int32_t(from[4 * i] | from[4 * i + 1] << 8 | from[4 * i + 2] << 16 | uint32_t(from[4 * i + 3]) << 24);
+    return value;
+  }
+  static Weights unpack(const uint8_t* from) { return load_packed(from); }
+  static Activation activation(const int8_t* a) { return a; }
+  static I dot(I sum, Weights w, Activation a) {
+    for (int j = 0; j < 4; ++j) sum += (w >> (8 * j) & 15) * a[j] + (w >> (8 * j + 4) & 15) * a[j + 4];
+    return sum;
+  }
+  typedef uint32_t Wrapping __attribute__((vector_size(32)));  // row_sums come from a file, and may hold anything
+  template <class Sum>
+  static Wrapping load_sums(const Sum* from) {
+    Wrapping value;
+    for (int i = 0; i < W; ++i) value[i] = uint32_t(from[i]);
+    return value;
+  }
+  static I start(int32_t start, Wrapping sums, int32_t zero) { return I(sums * uint32_t(zero) + uint32_t(start)); }
+  static F lowest_nibble(I packed) { return to_float((packed & 15) - 8); }
+  static I next_nibble(I packed) { return packed >> 4; }
+};
+
+bool any_cpu() { return true; }
+
+}  // namespace
+
+const Kernels kScalar{"scalar", any_cpu, quantize_row<Portable>, prepare<Portable, Portable>,
+                             multiply<Portable>};
+
+}  // namespace specquant

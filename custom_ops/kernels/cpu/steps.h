@@ -1,0 +1,45 @@
+// What one instruction set provides, and the scratch its steps share. Internal to kernels/cpu.
+#pragma once
+
+#include "kernels.h"
+
+namespace specquant {
+
+constexpr int64_t kPanel = 16;  // outputs in a panel of packed weights
+constexpr int64_t kBlock = 8;   // features in a block of it
+
+// Static: see half.h.
+static inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// The prepared activations of a run of tokens. Rows are indexed from `first_token` of the problem.
+struct Activations {
+  int64_t first_token;
+  int64_t features;  // row stride of u and a: N, and padding that keeps rows out of each other's cache sets
+  int64_t columns;   // row stride of low
+  int64_t segments;  // row stride of the three below
+  float* u;          // what is multiplied by the INT4 weights; zeros from N on
+  float* low;        // x · B[:, :rank]; zeros from rank on
+  int8_t* a;         // quantised u, less 128 where it has 8 bits
+  float* scale;      // per segment; NaN where the group holds a NaN or an infinity
+  int32_t* zero;     // −z per segment, z in the units of a
+  int32_t* start;    // −8 Σ a per segment: what the weights' offset of 8 has to be paid back
+};
+
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+  // q int8 [N] (offset as in Activations::a), scale and zero_point [N / group, or 1] of one row. u is readable,
+  // and q writable, up to a multiple of 8, where u holds zeros.
+  void (*quantize)(const float* u, int64_t n, int bits, int64_t group, int8_t* q, float* scale, int32_t* zero_point);
+  // Rows [row, row + rows) of the activations, from x.
+  void (*prepare)(const Problem& problem, const Activations& activations, int64_t row, int64_t rows);
+  // y of those rows and of panels [panel, panel + panels).
+  void (*multiply)(const Problem& problem, const Activations& activations, int64_t row, int64_t rows, int64_t panel,
+                   int64_t panels);
+};
+
+extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512Vnni;  // each in its own file, where the compiler has it
+
+}  // namespace specquant

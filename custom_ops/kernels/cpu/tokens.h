@@ -1,0 +1,169 @@
+// The steps on one run of tokens: to float32, down-projection, subtraction, quantisation.
+//
+// E is a vector of 8 float lanes: along features, so that groups (multiples of 8) have no tail.
+#pragma once
+
+#include "half.h"
+#include "steps.h"
+
+namespace specquant {
+namespace {
+
+template <class E>
+void quantize_row(const float* u, int64_t n, int bits, int64_t group, int8_t* q, float* scale, int32_t* zero_point) {
+  using F = typename E::F;
+  const int64_t length = group ? group : n;
+  const float qmax = float((1 << bits) - 1);
+  const float offset = bits == 8 ? 128.0f : 0.0f;  // 0..255 does not fit a signed byte
+  for (int64_t g = 0; g * length < n; ++g) {
+    const float* values = u + g * length;
+    F low = E::splat(0.0f), high = E::splat(0.0f), poison = E::splat(0.0f);
+    for (int64_t i = 0; i < length; i += 8) {
+      const F value = E::load(values + i);
+      low = E::min(low, value);
+      high = E::max(high, value);
+      poison = poison + (value - value);  // 0 if finite, else NaN
+    }
+    const float lo = E::smallest(low), range = E::largest(high) - lo;
+    const bool finite = !E::any_nan(poison) && range <= 3.402823466e38f;
+    const bool used = finite && range >= 1e-30f;
+    const float inverse = used ? qmax / range : 0.0f;
+    const float zero = used ? __builtin_rintf(-lo * inverse) : 0.0f;
+    scale[g] = finite ? (used ? range / qmax : 0.0f) : __builtin_nanf("");
+    zero_point[g] = int32_t(zero);
+    for (int64_t i = 0; i < length; i += 8) {
+      // A multiplication by `used` would keep NaN, so unused groups get their zeros here.
+      const F value = used ? E::load(values + i) : E::splat(0.0f);
+      const F level = E::round(value * E::splat(inverse)) + E::splat(zero);
+      E::store_int8(q + g * length + i, E::min(E::max(level, E::splat(0.0f)), E::splat(qmax)) - E::splat(offset));
+    }
+  }
+}
+
+// acc[t][v] += Σ_k a[t·lda + k] · b[k, column + v·W + lane]; b is float16 [depth, width], lanes along its columns.
+template <class V, int T, int C>
+inline __attribute__((always_inline)) void add_product(typename V::F (&acc)[T][C], const float* a, int64_t lda,
+                                                       int64_t depth, const uint16_t* b, int64_t width,
+                                                       int64_t rows, int64_t column) {
+  uint16_t spare[V::W];
+  for (int64_t k = 0; k < depth; ++k) {
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) {
+      const auto lanes = V::half(whole<V::W>(b, k * width + column + v * V::W, rows * width, spare));
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) acc[t][v] = V::fma(V::splat(a[t * lda + k]), lanes, acc[t][v]);
+    }
+  }
+}
+
+// low = u · B[:, :rank] for T rows (first equation of docs/ops.md).
+template <class V, int T>
+void project_down(const Problem& p, const Activations& x, int64_t row) {
+  constexpr int C = 2;
+  for (int64_t column = 0; column < p.rank; column += C * V::W) {
+    typename V::F acc[T][C];
+#pragma GCC unroll 16
+    for (int i = 0; i < T * C; ++i) acc[i / C][i % C] = V::splat(0.0f);
+    add_product<V, T, C>(acc, x.u + row * x.features, x.features, p.in_features, p.basis, p.basis_rank, p.in_features,
+                         column);
+    float lanes[T][C * V::W];
+#pragma GCC unroll 16
+    for (int i = 0; i < T * C; ++i) V::store(&lanes[i / C][i % C * V::W], acc[i / C][i % C]);
+    for (int t = 0; t < T; ++t)
+      for (int64_t j = 0; j < C * V::W && column + j < x.columns; ++j)
+        x.low[(row + t) * x.columns + column + j] = column + j < p.rank ? lanes[t][j] : 0.0f;
+  }
+}
+
+// u −= low · B[:, :rank]ᵀ for T rows: 8 features × 8 columns of B at a time, transposed so that lanes are features.
+template <class E, int T>
+void subtract_branch(const Problem& p, const Activations& x, int64_t row) {
+  using F = typename E::F;
+  uint16_t spare[8];
+  for (int64_t feature = 0; feature < p.in_features; feature += 8) {
+    F acc[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) acc[t] = E::splat(0.0f);
+    for (int64_t column = 0; column < p.rank; column += 8) {
+      F basis[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const int64_t index = (feature + i) * p.basis_rank + column;
+        basis[i] = E::half(whole<8>(p.basis, index, p.in_features * p.basis_rank, spare));
+      }
+      E::transpose(basis);
+      const float* low = x.low + row * x.columns + column;  // 0 from rank on, where `basis` holds other rows
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j)
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) acc[t] = E::fma(E::splat(low[t * x.columns + j]), basis[j], acc[t]);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      float* u = x.u + (row + t) * x.features + feature;
+      E::store(u, E::load(u) - acc[t]);
+    }
+  }
+}
+
+// What the integer product needs of one quantised row: per segment scale, −z and −8 Σ a.
+template <class E>
+void quantize_for_product(const Problem& p, const Activations& x, int64_t row) {
+  int8_t* a = x.a + row * x.features;
+  float* scale = x.scale + row * x.segments;
+  int32_t* zero = x.zero + row * x.segments;
+  quantize_row<E>(x.u + row * x.features, p.in_features, p.act_bits, p.act_group, a, scale, zero);
+  const int64_t groups = p.act_group ? p.in_features / p.act_group : 1;
+  const int64_t segment = round_up(segment_length(p), kBlock);
+  const int32_t offset = p.act_bits == 8 ? 128 : 0;
+  for (int64_t s = x.segments - 1; s >= 0; --s) {  // backwards: groups spread over their segments in place
+    const int64_t g = s * groups / x.segments;
+    scale[s] = scale[g];
+    zero[s] = offset - zero[g];
+  }
+  for (int64_t s = 0; s < x.segments; ++s) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < segment; ++i) sum += a[s * segment + i];
+    x.start[row * x.segments + s] = -8 * sum;
+  }
+}
+
+template <class E>
+void to_float(const Problem& p, const Activations& x, int64_t row) {
+  const int64_t n = p.in_features, base = (x.first_token + row) * n;
+  float* u = x.u + row * x.features;
+  if (!p.half) {
+    std::memcpy(u, static_cast<const float*>(p.x) + base, size_t(n) * sizeof(float));
+  } else {
+    const auto* half = static_cast<const uint16_t*>(p.x);
+    uint16_t spare[8];
+    for (int64_t i = 0; i < n; i += 8) E::store(u + i, E::half(whole<8>(half, base + i, p.tokens * n, spare)));
+  }
+  std::memset(u + n, 0, size_t(x.features - n) * sizeof(float));
+}
+
+template <class V, class E, int T>
+void prepare_rows(const Problem& p, const Activations& x, int64_t row) {
+  for (int t = 0; t < T; ++t) to_float<E>(p, x, row + t);
+  if (p.basis && p.rank) {
+    project_down<V, T>(p, x, row);
+    if (p.subtract) subtract_branch<E, T>(p, x, row);
+  }
+  if (p.qweight && p.act_bits < 16)
+    for (int t = 0; t < T; ++t) quantize_for_product<E>(p, x, row + t);
+}
+
+// As many rows at once as the registers hold, then half as many …: the branch reads its basis once for all of them.
+template <class V, class E, int T>
+void prepare_blocks(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
+  for (; rows >= T; row += T, rows -= T) prepare_rows<V, E, T>(p, x, row);
+  if constexpr (T > 1) prepare_blocks<V, E, T / 2>(p, x, row, rows);
+}
+
+template <class V, class E>
+void prepare(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
+  prepare_blocks<V, E, V::kTokens>(p, x, row, rows);
+}
+
+}  // namespace
+}  // namespace specquant

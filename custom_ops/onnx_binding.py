@@ -1,0 +1,98 @@
+"""The op set in the onnx package: schemas for its checker, kernels for its reference evaluator. Needs onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+from onnx import TensorShapeProto, TypeProto, defs, shape_inference
+from onnx.reference.op_run import OpRun
+
+from specquant.custom_ops import reference
+from specquant.custom_ops.schema import DOMAIN, FLOAT, FLOAT_TYPES, OPS, VERSION, Op, Tensor
+
+Dims = list[TensorShapeProto.Dimension]
+
+
+def register_schemas() -> None:
+    """Make onnx.checker and shape inference know the ops, even in a model without their functions. Idempotent."""
+    for op in OPS.values():
+        if not defs.has(op.name, DOMAIN):
+            defs.register_schema(_schema(op))
+
+
+def reference_ops() -> list[type[OpRun]]:
+    """For `onnx.reference.ReferenceEvaluator(model, new_ops=reference_ops())`: each op, run by reference.py."""
+    runs: dict[str, Callable[..., Any]] = {
+        "SpectralBranch": reference.spectral_branch,
+        "Int4ResidualMatMul": reference.int4_residual_matmul,
+        "SpecQuantMatMul": reference.specquant_matmul,
+    }
+    return [_op_run(op, runs[op.name]) for op in OPS.values()]
+
+
+def _schema(op: Op) -> defs.OpSchema:
+    def parameter(tensor: Tensor) -> defs.OpSchema.FormalParameter:
+        kind = tensor.types[0] if tensor.types == (FLOAT,) else f"T_{tensor.name}"
+        return defs.OpSchema.FormalParameter(tensor.name, kind, tensor.doc)
+
+    constraints: dict[str, tuple[str, ...]] = {FLOAT: FLOAT_TYPES}
+    constraints |= {f"T_{tensor.name}": tensor.types for tensor in op.inputs if tensor.types != (FLOAT,)}
+    schema = defs.OpSchema(
+        op.name,
+        DOMAIN,
+        VERSION,
+        op.doc,
+        inputs=[parameter(tensor) for tensor in op.inputs],
+        outputs=[parameter(tensor) for tensor in op.outputs],
+        type_constraints=[(kind, [f"tensor({t})" for t in types], "") for kind, types in constraints.items()],
+        attributes=[
+            defs.OpSchema.Attribute(a.name, onnx.helper.make_attribute(a.name, a.default), a.doc) for a in op.attributes
+        ],
+    )
+    schema.set_type_and_shape_inference_function(lambda context: _infer(op, context))
+    return schema
+
+
+def _infer(op: Op, context: shape_inference.InferenceContext) -> None:
+    """Give each output x's element type, and the sizes that the inputs give its symbols.
+
+    Raises InferenceError if two inputs disagree on a size.
+    """
+    sizes: dict[str, TensorShapeProto.Dimension] = {}
+    leading: Dims | None = None
+    for index, tensor in enumerate(op.inputs):
+        kind = context.get_input_type(index)
+        if kind is None or not kind.tensor_type.HasField("shape"):
+            continue
+        dims = list(kind.tensor_type.shape.dim)
+        symbols = tensor.shape
+        if symbols[0] == "...":
+            symbols, leading, dims = symbols[1:], dims[:-1], dims[-1:]
+        if len(dims) != len(symbols):
+            raise shape_inference.InferenceError(f"{op.name}: {tensor.name} has {len(dims)} axes, not {len(symbols)}")
+        for symbol, dim in zip(symbols, dims, strict=True):
+            known = sizes.setdefault(symbol, dim)
+            if known.HasField("dim_value") and dim.HasField("dim_value") and known.dim_value != dim.dim_value:
+                raise shape_inference.InferenceError(
+                    f"{op.name}: {symbol} is {dim.dim_value} in {tensor.name} but {known.dim_value} before it"
+                )
+    x = context.get_input_type(0)
+    for index, tensor in enumerate(op.outputs):
+        output = TypeProto()
+        output.tensor_type.elem_type = x.tensor_type.elem_type
+        if leading is not None and tensor.shape[-1] in sizes:
+            output.tensor_type.shape.dim.extend([*leading, sizes[tensor.shape[-1]]])
+        context.set_output_type(index, output)
+
+
+def _op_run(op: Op, run: Callable[..., Any]) -> type[OpRun]:
+    defaults = {attribute.name: attribute.default for attribute in op.attributes}
+
+    def _run(self: OpRun, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
+        given = {name: value for name, value in attributes.items() if value is not None}
+        result = run(*inputs, **(defaults | given))
+        return result if isinstance(result, tuple) else (result,)
+
+    return type(op.name, (OpRun,), {"op_domain": DOMAIN, "op_schema": _schema(op), "_run": _run})

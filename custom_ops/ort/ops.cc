@@ -1,0 +1,180 @@
+// The ops as ONNX Runtime sees them: one CustomOp per op and combination of types, and their registration.
+#include <memory>
+#include <new>
+
+#include "kernel.h"
+
+namespace specquant::ort {
+namespace {
+
+constexpr OpKind kBranch{"SpectralBranch", true, false};
+constexpr OpKind kResidual{"Int4ResidualMatMul", false, true};
+constexpr OpKind kFused{"SpecQuantMatMul", true, true};
+
+// An op whose x is of type `real` and whose row_sums are of type `sums`. ONNX Runtime picks by the node's types.
+struct Op : CustomOp {
+  OpKind kind;
+  ElementType real, sums;
+  const Api* api;
+};
+
+const Op& self(const CustomOp* op) { return *static_cast<const Op*>(op); }
+
+ElementType input_type(const CustomOp* custom, size_t index) {
+  const Op& op = self(custom);
+  if (index == 0) return op.real;
+  if (op.kind.branch && index <= 3) return index == 3 ? kInt64 : kFloat16;  // basis, coef, rank
+  const ElementType weights[] = {kInt8, kFloat16, op.sums, kFloat};
+  return weights[index - (op.kind.branch ? 4 : 1)];
+}
+
+// Runs `work`, and turns what it throws into one line that starts with the op's name.
+template <class Work>
+Status* guarded(const Api& api, const OpKind& kind, const Work& work) {
+  try {
+    work();
+    return nullptr;
+  } catch (const Failure& failure) {
+    return failure.status;
+  } catch (const std::bad_alloc&) {
+    return api.CreateStatus(kFail, (std::string(kind.name) + ": out of memory").c_str());
+  } catch (const std::exception& error) {
+    return api.CreateStatus(kInvalidArgument, (std::string(kind.name) + ": " + error.what()).c_str());
+  }
+}
+
+struct Node {
+  Kernel kernel;
+  const Op& op;
+};
+
+Status* create(const CustomOp* custom, const void*, const KernelInfo* info, void** kernel) {
+  const Op& op = self(custom);
+  return guarded(*op.api, op.kind, [&] { *kernel = new Node{{*op.api, op.kind, info}, op}; });
+}
+
+Status* compute(void* kernel, KernelContext* context) {
+  const Node& node = *static_cast<const Node*>(kernel);
+  return guarded(*node.op.api, node.op.kind, [&] { node.kernel.compute(context); });
+}
+
+void destroy(void* kernel) { delete static_cast<Node*>(kernel); }
+
+// Element type, and sizes and names of the axes, of an input; no axes if they are not known (yet).
+ElementType read_axes(const Api& api, const ShapeContext* context, size_t index, Shape& sizes,
+                      std::vector<std::string>& names) {
+  TensorInfo* info = nullptr;  // stays the context's
+  must(api.ShapeInferContext_GetInputTypeShape(context, index, &info));
+  ElementType type;
+  size_t count;
+  must(api.GetTensorElementType(info, &type));
+  must(api.GetDimensionsCount(info, &count));
+  sizes.resize(count);
+  std::vector<const char*> found(count, "");
+  if (count) {
+    must(api.GetDimensions(info, sizes.data(), count));
+    must(api.GetSymbolicDimensions(info, found.data(), count));
+  }
+  names.assign(found.begin(), found.end());
+  return type;
+}
+
+// The shape of x with the last axis of input `source` in place of its own. ONNX Runtime asks the first op of a name
+// on behalf of them all, so x's type is the node's, not op.real.
+void infer_output(const Op& op, ShapeContext* context, size_t output, size_t source) {
+  const Api& api = *op.api;
+  Shape sizes, from;
+  std::vector<std::string> names, from_names;
+  const ElementType type = read_axes(api, context, 0, sizes, names);
+  read_axes(api, context, source, from, from_names);
+  if (sizes.empty() || from.empty()) return;
+  sizes.back() = from.back();
+  names.back() = from_names.back();
+  std::vector<const char*> symbols;
+  for (const std::string& name : names) symbols.push_back(name.c_str());
+  TensorInfo* owned;
+  must(api.CreateTensorTypeAndShapeInfo(&owned));
+  const std::unique_ptr<TensorInfo, void (*)(TensorInfo*)> info(owned, api.ReleaseTensorTypeAndShapeInfo);
+  must(api.SetTensorElementType(owned, type));
+  must(api.SetDimensions(owned, sizes.data(), sizes.size()));
+  must(api.SetSymbolicDimensions(owned, symbols.data(), symbols.size()));
+  must(api.ShapeInferContext_SetOutputTypeShape(context, output, owned));
+}
+
+Status* infer(const CustomOp* custom, ShapeContext* context) {
+  const Op& op = self(custom);
+  return guarded(*op.api, op.kind, [&] {
+    infer_output(op, context, 0, op.kind.weights ? (op.kind.branch ? 5 : 2) : 2);  // scales, else coef
+    if (!op.kind.weights) infer_output(op, context, 1, 1);                         // low: basis
+  });
+}
+
+Op describe(const Api& api, const OpKind& kind, ElementType real, ElementType sums) {
+  Op op{{}, kind, real, sums, &api};
+  op.version = kApiVersion;
+  op.GetName = [](const CustomOp* custom) { return self(custom).kind.name; };
+  op.GetExecutionProviderType = [](const CustomOp*) { return "CPUExecutionProvider"; };
+  op.GetInputType = input_type;
+  op.GetInputTypeCount = [](const CustomOp* custom) { return self(custom).kind.inputs(); };
+  op.GetOutputType = [](const CustomOp* custom, size_t) { return self(custom).real; };
+  op.GetOutputTypeCount = [](const CustomOp* custom) { return size_t(self(custom).kind.weights ? 1 : 2); };
+  op.KernelDestroy = destroy;
+  op.GetInputCharacteristic = op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return kRequired; };
+  op.GetInputMemoryType = [](const CustomOp*, size_t) { return kMemoryDefault; };
+  op.CreateKernelV2 = create;
+  op.KernelComputeV2 = compute;
+  op.InferOutputShapeFn = infer;
+  op.GetStartVersion = [](const CustomOp*) { return 1; };
+  op.GetEndVersion = [](const CustomOp*) { return 1; };
+  return op;
+}
+
+std::vector<Op> describe_all(const Api& api) {
+  std::vector<Op> ops;
+  for (const ElementType real : {kFloat, kFloat16}) {
+    ops.push_back(describe(api, kBranch, real, kInt16));
+    for (const ElementType sums : {kInt16, kInt32}) {
+      ops.push_back(describe(api, kResidual, real, sums));
+      ops.push_back(describe(api, kFused, real, sums));
+    }
+  }
+  return ops;
+}
+
+// What ONNX Runtime keeps pointers to: lives until the process ends, since sessions may.
+struct Registry {
+  Api api;
+  std::vector<Op> ops;
+  OpDomain* domain = nullptr;
+
+  explicit Registry(const void* table) : api(table), ops(describe_all(api)) {
+    must(api.CreateCustomOpDomain("specquant", &domain));
+    for (const Op& op : ops) must(api.CustomOpDomain_Add(domain, &op));
+  }
+};
+
+}  // namespace
+}  // namespace specquant::ort
+
+extern "C" __attribute__((visibility("default"))) uint32_t specquant_ort_api() { return specquant::ort::kApiVersion; }
+
+// The entry that ONNX Runtime looks for in a library of custom ops.
+extern "C" __attribute__((visibility("default"))) specquant::ort::Status* RegisterCustomOps(
+    specquant::ort::SessionOptions* options, const specquant::ort::ApiBase* base) {
+  namespace ort = specquant::ort;
+  const void* table = base->GetApi(ort::kApiVersion);
+  if (!table) {
+    // An older ONNX Runtime, whose table is shorter: of API 1 only the slot that carries the message is read.
+    const std::string message = "ONNX Runtime " + std::string(base->GetVersionString()) + " is too old for SpecQuant";
+    const auto* slots = static_cast<void* const*>(base->GetApi(1));
+    return reinterpret_cast<decltype(ort::Api::CreateStatus)>(slots[0])(ort::kFail, message.c_str());
+  }
+  try {
+    static const ort::Registry* const registry = new ort::Registry(table);
+    return registry->api.AddCustomOpDomain(options, registry->domain);
+  } catch (const ort::Failure& failure) {
+    return failure.status;
+  } catch (const std::exception& error) {
+    return ort::Api(table).CreateStatus(ort::kFail, error.what());
+  }
+}

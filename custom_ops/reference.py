@@ -1,0 +1,142 @@
+"""What each op computes, in NumPy (docs/ops.md): the oracle of every kernel's test.
+
+Sizes: N in-features, M out-features, r rank of the branch, G weight groups, A activation groups, S segments.
+Floats are computed in float32, integers exactly; y has the dtype of x (float32 or float16).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.packing import segment_length, unpack_int4
+
+Float = NDArray[np.floating[Any]]
+TINY_RANGE = np.float32(1e-30)  # a group whose values span less counts as zeros
+
+
+def quantize_activation(
+    u: Float, bits: int, group: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
+    """Asymmetric dynamic quantisation (Eq. 1) of u [..., N], per run of `group` features (0: all N).
+
+    Returns q int32 [..., N] in 0…2^bits − 1, scale float32 [..., A] and zero_point int32 [..., A], so that
+    u ≈ scale · (q − zero_point); A = N / group, or 1. The scale of a group with a NaN or an infinity is NaN.
+    Raises SpecQuantError unless bits is in 2…8 and group divides N.
+    """
+    n = u.shape[-1]
+    if not 2 <= bits <= 8:
+        raise SpecQuantError(f"act_bits is {bits}; use 2 to 8, or 16 for activations that are not quantised")
+    if group < 0 or (group and n % group):
+        raise SpecQuantError(f"act_group {group} does not divide {n} features; use 0 or a divisor of {n}")
+    groups = u.astype(np.float32).reshape(*u.shape[:-1], n // (group or n), group or n)
+    qmax = np.float32(2**bits - 1)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        low = np.minimum(groups.min(axis=-1, keepdims=True), np.float32(0))
+        high = np.maximum(groups.max(axis=-1, keepdims=True), np.float32(0))
+        span = high - low
+        empty, finite = span < TINY_RANGE, np.isfinite(span)
+        inverse = np.where(empty | ~finite, np.float32(0), qmax / span)
+        scale = np.where(finite, np.where(empty, np.float32(0), span / qmax), np.float32(np.nan))
+        low, groups = np.where(finite, low, np.float32(0)), np.where(finite, groups, np.float32(0))
+    zero_point = np.rint(-low * inverse)
+    q = np.clip(np.rint(groups * inverse) + zero_point, 0, qmax)
+    return q.astype(np.int32).reshape(u.shape), scale[..., 0], zero_point[..., 0].astype(np.int32)
+
+
+def _branch(
+    x: NDArray[np.float32], basis: Float, coef: Float, rank: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """low = x · B[:, :rank], its columns from rank on 0, and low · C[:rank], both float32 (Eq. 13–16)."""
+    low = x @ basis.astype(np.float32)
+    low[..., max(rank, 0) :] = 0
+    return low @ coef.astype(np.float32), low
+
+
+def _matmul4(
+    u: NDArray[np.float32],
+    qweight: NDArray[np.int8],
+    scales: Float,
+    row_sums: NDArray[np.integer[Any]],
+    group_size: int,
+    act_bits: int,
+    act_group: int,
+) -> NDArray[np.float32]:
+    """u [..., N] times the INT4 weights: float32 [..., M]."""
+    n, m = u.shape[-1], scales.shape[1]
+    segment = segment_length(n, group_size, act_group)
+    count, groups = n // segment, n // (group_size or n)
+    if scales.shape != (groups, m) or row_sums.shape != (count, m):
+        raise SpecQuantError(
+            f"scales {list(scales.shape)} and row_sums {list(row_sums.shape)} "
+            f"should be [{groups}, {m}] and [{count}, {m}]: export the model again"
+        )
+    q_w = unpack_int4(qweight, n, m)
+    if act_bits == 16:
+        return u @ (np.repeat(scales.astype(np.float32), n // groups, axis=0) * q_w)
+    q, scale, zero_point = quantize_activation(u, act_bits, act_group)
+    y = np.zeros((*u.shape[:-1], m), np.float32)
+    for s in range(count):
+        features = slice(s * segment, (s + 1) * segment)
+        g, a = s * groups // count, s * scale.shape[-1] // count
+        # Integers below 2^53 are exact in float64, whose product is the fast one.
+        total = q[..., features].astype(np.float64) @ q_w[features].astype(np.float64)
+        total -= zero_point[..., a, None] * row_sums[s].astype(np.float64)
+        y += scale[..., a, None] * scales[g].astype(np.float32) * total.astype(np.float32)
+    return y
+
+
+def spectral_branch(x: Float, basis: Float, coef: Float, rank: NDArray[np.int64]) -> tuple[Float, Float]:
+    """`SpectralBranch`: x [..., N], basis [N, r], coef [r, M], rank i64[1] → y [..., M], low [..., r]."""
+    y, low = _branch(x.astype(np.float32), basis, coef, int(rank[0]))
+    return y.astype(x.dtype), low.astype(x.dtype)
+
+
+def int4_residual_matmul(
+    x: Float,
+    qweight: NDArray[np.int8],
+    scales: Float,
+    row_sums: NDArray[np.integer[Any]],
+    bias: Float,
+    *,
+    group_size: int = 0,
+    act_bits: int = 16,
+    act_group: int = 0,
+) -> Float:
+    """`Int4ResidualMatMul`: y = x · Q4(W) + bias.
+
+    x [..., N], qweight i8[P, Q, 64], scales [G, M], row_sums [S, M], bias [M] → y [..., M].
+    Raises SpecQuantError if sizes or attributes disagree.
+    """
+    u = x.astype(np.float32)
+    y = _matmul4(u, qweight, scales, row_sums, group_size, act_bits, act_group)
+    return (y + bias.astype(np.float32)).astype(x.dtype)
+
+
+def specquant_matmul(
+    x: Float,
+    basis: Float,
+    coef: Float,
+    rank: NDArray[np.int64],
+    qweight: NDArray[np.int8],
+    scales: Float,
+    row_sums: NDArray[np.integer[Any]],
+    bias: Float,
+    *,
+    group_size: int = 0,
+    act_bits: int = 16,
+    act_group: int = 0,
+    subtract: int = 0,
+) -> Float:
+    """`SpecQuantMatMul`: low = x · B[:, :rank], y = low · C[:rank] + (x − s · low · Bᵀ) · Q4(R) + bias.
+
+    s is `subtract`. Shapes as in the two ops above. Raises SpecQuantError if sizes or attributes disagree.
+    """
+    x32 = x.astype(np.float32)
+    y, low = _branch(x32, basis, coef, int(rank[0]))
+    u = x32 - low @ basis.astype(np.float32).T if subtract else x32
+    y += _matmul4(u, qweight, scales, row_sums, group_size, act_bits, act_group)
+    return (y + bias.astype(np.float32)).astype(x.dtype)

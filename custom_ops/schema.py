@@ -1,0 +1,80 @@
+"""The op set of domain `specquant`, version 1, as data: the one definition that everything else is checked with.
+
+`onnx_binding.py` hands it to onnx; this module needs nothing, so that a device can import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DOMAIN = "specquant"
+VERSION = 1
+FLOAT = "Tf"  # the type variable of x and y
+FLOAT_TYPES = ("float", "float16")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output. `types` are ONNX element types, or (FLOAT,); `shape` uses the symbols of docs/ops.md."""
+
+    name: str
+    types: tuple[str, ...]
+    shape: tuple[str, ...]
+    doc: str
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An integer attribute."""
+
+    name: str
+    default: int
+    doc: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operator. Every input is mandatory: a model-local function cannot ask whether one is there."""
+
+    name: str
+    doc: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    attributes: tuple[Attribute, ...]
+
+
+_X = Tensor("x", (FLOAT,), ("...", "N"), "Activations; every leading axis counts tokens.")
+_Y = Tensor("y", (FLOAT,), ("...", "M"), "Outputs of all linears that share x, side by side.")
+_LOW = Tensor("low", (FLOAT,), ("...", "r"), "x · B[:, :rank]; columns from rank on are 0.")
+_BRANCH = (
+    Tensor("basis", ("float16",), ("N", "r"), "B: orthonormal columns, most important first."),
+    Tensor("coef", ("float16",), ("r", "M"), "C = Bᵀ Ŵ: coefficients of the weights in that basis."),
+    Tensor("rank", ("int64",), ("1",), "How many columns of B to use; beyond r means all."),
+)
+_WEIGHTS = (
+    Tensor("qweight", ("int8",), ("P", "Q", "64"), "INT4 weights as packing.py lays them out."),
+    Tensor("scales", ("float16",), ("G", "M"), "A scale per weight group and output."),
+    Tensor("row_sums", ("int16", "int32"), ("S", "M"), "Σ q over each segment: the zero-point's share."),
+    Tensor("bias", ("float",), ("M",), "Added to y; zeros where there is none."),
+)
+_GROUPS = (
+    Attribute("group_size", 0, "Features per weight scale; 0: one scale per output."),
+    Attribute("act_bits", 16, "Bits of the activations, 2 to 8; 16: they are not quantised."),
+    Attribute("act_group", 0, "Features per activation scale; 0: one scale per token."),
+)
+_SUBTRACT = Attribute("subtract", 0, "1: x loses its part in the span of B before it is quantised.")
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("SpectralBranch", "low = x · B[:, :rank]; y = low · C.", (_X, *_BRANCH), (_Y, _LOW), ()),
+        Op("Int4ResidualMatMul", "y = Qa(x) · Ŵ + bias.", (_X, *_WEIGHTS), (_Y,), _GROUPS),
+        Op(
+            "SpecQuantMatMul",
+            "low = x · B[:, :rank]; y = low · C + Qa(x − subtract · low · Bᵀ) · Ŵ + bias.",
+            (_X, *_BRANCH, *_WEIGHTS),
+            (_Y,),
+            (*_GROUPS, _SUBTRACT),
+        ),
+    )
+}

@@ -1,0 +1,1 @@
+"""From a model to an artifact folder: quantise and write ONNX. Needs the extra `export`."""

@@ -1,0 +1,58 @@
+"""Statistics of the inputs that linears see, gathered block by block: only one block's activations are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specquant.custom_ops.errors import SpecQuantError
+from specquant.exporter.families import Family
+
+_CHUNK_TOKENS = 4096  # tokens that go through a block at once
+
+
+@dataclass
+class InputStatistics:
+    """Of one stage's input X [T, N]: second moment XᵀX / T, largest magnitude and mean a channel, a sample of rows."""
+
+    moment: Tensor  # float32 [N, N]
+    largest: Tensor  # float32 [N]
+    mean: Tensor  # float32 [N]
+    sample: Tensor  # float32 [S, N]
+
+    @classmethod
+    def gather(cls, inputs: Iterable[Tensor], where: str, sample_rows: int = 2048) -> InputStatistics:
+        """Raises SpecQuantError naming `where` if the activations hold NaN or infinity."""
+        chunks = [x.reshape(-1, x.shape[-1]) for x in inputs]
+        tokens, n = sum(len(c) for c in chunks), chunks[0].shape[1]
+        moment = torch.zeros(n, n, device=chunks[0].device)
+        mean, largest = torch.zeros_like(moment[0]), torch.zeros_like(moment[0])
+        for c in chunks:
+            moment.addmm_(c.T, c)
+            mean += c.sum(0)
+            largest = torch.maximum(largest, c.abs().amax(0))
+        if not torch.isfinite(mean).all() or not torch.isfinite(moment.diagonal()).all():
+            raise SpecQuantError(
+                f"activations going into {where} hold NaN or infinity; the model or the calibration text is damaged"
+            )
+        step = max(1, tokens // sample_rows)
+        sample = torch.cat([c[::step] for c in chunks])[:sample_rows]
+        return cls(moment / tokens, largest, mean / tokens, sample)
+
+    def scaled(self, factors: Tensor) -> InputStatistics:
+        """The statistics of x̂ = x / factors."""
+        f = 1 / factors
+        return InputStatistics(self.moment * f * f[:, None], self.largest * f, self.mean * f, self.sample * f)
+
+
+def first_block_inputs(model: nn.Module, family: Family, tokens: Tensor) -> tuple[list[Tensor], Any]:
+    """Hidden states entering the first block, in chunks, and the rotary (cos, sin). tokens int64 [samples, length]."""
+    base = model.get_submodule(family.decoder)
+    per_chunk = max(1, _CHUNK_TOKENS // tokens.shape[1])
+    hidden = [base.get_submodule(family.embedding)(t).float() for t in tokens.split(per_chunk)]
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return hidden, base.get_submodule(family.rotary)(hidden[0], position_ids=positions)

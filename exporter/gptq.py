@@ -1,0 +1,75 @@
+"""Rounding a residual to INT4: scales by clipped MSE, then round-to-nearest or GPTQ (Frantar et al. 2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+QMIN, QMAX = -8, 7
+
+
+def mse_scales(weight: Tensor, group_size: int, importance: Tensor | None = None, steps: int = 24) -> Tensor:
+    """Scale per (group, output channel) that minimises the (weighted) squared rounding error over clip ratios.
+
+    weight [N, M]; importance [N] or None; result [G, M] in weight's dtype, exactly representable in float16, > 0.
+    """
+    n, m = weight.shape
+    groups = weight.view(n // group_size if group_size else 1, -1, m)
+    weighting = None if importance is None else importance.view(groups.shape[0], -1, 1)
+    top = groups.abs().amax(1)
+    best_scale = as_float16(top / QMAX)
+    best_error = torch.full_like(top, torch.inf)
+    for step in range(steps):
+        ratio = 1.05 - 0.6 * step / (steps - 1)
+        scale = as_float16(top * ratio / QMAX)
+        error = (groups - torch.clamp(torch.round(groups / scale[:, None]), QMIN, QMAX) * scale[:, None]).square_()
+        if weighting is not None:
+            error *= weighting
+        total = error.sum(1)
+        better = total < best_error
+        best_error = torch.where(better, total, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+    return best_scale
+
+
+def as_float16(scale: Tensor) -> Tensor:
+    """Round to what float16 stores, kept normal and positive so that dividing by it is always safe."""
+    return scale.clamp(6.2e-5, 65000).half().to(scale.dtype)
+
+
+def expand(scales: Tensor, n: int) -> Tensor:
+    """[G, M] -> [N, M]: each feature's scale."""
+    return scales.repeat_interleave(n // scales.shape[0], 0)
+
+
+def rtn(weight: Tensor, scales: Tensor) -> Tensor:
+    """Round to nearest: weight [N, M], scales [G, M] -> q int8 [N, M] in −8…7."""
+    return torch.clamp(torch.round(weight / expand(scales, weight.shape[0])), QMIN, QMAX).to(torch.int8)
+
+
+def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, damping: float = 0.01, block: int = 128) -> Tensor:
+    """Round feature by feature, spreading each rounding error over the features still to come.
+
+    Minimises ‖X(W − Ŵ)‖² with hessian = XᵀX [N, N] (any positive scale). Features are visited by falling diagonal
+    (act-order), while scales [G, M] belong to features in their own order, so that nothing is permuted at run time.
+    weight [N, M] -> q int8 [N, M] in −8…7. Raises torch.linalg.LinAlgError if the damped hessian is not definite.
+    """
+    n = len(weight)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    h = hessian[order][:, order].double()
+    h.diagonal().add_(damping * h.diagonal().mean().clamp(min=1e-30))
+    # Upper Cholesky factor of the inverse: row i holds how feature i's error moves to the features after it.
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).to(weight.dtype)
+    w, s = weight[order].clone(), expand(scales, n)[order]
+    q = torch.empty_like(w)
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        errors = torch.empty_like(w[start:stop])
+        for i in range(start, stop):
+            q[i] = torch.clamp(torch.round(w[i] / s[i]), QMIN, QMAX)
+            errors[i - start] = (w[i] - q[i] * s[i]) / upper[i, i]
+            w[i:stop] -= upper[i, i:stop, None] * errors[i - start]
+        w[stop:] -= upper[start:stop, stop:].T @ errors
+    out = torch.empty_like(q)
+    out[order] = q
+    return out.to(torch.int8)

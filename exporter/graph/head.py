@@ -1,0 +1,25 @@
+"""From token ids to the first hidden state, and from the last one to logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from specquant.exporter.graph.writer import GraphWriter
+
+
+def embed(graph: GraphWriter, input_ids: ir.Value, embedding: NDArray[np.float32]) -> tuple[ir.Value, ir.Value]:
+    """Rows of embedding [vocab, hidden] for input_ids: [batch, sequence, hidden], and the table for a tied head."""
+    table = graph.floats("model.embed_tokens.weight", embedding)
+    shape = ("batch", "sequence", embedding.shape[1])
+    return graph.op("Gather", [table, input_ids], "model.embed_tokens", shape, axis=0), table
+
+
+def lm_head(graph: GraphWriter, x: ir.Value, table: ir.Value, logits: ir.Value) -> None:
+    """Write logits [batch, sequence, vocab] = x · tableᵀ; x [batch, sequence, hidden], table [vocab, hidden].
+
+    FusedMatMul reads a tied table as it lies. MatMul would fold a transposed copy of it, and Gemm, being 2-D,
+    needs a Reshape that copies all logits.
+    """
+    graph.node("FusedMatMul", [x, table], [logits], "lm_head", "com.microsoft", transB=1)

@@ -1,0 +1,100 @@
+"""A decoder as one ONNX model (docs/formats.md, "Graph inputs and outputs")."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from specquant.custom_ops.functions import OPSET, function_protos
+from specquant.custom_ops.schema import DOMAIN, VERSION
+from specquant.exporter.decoder import Decoder, DecoderLayer, QuantLinear
+from specquant.exporter.graph.attention import AttentionInputs, attention, attention_inputs
+from specquant.exporter.graph.head import embed, lm_head
+from specquant.exporter.graph.linear import linear
+from specquant.exporter.graph.mlp import gated_mlp
+from specquant.exporter.graph.norm import rms_norm
+from specquant.exporter.graph.writer import FloatType, GraphWriter
+
+IR_VERSION = 11  # the first that knows opset 23
+I64 = ir.DataType.INT64
+KeyValue = tuple[ir.Value, ir.Value]
+
+
+def build_model(decoder: Decoder, float_type: FloatType, metadata: dict[str, str]) -> ir.Model:
+    """The graph of `decoder`, with floats of `float_type` and `metadata` as the model's metadata_props.
+
+    Weights are shared with the decoder, and packed or cast only when the model is written. Raises SpecQuantError
+    if groups do not fit a linear, or a weight does not fit float16.
+    """
+    config, graph = decoder.config, GraphWriter(float_type)
+    input_ids = ir.val("input_ids", I64, ("batch", "sequence"))
+    attention_mask = ir.val("attention_mask", I64, ("batch", "total_sequence"))
+    position_ids = ir.val("position_ids", I64, ("batch", "sequence"))
+    past = [_cache(decoder, graph, f"past_key_values.{i}", "past_sequence") for i in range(config.num_layers)]
+    present = [_cache(decoder, graph, f"present.{i}", "total_sequence") for i in range(config.num_layers)]
+    logits = ir.val("logits", graph.float_type, ("batch", "sequence", config.vocab_size))
+    rank = _rank(decoder, graph)
+
+    shared = attention_inputs(graph, attention_mask, position_ids, decoder.rope_cos, decoder.rope_sin)
+    x, table = embed(graph, input_ids, decoder.embedding)
+    for i, layer in enumerate(decoder.layers):
+        x = _block(graph, x, decoder, layer, f"model.layers.{i}", past[i], present[i], shared, rank)
+    x = rms_norm(graph, x, decoder.final_norm, config.rms_norm_eps, "model.norm")
+    if decoder.lm_head is not None:
+        table = graph.floats("lm_head.weight", decoder.lm_head)
+    lm_head(graph, x, table, logits)
+
+    inputs = [input_ids, attention_mask, position_ids, *(value for pair in past for value in pair)]
+    outputs = [logits, *(value for pair in present for value in pair)]
+    used = {node.op_type for node in graph.nodes if node.domain == DOMAIN}
+    opsets = {"": OPSET, "com.microsoft": 1} | ({DOMAIN: VERSION} if used else {})
+    return ir.Model(
+        ir.Graph(
+            inputs + ([rank] if rank else []),
+            outputs,
+            nodes=graph.nodes,
+            initializers=graph.initializers,
+            opset_imports=opsets,
+            name=config.family,
+        ),
+        ir_version=IR_VERSION,
+        producer_name="specquant",
+        functions=[ir.from_proto(function) for function in function_protos(used)],
+        metadata_props=metadata,
+    )
+
+
+def _cache(decoder: Decoder, graph: GraphWriter, name: str, length: str) -> KeyValue:
+    shape = ("batch", decoder.config.num_kv_heads, length, decoder.config.head_dim)
+    key, value = (ir.val(f"{name}.{part}", graph.float_type, shape) for part in ("key", "value"))
+    return key, value
+
+
+def _rank(decoder: Decoder, graph: GraphWriter) -> ir.Value | None:
+    """`rank` i64[1], by default the widest branch's, which leaves every branch whole; None without branches."""
+    linears = (entry for layer in decoder.layers for entry in layer.linears if isinstance(entry, QuantLinear))
+    ranks = [entry.basis.shape[1] for entry in linears if entry.basis is not None]
+    return graph.tensor("rank", np.array([max(ranks)], np.int64)) if ranks else None
+
+
+def _block(
+    graph: GraphWriter,
+    x: ir.Value,
+    decoder: Decoder,
+    layer: DecoderLayer,
+    name: str,
+    past: KeyValue,
+    present: KeyValue,
+    shared: AttentionInputs,
+    rank: ir.Value | None,
+) -> ir.Value:
+    """x + o(attention(qkv(norm(x)))), then x + mlp(norm(x)); x [batch, sequence, hidden]."""
+    config = decoder.config
+    shape = ("batch", "sequence", config.hidden_size)
+    h = rms_norm(graph, x, layer.input_norm, config.rms_norm_eps, f"{name}.input_layernorm")
+    qkv = linear(graph, h, layer.qkv, rank)
+    h = attention(graph, qkv, past, present, shared, config, f"{name}.self_attn")
+    x = graph.op("Add", [x, linear(graph, h, layer.o, rank)], f"{name}.attention_residual", shape)
+    h = rms_norm(graph, x, layer.post_attention_norm, config.rms_norm_eps, f"{name}.post_attention_layernorm")
+    h = gated_mlp(graph, h, layer.gate_up, layer.down, rank, f"{name}.mlp")
+    return graph.op("Add", [x, h], f"{name}.mlp_residual", shape)

@@ -1,0 +1,206 @@
+"""Quantising the linears that share one input: smoothing given, then basis, residual, scales and rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from specquant.custom_ops.errors import SpecQuantError
+from specquant.exporter import gptq
+from specquant.exporter.basis import dft_basis, klt_basis
+from specquant.exporter.budget import frequencies_per_channel, importance, truncate
+from specquant.exporter.calibrate import InputStatistics
+from specquant.exporter.decoder import FloatLinear, QuantLinear
+from specquant.exporter.families import weight_of
+from specquant.exporter.recipe import Recipe
+from specquant.exporter.simulate import SimLinear, fake_quantize, sim_linears
+
+
+@dataclass
+class StageWeights:
+    """matrix float32 [N, M] (in × out), the parts concatenated along M; bias float32 [M] or None."""
+
+    parts: dict[str, int]
+    matrix: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, layer: nn.Module, paths: Iterable[str]) -> StageWeights:
+        weights = {path: weight_of(layer, path) for path in paths}
+        biases = {path: getattr(layer.get_submodule(path), "bias", None) for path in weights}
+        bias = None
+        if any(b is not None for b in biases.values()):
+            bias = torch.cat(
+                [w.new_zeros(len(w)) if (b := biases[p]) is None else b.float() for p, w in weights.items()]
+            )
+        matrix = torch.cat(list(weights.values())).T.contiguous()
+        return cls({path: len(w) for path, w in weights.items()}, matrix, bias)
+
+    def scaled(self, factors: Tensor) -> StageWeights:
+        """Ŵ = diag(λ) W."""
+        return StageWeights(self.parts, self.matrix * factors[:, None], self.bias)
+
+    def columns(self, part: str) -> slice:
+        start = 0
+        for name, size in self.parts.items():
+            if name == part:
+                return slice(start, start + size)
+            start += size
+        raise KeyError(part)
+
+
+@dataclass
+class FloatStage:
+    """Linears that stay in floating point."""
+
+    name: str
+    weights: StageWeights
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return self.weights.parts
+
+    def scale_outputs(self, part: str, factors: Tensor) -> None:
+        columns = self.weights.columns(part)
+        self.weights.matrix[:, columns] *= factors
+        if self.weights.bias is not None:
+            self.weights.bias[columns] *= factors
+
+    def to_linear(self) -> FloatLinear:
+        w = self.weights
+        return FloatLinear(self.name, w.parts, w.matrix.cpu().numpy(), None if w.bias is None else w.bias.cpu().numpy())
+
+
+def features(x: Tensor, basis: Tensor | None, recipe: Recipe) -> Tensor:
+    """Z = [Q(u), low]: x̂ [T, N] -> [T, N + r]."""
+    if basis is None:
+        return fake_quantize(x, recipe.a_bits, recipe.act_group)
+    low = x @ basis
+    u = x - low @ basis.T if recipe.subtract else x
+    return torch.cat([fake_quantize(u, recipe.a_bits, recipe.act_group), low], 1)
+
+
+@dataclass
+class QuantStage:
+    """A quantised stage; every tensor already holds a value that its storage type can (float16 scales and branch)."""
+
+    name: str
+    weights: StageWeights  # smoothed; `matrix` is dropped once the stage is built
+    q: Tensor  # int8 [N, M]
+    scales: Tensor  # [G, M]
+    basis: Tensor | None  # [N, r]
+    coef: Tensor | None  # [r, M]
+    recipe: Recipe
+    error: float
+    alpha: float | None = None
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return self.weights.parts
+
+    @classmethod
+    def build(
+        cls,
+        name: str,
+        weights: StageWeights,
+        stats: InputStatistics,
+        recipe: Recipe,
+        quick: bool = False,
+    ) -> QuantStage:
+        """Weights and statistics are those of x̂ and Ŵ. quick: round to nearest in fewer steps, for a search that only
+        compares errors."""
+        w = weights.matrix
+        basis, coef = _branch(weights, stats, recipe, quick)
+        residual, moment = w, stats.moment
+        if basis is not None and coef is not None:
+            residual = w - basis @ coef
+            if recipe.subtract:
+                moment = _without(basis, moment)
+        importance = moment.diagonal().clamp(min=0)
+        scales = gptq.mse_scales(residual, recipe.group_size, importance, steps=6 if quick else 24)
+        if quick or recipe.rounding == "rtn":
+            q = gptq.rtn(residual, scales)
+        else:
+            try:
+                q = gptq.gptq(residual, moment, scales, recipe.damping)
+            except torch.linalg.LinAlgError:
+                raise SpecQuantError(
+                    f"{name}: the Hessian is not positive definite; use more calibration samples or --damping 0.05"
+                ) from None
+        stage = cls(name, weights, q, scales, basis, coef, recipe, error=0.0)
+        stage.error = stage._output_error(stats.sample)
+        return stage
+
+    def _output_error(self, x: Tensor) -> float:
+        """‖y − ŷ‖² / ‖y‖² over a sample of inputs x̂ [S, N]."""
+        exact = x @ self.weights.matrix
+        z = features(x, self.basis, self.recipe)
+        residual = self.q * gptq.expand(self.scales, len(self.q))
+        y = z @ (residual if self.coef is None else torch.cat([residual, self.coef]))
+        return float((exact - y).square().sum() / exact.square().sum().clamp(min=1e-30))
+
+    def scale_outputs(self, part: str, factors: Tensor) -> None:
+        """Multiply a part's output channels [M_part]: exact for the integers, one rounding for the float16 values."""
+        columns = self.weights.columns(part)
+        self.scales[:, columns] = gptq.as_float16(self.scales[:, columns] * factors)
+        if self.coef is not None:
+            self.coef[:, columns] = _float16(self.coef[:, columns] * factors, f"{self.name} coefficients")
+        if self.weights.bias is not None:
+            self.weights.bias[columns] *= factors
+
+    def modules(self) -> dict[str, SimLinear]:
+        """The simulation of every part."""
+        return {k: m.to(self.q.device) for k, m in sim_linears(self.to_linear()).items()}
+
+    def to_linear(self) -> QuantLinear:
+        r, w = self.recipe, self.weights
+        return QuantLinear(
+            name=self.name,
+            parts=w.parts,
+            q=self.q.cpu().numpy(),
+            scales=self.scales.half().cpu().numpy(),
+            group_size=r.group_size,
+            act_bits=r.a_bits,
+            act_group=r.act_group if r.a_bits != 16 else 0,
+            basis=None if self.basis is None else self.basis.half().cpu().numpy(),
+            coef=None if self.coef is None else self.coef.half().cpu().numpy(),
+            subtract=r.subtract and self.basis is not None,
+            bias=None if w.bias is None else w.bias.cpu().numpy(),
+            alpha=self.alpha,
+            error=self.error,
+        )
+
+
+def _branch(
+    weights: StageWeights, stats: InputStatistics, recipe: Recipe, quick: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Basis B [N, r] and coefficients C = BᵀŴ [r, M] (Eq. 13–16), both as float16 stores them."""
+    w = weights.matrix
+    if recipe.basis == "none":
+        return None, None
+    if recipe.basis == "klt":
+        basis = klt_basis(stats.moment, recipe.k, iterations=4 if quick else 12, seed=recipe.seed)
+        return (b := _float16(basis, "basis")), _float16(b.T @ w, "coefficients")
+    basis = _float16(dft_basis(len(w), recipe.k).to(w), "basis")
+    coef = basis.T @ w
+    if recipe.budget != "uniform":
+        score = importance(w, stats.mean, recipe.budget)
+        coef = truncate(coef, frequencies_per_channel(score, recipe.k, recipe.budget_alpha))
+    return basis, _float16(coef, "coefficients")
+
+
+def _without(basis: Tensor, moment: Tensor) -> Tensor:
+    """(I − BBᵀ) H (I − BBᵀ), the second moment of x̂ − x̂BBᵀ, by products of rank r."""
+    product = moment @ basis
+    side = product @ basis.T
+    return moment - side - side.T + basis @ (basis.T @ product) @ basis.T
+
+
+def _float16(t: Tensor, what: str) -> Tensor:
+    out = t.half().to(t.dtype)
+    if not torch.isfinite(out).all():
+        raise SpecQuantError(f"{what} of a spectral branch exceed float16; the weights are not those of a sane model")
+    return out

@@ -1,0 +1,206 @@
+"""A recipe: everything that decides how a model is quantised. Frozen, named presets, YAML in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from specquant.custom_ops.errors import SpecQuantError
+
+METRICS = ("act", "entropy", "abs_mean", "abs_max", "l2", "uniform")
+STAGES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+OVERRIDABLE = ("w_bits", "a_bits", "basis", "k", "subtract", "group_size", "act_group", "smooth")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "w_bits": (4, 16),
+    "a_bits": (*range(2, 9), 16),
+    "kv_bits": (16,),
+    "basis": ("none", "dft", "klt"),
+    "budget": METRICS,
+    "rounding": ("rtn", "gptq"),
+    "float_type": ("float32", "float16"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every linear of the decoder is quantised; symbols as in the method (docs/method.md).
+
+    k counts frequencies for `dft` (rank r = 2k − 1) and eigenvectors for `klt` (r = k). group_size and act_group
+    are in input features; 0 means one scale per output channel, per token. `overrides` maps a stage
+    (qkv_proj, o_proj, gate_up_proj, down_proj) to the fields that differ there.
+    """
+
+    name: str = "klt"
+    w_bits: int = 4
+    a_bits: int = 4
+    kv_bits: int = 16
+    basis: str = "klt"
+    k: int = 32
+    subtract: bool = True  # s of the method: the activation's own low-rank part is removed before it is quantised
+    group_size: int = 64
+    act_group: int = 64
+    smooth: bool = True
+    smooth_grid: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    budget: str = "uniform"  # metric of Eq. 12 / Table 5 that spreads the k frequencies over output channels
+    budget_alpha: float = 1.0  # temperature of its softmax
+    rounding: str = "gptq"
+    damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
+    samples: int = 128
+    sequence_length: int = 512  # tokens a calibration sample
+    seed: int = 0
+    float_type: str = "float32"
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            _check_choice(name, getattr(self, name), allowed)
+        for stage, changes in self.overrides.items():
+            if stage not in STAGES:
+                raise SpecQuantError(f"recipe: no stage '{stage}' to override; the stages are {', '.join(STAGES)}")
+            for name, value in changes.items():
+                if name not in OVERRIDABLE:
+                    raise SpecQuantError(
+                        f"recipe: '{name}' cannot differ by stage; these can: {', '.join(OVERRIDABLE)}"
+                    )
+                if name in _CHOICES:
+                    _check_choice(f"{stage}.{name}", value, _CHOICES[name])
+        for name in ("k", "group_size", "act_group", "samples", "sequence_length"):
+            if getattr(self, name) < (0 if name in ("group_size", "act_group") else 1):
+                raise SpecQuantError(f"recipe: {name} must be positive, not {getattr(self, name)}")
+        if self.sequence_length < 16:
+            raise SpecQuantError(f"recipe: sequence_length {self.sequence_length} is too short; use 16 or more")
+        if not 0 < self.damping <= 1:
+            raise SpecQuantError(f"recipe: damping {self.damping} is not in (0, 1]; 0.01 is usual")
+        if not self.smooth_grid or not all(0 <= a <= 1 for a in self.smooth_grid):
+            raise SpecQuantError("recipe: smooth_grid must hold exponents between 0 and 1")
+        for stage in STAGES:
+            self._check_combination(self.at(stage), stage)
+
+    @staticmethod
+    def _check_combination(stage: Recipe, name: str) -> None:
+        if stage.w_bits == 16 and stage.a_bits != 16:
+            raise SpecQuantError(
+                f"recipe: {name} has 16-bit weights and {stage.a_bits}-bit activations; "
+                "quantised activations need --w-bits 4 (or use --a-bits 16)"
+            )
+        if stage.subtract and stage.basis == "none":
+            raise SpecQuantError("recipe: subtract needs a basis; use --basis klt or dft, or --no-subtract")
+        sizes = sorted(s for s in (stage.group_size, stage.act_group) if s)
+        for size in sizes:
+            if size % 8:
+                raise SpecQuantError(f"recipe: group size {size} is not a multiple of 8; nearest: {round_to_8(size)}")
+        if len(sizes) == 2 and sizes[1] % sizes[0]:
+            raise SpecQuantError(
+                f"recipe: group_size {stage.group_size} and act_group {stage.act_group} do not nest; "
+                f"make them equal, e.g. both {sizes[0]}"
+            )
+
+    def at(self, stage: str) -> Recipe:
+        """The recipe of one stage, its overrides applied (and no overrides left)."""
+        changes = self.overrides.get(stage, {})
+        if not changes and not self.overrides:
+            return self
+        plain = object.__new__(Recipe)
+        for f in fields(Recipe):
+            object.__setattr__(plain, f.name, changes.get(f.name, getattr(self, f.name)))
+        object.__setattr__(plain, "overrides", {})
+        return plain
+
+    def rank(self, stage: str) -> int:
+        """Columns r of the stage's basis: 0 without a branch."""
+        r = self.at(stage)
+        return {"none": 0, "dft": 2 * r.k - 1, "klt": r.k}[r.basis] if r.w_bits != 16 else 0
+
+    def check_shapes(self, in_features: dict[str, int]) -> None:
+        """Compare with a model's sizes (stage -> N). Raises SpecQuantError naming the nearest valid value."""
+        for stage, n in in_features.items():
+            r = self.at(stage)
+            if r.w_bits == 16:
+                continue
+            for name in ("group_size", "act_group"):
+                size = getattr(r, name)
+                if size and n % size:
+                    valid = [d for d in range(8, n + 1, 8) if n % d == 0]
+                    hint = f"nearest: {min(valid, key=lambda d: abs(d - size))}" if valid else "use 0 (no groups)"
+                    raise SpecQuantError(
+                        f"recipe: {name} {size} does not divide the {n} input features of {stage}; {hint}"
+                    )
+            most = {"none": r.k, "dft": (n + 1) // 2, "klt": n}[r.basis]
+            if r.k > most:
+                raise SpecQuantError(
+                    f"recipe: k = {r.k} is too large for basis {r.basis} of {stage} with {n} input features; "
+                    f"nearest: {most}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        out = asdict(self)
+        out["smooth_grid"] = list(self.smooth_grid)
+        return out
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "recipe") -> Recipe:
+        """Raises SpecQuantError on an unknown key or a value of the wrong type."""
+        if not isinstance(values, dict):
+            raise SpecQuantError(f"{where}: expected a mapping of recipe fields")
+        values = dict(values)
+        base = preset(values.pop("preset")) if "preset" in values else cls()
+        known = {f.name: getattr(base, f.name) for f in fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                raise SpecQuantError(f"{where}: unknown field '{name}'; known: {', '.join(known)}")
+            if name == "smooth_grid" and isinstance(value, (list, tuple)):
+                values[name] = tuple(float(v) for v in value)
+            elif isinstance(known[name], float) and type(value) is int:
+                values[name] = float(value)
+            elif type(value) is not type(known[name]):
+                raise SpecQuantError(f"{where}: {name} must be of type {type(known[name]).__name__}, not {value!r}")
+        return replace(base, **values)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Recipe:
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            raise SpecQuantError(f"recipe {path}: cannot be read: {str(e).splitlines()[0]}") from None
+        return cls.from_dict(values, f"recipe {path}")
+
+
+def round_to_8(size: int) -> int:
+    return max(8, (size + 4) // 8 * 8)
+
+
+def _check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    allowed = tuple(allowed)
+    if value in allowed and type(value) is type(allowed[0]):
+        return
+    if isinstance(value, int) and isinstance(allowed[0], int):
+        near = min(allowed, key=lambda a: abs(a - value))
+        raise SpecQuantError(f"recipe: {name} = {value} is not available; nearest: {near}")
+    raise SpecQuantError(f"recipe: {name} = {value!r} is not one of {', '.join(map(str, allowed))}")
+
+
+PRESETS: dict[str, Recipe] = {
+    # Ours, and the default because it is the most accurate: data-driven basis, removed from the activation.
+    "klt": Recipe(),
+    # The paper's: Fourier basis, 16 frequencies, one scale per output channel and per token.
+    "paper": Recipe(name="paper", basis="dft", k=16, subtract=False, group_size=0, act_group=0, budget="act"),
+}
+
+
+def preset(name: str) -> Recipe:
+    """Raises SpecQuantError for an unknown name."""
+    if name not in PRESETS:
+        raise SpecQuantError(f"recipe: no preset '{name}'; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def float_recipe(float_type: str = "float32") -> Recipe:
+    """Nothing quantised: the same graph builder on the model's own weights."""
+    return Recipe(name="float", w_bits=16, a_bits=16, basis="none", subtract=False, smooth=False, float_type=float_type)

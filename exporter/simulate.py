@@ -1,0 +1,110 @@
+"""The quantised model in PyTorch: what an artifact computes, for calibration and to check the runtime against."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from specquant.exporter.decoder import Decoder, FloatLinear, Linear
+from specquant.exporter.families import Family
+from specquant.exporter.gptq import expand
+
+
+def fake_quantize(u: Tensor, bits: int, group: int) -> Tensor:
+    """Quantise and dequantise per token and group of features (Eq. 1; docs/ops.md): float32 [..., N] -> the same."""
+    if bits == 16:
+        return u
+    qmax = float(2**bits - 1)
+    g = u.unflatten(-1, (-1, group)) if group else u.unsqueeze(-2)
+    lo, hi = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
+    span = hi - lo
+    dead = span < 1e-30
+    inverse = torch.where(dead, torch.zeros_like(span), qmax / span)
+    scale = torch.where(dead, torch.zeros_like(span), span / qmax)
+    zero = torch.round(-lo * inverse)
+    q = (torch.round(g * inverse) + zero).clamp(0, qmax)
+    return ((q - zero) * scale).view(u.shape)
+
+
+class SimInput(nn.Module):
+    """The part of an op call that depends on x alone, shared by its linears: x̂B and the quantised residual."""
+
+    basis: Tensor | None
+
+    def __init__(self, basis: Tensor | None, subtract: bool, act_bits: int, act_group: int) -> None:
+        super().__init__()
+        self.register_buffer("basis", basis)
+        self.subtract, self.act_bits, self.act_group = subtract, act_bits, act_group
+        self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """x float32 [..., N] -> low [..., r] (None without a branch), quantised u [..., N]."""
+        if self._last is None or self._last[0] is not x:  # q/k/v see the same tensor one after the other
+            low, u = None, x
+            if self.basis is not None:
+                low = x @ self.basis
+                if self.subtract:
+                    u = x - low @ self.basis.T
+            self._last = (x, low, fake_quantize(u, self.act_bits, self.act_group))
+        return self._last[1:]
+
+
+class SimLinear(nn.Module):
+    """y = low · C + u · Ŵ + bias, with Ŵ the dequantised residual [N, M]."""
+
+    weight: Tensor
+    coef: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, shared: SimInput, weight: Tensor, coef: Tensor | None, bias: Tensor | None) -> None:
+        super().__init__()
+        self.shared = shared
+        self.register_buffer("weight", weight)
+        self.register_buffer("coef", coef)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, u = self.shared(x)
+        y = u @ self.weight
+        if low is not None and self.coef is not None:
+            y += low @ self.coef
+        return y if self.bias is None else y + self.bias
+
+
+def sim_linears(linear: Linear) -> dict[str, SimLinear]:
+    """One module a part of `linear`, all sharing one SimInput."""
+    m = list(linear.parts.values())
+    bias = [None] * len(m) if linear.bias is None else list(_tensor(linear.bias).split(m))
+    if isinstance(linear, FloatLinear):
+        shared = SimInput(None, False, 16, 0)
+        weights, coefs = _tensor(linear.weight).split(m, 1), [None] * len(m)
+    else:
+        basis = None if linear.basis is None else _tensor(linear.basis)
+        shared = SimInput(basis, linear.subtract, linear.act_bits, linear.act_group)
+        weights = (_tensor(linear.q) * expand(_tensor(linear.scales), linear.q.shape[0])).split(m, 1)
+        coefs = [None] * len(m) if linear.coef is None else list(_tensor(linear.coef).split(m, 1))
+    return {
+        name: SimLinear(shared, w.contiguous(), c, b)
+        for name, w, c, b in zip(linear.parts, weights, coefs, bias, strict=True)
+    }
+
+
+def simulate(model: nn.Module, family: Family, decoder: Decoder) -> nn.Module:
+    """Put a decoder's numbers into a transformers model of the same architecture (changed in place and returned)."""
+    base = model.get_submodule(family.decoder)
+    base.get_submodule(family.embedding).weight.data = _tensor(decoder.embedding)
+    base.get_submodule(family.final_norm).weight.data = _tensor(decoder.final_norm)
+    head = decoder.embedding if decoder.lm_head is None else decoder.lm_head
+    model.get_submodule(family.lm_head).weight.data = _tensor(head)
+    for layer, numbers in zip(base.get_submodule(family.layers).children(), decoder.layers, strict=True):
+        layer.get_submodule(family.input_norm).weight.data = _tensor(numbers.input_norm)
+        layer.get_submodule(family.mlp_norm).weight.data = _tensor(numbers.post_attention_norm)
+        for linear in numbers.linears:
+            for name, module in sim_linears(linear).items():
+                layer.set_submodule(name, module)
+    return model.eval()
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).float()

@@ -1,0 +1,94 @@
+"""From an artifact folder to a model that runs: which backend, with which files, threads and rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specquant.custom_ops.errors import SpecQuantError
+from specquant.runtime.artifact import Manifest, ReadBytes, open_artifact
+from specquant.runtime.stats import physical_cores
+
+if TYPE_CHECKING:
+    from specquant.runtime.generate import Model
+
+DEVICES = ("cpu",)
+
+
+class Sequences(Protocol):
+    """A batch of token sequences and their KV cache, on the device. Row numbers stay 0 … rows − 1."""
+
+    def prefill(self, row: int, ids: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+        """Append `ids` [T] to one row; yields its logits in order, blocks [t, vocab] valid until the next."""
+
+    def decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append one token to each row, ids [rows]; logits [rows, vocab], valid until the next call."""
+
+    def drop(self, row: int) -> None:
+        """Forget a finished row; the last one takes its number."""
+
+
+class Backend(Protocol):
+    """One loaded graph on one device. A new device implements this and Sequences; nothing else changes."""
+
+    def sequences(self, rows: int) -> Sequences:
+        """An empty batch; the caller keeps every row within the context."""
+
+
+def load(
+    folder: str | Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    rank: int | None = None,
+    custom_ops: bool = True,
+    verify: bool = False,
+    context: int | None = None,
+    progress: ReadBytes | None = None,
+) -> Model:
+    """A model ready to generate, from the folder that `specquant export` wrote.
+
+    threads: default, the physical cores that this process may use. rank: how many columns of each spectral branch
+    are used, default all. custom_ops=False runs the functions of standard operators that travel in the file instead
+    of our kernels: slower, the same result. verify: also check the sha256 of every file (`progress` is told the
+    bytes). context: a shorter context than the model's, in tokens.
+    Raises SpecQuantError for a folder that is no whole artifact and for options that do not fit it.
+    """
+    from specquant.runtime.generate import Model
+
+    folder = Path(folder)
+    if device not in DEVICES:
+        raise SpecQuantError(f"device {device!r} is not supported: this version runs on {', '.join(DEVICES)}")
+    if threads is not None and threads < 1:
+        raise SpecQuantError(f"threads = {threads} is out of range: it must be 1 or more")
+    manifest = open_artifact(folder, verify, progress)
+    context = _context(manifest, context)
+    _check_rank(manifest, rank)
+
+    from specquant.runtime.onnx_cpu import OnnxCpu
+
+    backend = OnnxCpu(
+        folder, manifest.model, threads or physical_cores(), custom_ops=custom_ops, rank=rank, context=context
+    )
+    return Model(folder, manifest, backend, context)
+
+
+def _context(manifest: Manifest, context: int | None) -> int:
+    limit = manifest.model.context_length
+    if context is None:
+        return limit
+    if not 1 <= context <= limit:
+        raise SpecQuantError(f"context = {context} is out of range: this model takes 1 to {limit} tokens")
+    return context
+
+
+def _check_rank(manifest: Manifest, rank: int | None) -> None:
+    if rank is None:
+        return
+    if manifest.max_rank == 0:
+        raise SpecQuantError(f"rank = {rank} cannot be set: {manifest.name} has no spectral branch")
+    if not 0 <= rank <= manifest.max_rank:
+        raise SpecQuantError(f"rank = {rank} is out of range: this model's branches have 0 to {manifest.max_rank}")

@@ -1,0 +1,72 @@
+"""Random weights for an op of domain `specquant`, and a model that holds that one op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from specquant.custom_ops import reference
+from specquant.custom_ops.functions import OPSET, function_protos
+from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
+from specquant.custom_ops.schema import DOMAIN, OPS, VERSION
+
+Arrays = dict[str, NDArray[Any]]
+REFERENCE: dict[str, Callable[..., Any]] = {
+    "SpectralBranch": reference.spectral_branch,
+    "Int4ResidualMatMul": reference.int4_residual_matmul,
+    "SpecQuantMatMul": reference.specquant_matmul,
+}
+
+
+def random_weights(
+    rng: np.random.Generator, op: str, n: int, m: int, rank: int, group_size: int = 0, act_group: int = 0
+) -> Arrays:
+    """Every input of `op` but x, in order: weights of n in-features and m out-features, a branch of `rank`.
+
+    With `random_input`, low and x − low · Bᵀ are exact in float32, so no order of summation moves a level.
+    """
+    q = rng.integers(-8, 8, (n, m), dtype=np.int8)
+    arrays = {
+        "basis": rng.choice([-0.25, 0, 0.25], (n, rank)).astype(np.float16),
+        "coef": rng.standard_normal((rank, m)).astype(np.float16),
+        "rank": np.array([rank], np.int64),
+        "qweight": pack_int4(q),
+        "scales": rng.uniform(0.05, 0.3, (n // (group_size or n), m)).astype(np.float16),
+        "row_sums": row_sums(q, segment_length(n, group_size, act_group)),
+        "bias": rng.standard_normal(m).astype(np.float32),
+    }
+    return {tensor.name: arrays[tensor.name] for tensor in OPS[op].inputs if tensor.name != "x"}
+
+
+def random_input(rng: np.random.Generator, shape: tuple[int, ...], float_type: Any = np.float32) -> NDArray[Any]:
+    """Multiples of 1/8 in −4…4."""
+    return (rng.integers(-32, 33, shape) / 8).astype(float_type)
+
+
+def op_model(op: str, n: int, weights: Arrays, float_type: Any, attributes: dict[str, int]) -> onnx.ModelProto:
+    """x [a, b, n] → the outputs of one `op` node with its function; `rank` is an overridable initialiser."""
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(float_type))
+    sizes: dict[str, int] = {}
+    for tensor in OPS[op].inputs[1:]:
+        sizes |= dict(zip(tensor.shape, weights[tensor.name].shape, strict=True))
+    inputs = [helper.make_tensor_value_info("x", kind, ["a", "b", n])]
+    if "rank" in weights:
+        inputs.append(helper.make_tensor_value_info("rank", TensorProto.INT64, [1]))
+    outputs = [
+        helper.make_tensor_value_info(tensor.name, kind, ["a", "b", sizes[tensor.shape[-1]]])
+        for tensor in OPS[op].outputs
+    ]
+    names = [tensor.name for tensor in OPS[op].inputs], [tensor.name for tensor in OPS[op].outputs]
+    node = helper.make_node(op, *names, domain=DOMAIN, **attributes)
+    initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    return helper.make_model(
+        helper.make_graph([node], "one_op", inputs, outputs, initializers),
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
+        functions=function_protos({op}),
+        ir_version=11,
+    )
