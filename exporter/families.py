@@ -24,6 +24,11 @@ class Stage:
     fold: Literal["norm", "heads", "rows"]
     fold_into: str
 
+    @property
+    def path(self) -> str:
+        """Where a person looks for it in the block: `self_attn.qkv_proj`."""
+        return f"{self.linears[0].rsplit('.', 1)[0]}.{self.name}"
+
 
 @dataclass(frozen=True)
 class Family:

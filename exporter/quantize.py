@@ -56,7 +56,7 @@ def quantize(
                 stages[stage.name] = _quantize_stage(layer, stage, inputs, recipe, config, stages, where)
         else:
             for stage in family.stages:
-                stages[stage.name] = FloatStage(f"{where}.{stage.name}", _weights(layer, stage))
+                stages[stage.name] = FloatStage(f"{where}.{stage.path}", _weights(layer, stage))
         done.append(_finish_layer(layer, family, stages))
         layer.to("meta")  # its numbers live on in `done`: memory stays at one model
     if progress:
@@ -92,7 +92,7 @@ def _quantize_stage(
     """Quantise one stage, fold its smoothing factor away, and put the simulation into the block."""
     at = recipe.at(stage.name)
     weights = _weights(layer, stage)
-    name = f"{where}.{stage.name}"
+    name = f"{where}.{stage.path}"
     if at.w_bits == 16:
         return FloatStage(name, weights)
     stats = InputStatistics.gather(inputs, name)

@@ -2,7 +2,7 @@
 
     python tools/make_calibration_text.py sample --out exporter/calibration.txt      (a GPU: a minute)
 
-Sampled at temperature 1 from the start of many subjects, half as plain prose and a quarter each as an encyclopaedia
+Sampled (temperature 0.8, top-p 0.95) from the start of many subjects, half as plain prose and a quarter each as an encyclopaedia
 entry and as a conversation. A model's own text calibrates it about as well as a corpus does (docs/results.md).
 """
 
@@ -60,7 +60,7 @@ def main() -> None:
     prompts, texts = starts(tokenizer), []
     for i in range(0, len(prompts), 128):
         batch = tokenizer(prompts[i : i + 128], return_tensors="pt", padding=True, add_special_tokens=False).to(device)
-        out = model.generate(**batch, max_new_tokens=args.tokens, do_sample=True, temperature=1.0, top_k=0)
+        out = model.generate(**batch, max_new_tokens=args.tokens, do_sample=True, temperature=0.8, top_p=0.95, top_k=0)
         new = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         plain = [p if "<|" not in p else "" for p in prompts[i : i + 128]]
         texts += [(p + n).strip() for p, n in zip(plain, new, strict=True)]
