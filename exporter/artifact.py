@@ -133,6 +133,13 @@ def _write_configs(work: Path, model: Any) -> None:
     )
     if model.generation_config is not None:
         model.generation_config.save_pretrained(work)
+    # transformers 5 writes a class name that only it knows; every version knows this one.
+    path = work / "tokenizer_config.json"
+    tokenizer_config = json.loads(path.read_text(encoding="utf-8"))
+    if tokenizer_config.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        tokenizer_config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        path.write_text(json.dumps(tokenizer_config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def manifest_of(decoder: Decoder, source: Source, model: Any, calibration: dict[str, Any] | None) -> dict[str, Any]:
@@ -228,8 +235,7 @@ def tensor_bytes(decoder: Decoder) -> dict[str, int]:
     out["embedding"] = decoder.embedding.size * wide
     if decoder.lm_head is not None:
         out["lm_head"] = decoder.lm_head.size * wide
-    norms = sum(layer.input_norm.size + layer.post_attention_norm.size for layer in decoder.layers)
-    out["norms"] = (norms + decoder.final_norm.size) * wide
+    out["norms"] = (_norm_weights(decoder) + decoder.final_norm.size) * wide
     out["rotary"] = (decoder.rope_cos.size + decoder.rope_sin.size) * wide
     return out
 
@@ -238,8 +244,12 @@ def parameter_count(decoder: Decoder) -> int:
     """Weights of the model itself; a tied head counts once."""
     total = decoder.embedding.size + decoder.final_norm.size + (0 if decoder.lm_head is None else decoder.lm_head.size)
     for layer in decoder.layers:
-        total += layer.input_norm.size + layer.post_attention_norm.size + sum(n_weights(x) for x in layer.linears)
-    return int(total)
+        total += sum(n_weights(x) for x in layer.linears)
+    return int(total + _norm_weights(decoder))
+
+
+def _norm_weights(decoder: Decoder) -> int:
+    return sum(norm.size for layer in decoder.layers for norm in layer.norms.values())
 
 
 def check_space(target: Path, decoder: Decoder) -> None:

@@ -52,14 +52,11 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, damping: float = 0.01,
 
     Minimises ‖X(W − Ŵ)‖² with hessian = XᵀX [N, N] (any positive scale). Features are visited by falling diagonal
     (act-order), while scales [G, M] belong to features in their own order, so that nothing is permuted at run time.
-    weight [N, M] -> q int8 [N, M] in −8…7. Raises torch.linalg.LinAlgError if the damped hessian is not definite.
+    weight [N, M] -> q int8 [N, M] in −8…7.
     """
     n = len(weight)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    h = hessian[order][:, order].double()
-    h.diagonal().add_(damping * h.diagonal().mean().clamp(min=1e-30))
-    # Upper Cholesky factor of the inverse: row i holds how feature i's error moves to the features after it.
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).to(weight.dtype)
+    upper = _error_spread(hessian[order][:, order].double(), damping).to(weight.dtype)
     w, s = weight[order].clone(), expand(scales, n)[order]
     q = torch.empty_like(w)
     for start in range(0, n, block):
@@ -73,3 +70,17 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, damping: float = 0.01,
     out = torch.empty_like(q)
     out[order] = q
     return out.to(torch.int8)
+
+
+def _error_spread(hessian: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the damped inverse: row i holds how feature i's error moves to the features after it.
+
+    A hessian summed in float32 may miss being positive definite by more than the damping: then ten times as much.
+    """
+    mean = hessian.diagonal().mean().clamp(min=1e-30)
+    while True:
+        damped = hessian + damping * mean * torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+        damping *= 10

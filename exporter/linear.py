@@ -43,14 +43,6 @@ class StageWeights:
         """Ŵ = diag(λ) W."""
         return StageWeights(self.parts, self.matrix * factors[:, None], self.bias)
 
-    def columns(self, part: str) -> slice:
-        start = 0
-        for name, size in self.parts.items():
-            if name == part:
-                return slice(start, start + size)
-            start += size
-        raise KeyError(part)
-
 
 @dataclass
 class FloatStage:
@@ -63,11 +55,11 @@ class FloatStage:
     def parts(self) -> dict[str, int]:
         return self.weights.parts
 
-    def scale_outputs(self, part: str, factors: Tensor) -> None:
-        columns = self.weights.columns(part)
-        self.weights.matrix[:, columns] *= factors
+    def scale_last_outputs(self, factors: Tensor) -> None:
+        """Multiply the last output channels, one for each of `factors`, and their biases."""
+        self.weights.matrix[:, -len(factors) :] *= factors
         if self.weights.bias is not None:
-            self.weights.bias[columns] *= factors
+            self.weights.bias[-len(factors) :] *= factors
 
     def to_linear(self) -> FloatLinear:
         w = self.weights
@@ -124,12 +116,7 @@ class QuantStage:
         if quick or recipe.rounding == "rtn":
             q = gptq.rtn(residual, scales)
         else:
-            try:
-                q = gptq.gptq(residual, moment, scales, recipe.damping)
-            except torch.linalg.LinAlgError:
-                raise SpecQuantError(
-                    f"{name}: the Hessian is not positive definite; use more calibration samples or --damping 0.05"
-                ) from None
+            q = gptq.gptq(residual, moment, scales, recipe.damping)
         stage = cls(name, weights, q, scales, basis, coef, recipe, error=0.0)
         stage.error = stage._output_error(stats.sample)
         return stage
@@ -142,9 +129,9 @@ class QuantStage:
         y = z @ (residual if self.coef is None else torch.cat([residual, self.coef]))
         return float((exact - y).square().sum() / exact.square().sum().clamp(min=1e-30))
 
-    def scale_outputs(self, part: str, factors: Tensor) -> None:
-        """Multiply a part's output channels [M_part]: exact for the integers, one rounding for the float16 values."""
-        columns = self.weights.columns(part)
+    def scale_last_outputs(self, factors: Tensor) -> None:
+        """Multiply the last output channels: exact for the integers, one rounding for the float16 values."""
+        columns = slice(-len(factors), None)
         self.scales[:, columns] = gptq.as_float16(self.scales[:, columns] * factors)
         if self.coef is not None:
             self.coef[:, columns] = _float16(self.coef[:, columns] * factors, f"{self.name} coefficients")
@@ -193,10 +180,14 @@ def _branch(
 
 
 def _without(basis: Tensor, moment: Tensor) -> Tensor:
-    """(I − BBᵀ) H (I − BBᵀ), the second moment of x̂ − x̂BBᵀ, by products of rank r."""
-    product = moment @ basis
-    side = product @ basis.T
-    return moment - side - side.T + basis @ (basis.T @ product) @ basis.T
+    """(I − BBᵀ) H (I − BBᵀ), the second moment of x̂ − x̂BBᵀ, by products of rank r.
+
+    In float64: what the basis takes out can be a million times what stays.
+    """
+    b, h = basis.double(), moment.double()
+    product = h @ b
+    side = product @ b.T
+    return (h - side - side.T + b @ (b.T @ product) @ b.T).to(moment.dtype)
 
 
 def _float16(t: Tensor, what: str) -> Tensor:

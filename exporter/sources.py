@@ -145,7 +145,7 @@ def load_model(source: Source, dtype: str = "auto") -> tuple[Any, Any]:
     Raises SpecQuantError if the files are damaged or the architecture is unknown.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from specquant.exporter.families import family_of
 
@@ -155,14 +155,12 @@ def load_model(source: Source, dtype: str = "auto") -> tuple[Any, Any]:
         wanted = torch.float32 if source.gguf else dtype if dtype == "auto" else getattr(torch, dtype)
         safe = {} if source.gguf else {"use_safetensors": True}
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=wanted, **safe, **arguments)
-    return model.eval(), load_tokenizer(source)
-
-
-def load_tokenizer(source: Source) -> Any:
-    from transformers import AutoTokenizer
-
-    with _readable(source):
-        return AutoTokenizer.from_pretrained(source.folder, **_arguments(source))
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **arguments)
+    if source.gguf:  # the loader gives the tokenizer a guess; the file's own ids are in the config
+        for name in ("bos_token", "eos_token"):
+            if isinstance(number := getattr(model.config, f"{name}_id"), int):
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+    return model.eval(), tokenizer
 
 
 def _arguments(source: Source) -> dict[str, Any]:

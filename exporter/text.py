@@ -53,7 +53,8 @@ def calibration(source: str, tokenizer: Any, recipe: Recipe) -> Calibration:
     drawn = torch.randperm(windows, generator=torch.Generator().manual_seed(recipe.seed))[: recipe.samples]
     tokens = ids[: windows * recipe.sequence_length].view(windows, -1)[drawn]
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Calibration(tokens, source, digest, recipe.samples, recipe.sequence_length, recipe.seed)
+    name = source if source == BUILTIN or source.startswith(HUB) else Path(source).name  # no paths of this machine
+    return Calibration(tokens, name, digest, recipe.samples, recipe.sequence_length, recipe.seed)
 
 
 def read_text(source: str, characters: int) -> str:

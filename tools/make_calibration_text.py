@@ -1,9 +1,9 @@
 """Make exporter/calibration.txt: text that the sample model writes itself, so that the product brings its own.
 
-    python tools/make_calibration_text.py sample --out exporter/calibration.txt      (a GPU: a minute)
+    python tools/make_calibration_text.py sample --out exporter/calibration.txt    (a GPU: a minute)
 
-Sampled (temperature 0.8, top-p 0.95) from the start of many subjects, half as plain prose and a quarter each as an encyclopaedia
-entry and as a conversation. A model's own text calibrates it about as well as a corpus does (docs/results.md).
+Sampled (temperature 0.8, top-p 0.95) from the start of many subjects, half as plain prose and a quarter each as an
+encyclopaedia entry and as a conversation. What it costs against a corpus is in docs/results.md.
 """
 
 from __future__ import annotations
