@@ -2,13 +2,15 @@
 
     python tools/make_calibration_text.py sample --out exporter/calibration.txt    (a GPU: a minute)
 
-Sampled (temperature 0.8, top-p 0.95) from the start of many subjects, half as plain prose and a quarter each as an
-encyclopaedia entry and as a conversation. What it costs against a corpus is in docs/results.md.
+Sampled from the model's whole distribution (temperature 1, so it wanders: calibration wants variety, not sense), from
+the start of many subjects: half plain prose, a quarter each encyclopaedia entries and conversations. What it costs
+against a corpus is in docs/results.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -31,6 +33,9 @@ a symphony|a law firm|an ancient port|programming in Python|a recipe for soup|a 
 a school for girls|how to repair a bicycle|a speech to parliament|the price of oil|a wedding|planets of other stars"""
 
 PROSE = ("The history of {s}", "There are many things to say about {s}.", "It was the story of {s} that", "In the year")
+
+# Lines that are dropped: addresses that might be somebody's, and obscenities.
+UNWANTED = re.compile(r"https?:|www\.|\S@\S|\b(fuck|shit|cunt|slut|whore|rape|porn|nigg|fagg)", re.IGNORECASE)
 
 
 def starts(tokenizer: object) -> list[str]:
@@ -60,12 +65,13 @@ def main() -> None:
     prompts, texts = starts(tokenizer), []
     for i in range(0, len(prompts), 128):
         batch = tokenizer(prompts[i : i + 128], return_tensors="pt", padding=True, add_special_tokens=False).to(device)
-        out = model.generate(**batch, max_new_tokens=args.tokens, do_sample=True, temperature=0.8, top_p=0.95, top_k=0)
+        out = model.generate(**batch, max_new_tokens=args.tokens, do_sample=True, temperature=1.0, top_k=0)
         new = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         plain = [p if "<|" not in p else "" for p in prompts[i : i + 128]]
         texts += [(p + n).strip() for p, n in zip(plain, new, strict=True)]
         print(f"{len(texts)} of {len(prompts)}", flush=True)
-    args.out.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    lines = "\n\n".join(texts).split("\n")
+    args.out.write_text("\n".join(x for x in lines if not UNWANTED.search(x)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
