@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from onnx import FunctionProto, parser
 
+from specquant.custom_ops.functions_attention import INT4_KV_ATTENTION
 from specquant.custom_ops.schema import DOMAIN, OPS, VERSION
 
 OPSET = 23  # the first with RMSNormalization, which the graph uses
@@ -165,18 +166,20 @@ _BODIES = {
     "SpectralBranch": _SPECTRAL_BRANCH,
     "Int4ResidualMatMul": _INT4_RESIDUAL_MATMUL,
     "SpecQuantMatMul": _SPECQUANT_MATMUL,
+    "Int4KVAttention": INT4_KV_ATTENTION,
 }
+_CALLS = {"SpecQuantMatMul": {"SpectralBranch", "Int4ResidualMatMul"}}  # other ops that a body calls
 
 
 def function_protos(names: set[str]) -> list[FunctionProto]:
     """The functions of the ops in `names` and of those they call, in the order of schema.OPS."""
-    needed = set(OPS) if "SpecQuantMatMul" in names else names
+    needed = names.union(*(_CALLS.get(name, set()) for name in names))
     return [_function(name) for name in OPS if name in needed]
 
 
 def _function(name: str) -> FunctionProto:
     op = OPS[name]
-    attributes = ", ".join(f"{attribute.name}: int = {attribute.default}" for attribute in op.attributes)
+    attributes = ", ".join(f"{a.name}: {type(a.default).__name__} = {a.default}" for a in op.attributes)
     inputs, outputs = (", ".join(tensor.name for tensor in tensors) for tensors in (op.inputs, op.outputs))
     header = f'<opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}], domain: "{DOMAIN}">'
     signature = f"{name} {f'<{attributes}>' if attributes else ''} ({inputs}) => ({outputs})"

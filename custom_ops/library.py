@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
 
-ABI = 1  # kAbi of kernels/cpu/kernels.h
+ABI = 2  # kAbi of kernels/cpu/kernels.h
 ORT_MINIMUM = (1, 20)
 FILE = "libspecquant_cpu.so"
 REBUILD = "run `pip install --force-reinstall .` (it needs g++)"
@@ -73,6 +73,8 @@ def _load(path: Path) -> ctypes.CDLL:
     library.specquant_isa_supported.argtypes = [text]
     library.specquant_run.restype = text
     library.specquant_run.argtypes = [ctypes.POINTER(_Problem), text]
+    library.specquant_attend.restype = text
+    library.specquant_attend.argtypes = [pointer, text]
     library.specquant_quantize.restype = text
     library.specquant_quantize.argtypes = [
         pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, pointer, pointer, pointer, text
@@ -81,13 +83,14 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """The compiled library, its functions typed. Raises SpecQuantError if it is missing or does not fit."""
     return _load(library_path())
 
 
 def isas() -> dict[str, bool]:
     """Every instruction set the library was compiled for, slowest first, and whether this CPU has it."""
-    library = _library()
+    library = loaded()
     found: dict[str, bool] = {}
     while name := library.specquant_isa(len(found)):
         found[name.decode()] = bool(library.specquant_isa_supported(name))
@@ -123,7 +126,7 @@ def register(session_options: Any) -> None:
     """
     check_onnxruntime()
     path = library_path()
-    _library()
+    loaded()
     wanted = os.environ.get("SPECQUANT_ISA")
     here = [name for name, supported in isas().items() if supported]
     if wanted and wanted not in here:
@@ -134,11 +137,12 @@ def register(session_options: Any) -> None:
         raise SpecQuantError(str(error).splitlines()[0]) from None
 
 
-def _address(array: NDArray[Any] | None) -> int | None:
+def address(array: NDArray[Any] | None) -> int | None:
+    """Where the array's elements lie; None, a null pointer, for none."""
     return None if array is None else array.ctypes.data
 
 
-def _operand(
+def operand(
     name: str, array: NDArray[Any] | None, shape: tuple[int, ...], dtype: type[np.generic]
 ) -> NDArray[Any] | None:
     """The array in one piece. Raises SpecQuantError if it has another shape or type."""
@@ -167,8 +171,8 @@ def quantize_activation(
     scale, zero_point = np.empty((tokens, groups), np.float32), np.empty((tokens, groups), np.int32)
     u = np.ascontiguousarray(u, np.float32)
     for row in range(tokens):
-        outputs = (_address(a[row]) for a in (q, scale, zero_point))
-        error = _library().specquant_quantize(_address(u[row]), n, bits, group, *outputs, _encoded(isa))
+        outputs = (address(a[row]) for a in (q, scale, zero_point))
+        error = loaded().specquant_quantize(address(u[row]), n, bits, group, *outputs, _encoded(isa))
         if error:
             raise SpecQuantError(error.decode())
     return q.astype(np.int32) + (128 if bits == 8 else 0), scale, zero_point
@@ -207,18 +211,18 @@ def specquant_matmul(
     low = None if basis is None else np.empty((tokens, r), x.dtype)
     operands = (
         np.ascontiguousarray(x),
-        _operand("basis", basis, (n, r), np.float16),
-        _operand("coef", coef, (r, m), np.float16),
-        _operand("qweight", qweight, (-(-m // 16), -(-n // 8), 64), np.int8),
-        _operand("scales", scales, (n // (group_size or n), m), np.float16),
-        _operand("row_sums", row_sums, (n // segment, m), np.int32 if wide else np.int16),
-        _operand("bias", bias, (m,), np.float32),
+        operand("basis", basis, (n, r), np.float16),
+        operand("coef", coef, (r, m), np.float16),
+        operand("qweight", qweight, (-(-m // 16), -(-n // 8), 64), np.int8),
+        operand("scales", scales, (n // (group_size or n), m), np.float16),
+        operand("row_sums", row_sums, (n // segment, m), np.int32 if wide else np.int16),
+        operand("bias", bias, (m,), np.float32),
         y,
         low,
     )
     sizes = (tokens, n, m, r, r if rank is None else rank, group_size, act_group)
-    problem = _Problem(*sizes, act_bits, subtract, x.dtype == np.float16, wide, *map(_address, operands))
-    error = _library().specquant_run(ctypes.byref(problem), _encoded(isa))
+    problem = _Problem(*sizes, act_bits, subtract, x.dtype == np.float16, wide, *map(address, operands))
+    error = loaded().specquant_run(ctypes.byref(problem), _encoded(isa))
     if error:
         raise SpecQuantError(error.decode())
     return y, low

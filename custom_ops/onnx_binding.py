@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx
-from onnx import TensorShapeProto, TypeProto, defs, shape_inference
+from onnx import TensorProto, TensorShapeProto, TypeProto, defs, shape_inference
 from onnx.reference.op_run import OpRun
 
-from specquant.custom_ops import reference
+from specquant.custom_ops import attention, reference
 from specquant.custom_ops.schema import DOMAIN, FLOAT, FLOAT_TYPES, OPS, VERSION, Op, Tensor
 
 Dims = list[TensorShapeProto.Dimension]
@@ -28,6 +28,7 @@ def reference_ops() -> list[type[OpRun]]:
         "SpectralBranch": reference.spectral_branch,
         "Int4ResidualMatMul": reference.int4_residual_matmul,
         "SpecQuantMatMul": reference.specquant_matmul,
+        "Int4KVAttention": attention.int4_kv_attention,
     }
     return [_op_run(op, runs[op.name]) for op in OPS.values()]
 
@@ -38,7 +39,8 @@ def _schema(op: Op) -> defs.OpSchema:
         return defs.OpSchema.FormalParameter(tensor.name, kind, tensor.doc)
 
     constraints: dict[str, tuple[str, ...]] = {FLOAT: FLOAT_TYPES}
-    constraints |= {f"T_{tensor.name}": tensor.types for tensor in op.inputs if tensor.types != (FLOAT,)}
+    others = (tensor for tensor in (*op.inputs, *op.outputs) if tensor.types != (FLOAT,))
+    constraints |= {f"T_{tensor.name}": tensor.types for tensor in others}
     schema = defs.OpSchema(
         op.name,
         DOMAIN,
@@ -56,7 +58,7 @@ def _schema(op: Op) -> defs.OpSchema:
 
 
 def _infer(op: Op, context: shape_inference.InferenceContext) -> None:
-    """Give each output x's element type, and the sizes that the inputs give its symbols.
+    """Give each output its element type (x's, if a float), and the sizes that the inputs give its symbols.
 
     Raises InferenceError if two inputs disagree on a size.
     """
@@ -68,7 +70,7 @@ def _infer(op: Op, context: shape_inference.InferenceContext) -> None:
             continue
         dims = list(kind.tensor_type.shape.dim)
         symbols = tensor.shape
-        if symbols[0] == "...":
+        if symbols[:1] == ("...",):
             symbols, leading, dims = symbols[1:], dims[:-1], dims[-1:]
         if len(dims) != len(symbols):
             raise shape_inference.InferenceError(f"{op.name}: {tensor.name} has {len(dims)} axes, not {len(symbols)}")
@@ -79,12 +81,22 @@ def _infer(op: Op, context: shape_inference.InferenceContext) -> None:
                     f"{op.name}: {symbol} is {dim.dim_value} in {tensor.name} but {known.dim_value} before it"
                 )
     x = context.get_input_type(0)
+    unknown = TensorShapeProto.Dimension()
     for index, tensor in enumerate(op.outputs):
-        output = TypeProto()
-        output.tensor_type.elem_type = x.tensor_type.elem_type
-        if leading is not None and tensor.shape[-1] in sizes:
-            output.tensor_type.shape.dim.extend([*leading, sizes[tensor.shape[-1]]])
+        output, symbols = TypeProto(), tensor.shape
+        output.tensor_type.elem_type = _element_type(tensor, x)
+        if symbols[0] == "...":
+            symbols = symbols[1:] if leading is not None else ()
+        if symbols:
+            dims = [sizes.get(symbol, unknown) for symbol in symbols]
+            output.tensor_type.shape.dim.extend([*(leading or []), *dims])
         context.set_output_type(index, output)
+
+
+def _element_type(tensor: Tensor, x: TypeProto) -> int:
+    if tensor.types == (FLOAT,):
+        return int(x.tensor_type.elem_type)
+    return int(TensorProto.DataType.Value(tensor.types[0].upper()))
 
 
 def _op_run(op: Op, run: Callable[..., Any]) -> type[OpRun]:

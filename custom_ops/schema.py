@@ -25,10 +25,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An integer attribute."""
+    """An attribute: a float if its default is one, else an integer."""
 
     name: str
-    default: int
+    default: int | float
     doc: str
 
 
@@ -63,6 +63,30 @@ _GROUPS = (
     Attribute("act_group", 0, "Features per activation scale; 0: one scale per token."),
 )
 _SUBTRACT = Attribute("subtract", 0, "1: x loses its part in the span of B before it is quantised.")
+_CACHE = ("int8",)
+_ATTENTION_INPUTS = (
+    Tensor("qkv", (FLOAT,), ("B", "S", "W"), "Queries, keys and values side by side, before rotary positions."),
+    Tensor("past_key", _CACHE, ("B", "K", "P", "E"), "Packed keys, as kv_rows.py lays them out."),
+    Tensor("past_value", _CACHE, ("B", "K", "P", "E"), "Packed values."),
+    Tensor("seqlens_k", ("int32",), ("B",), "Tokens of each row, the new ones included, less one."),
+    Tensor("total_sequence_length", ("int32",), (), "The longest row."),
+    Tensor("position_ids", ("int64",), ("B", "S"), "Rows of cos and sin for the new tokens."),
+    Tensor("cos", ("float",), ("C", "R"), "Rotary table."),
+    Tensor("sin", ("float",), ("C", "R"), "Rotary table."),
+    Tensor("key_offset", ("float",), ("K", "d"), "Taken from keys before they are cached; softmax does not see it."),
+)
+_ATTENTION_OUTPUTS = (
+    Tensor("y", (FLOAT,), ("B", "S", "O"), "softmax(scale · q k̂ᵀ) v̂ of every query head, side by side."),
+    Tensor("present_key", _CACHE, ("B", "K", "T", "E"), "past_key and the new tokens; may be past_key's memory."),
+    Tensor("present_value", _CACHE, ("B", "K", "T", "E"), "past_value and the new tokens."),
+)
+_ATTENTION_ATTRIBUTES = (
+    Attribute("num_heads", 1, "Query heads."),
+    Attribute("kv_num_heads", 1, "Key and value heads; divides num_heads."),
+    Attribute("local_window_size", -1, "Tokens that a query sees, itself included; -1: all before it."),
+    Attribute("scale", 0.0, "What q · k is multiplied by; 0: 1 / √d."),
+    Attribute("hadamard", 0, "1: queries and keys are rotated by a Hadamard matrix before the cache."),
+)
 
 OPS = {
     op.name: op
@@ -75,6 +99,13 @@ OPS = {
             (_X, *_BRANCH, *_WEIGHTS),
             (_Y,),
             (*_GROUPS, _SUBTRACT),
+        ),
+        Op(
+            "Int4KVAttention",
+            "Appends k and v to a 4-bit KV cache; y = softmax(scale · q k̂ᵀ) v̂ over it, causal, with rotary positions.",
+            _ATTENTION_INPUTS,
+            _ATTENTION_OUTPUTS,
+            _ATTENTION_ATTRIBUTES,
         ),
     )
 }

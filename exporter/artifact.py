@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from specquant.exporter.sources import Source, sha256
 from specquant.runtime.artifact import FORMAT, MANIFEST
 
 _PARTIAL = "partial"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, more than the file system can hold
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -53,14 +55,19 @@ def whole_folder(target: Path, force: bool) -> Iterator[Path]:
             with path.open("rb+") as f:
                 os.fsync(f.fileno())
         _put(work, target)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SpecQuantError(
-                f"{target}: the disk is full; nothing was written, free some space and repeat"
-            ) from None
-        raise
+    except Exception as e:
+        if not _out_of_space(e):
+            raise
+        raise SpecQuantError(f"{target}: no space for it; nothing is left of it, free some or choose another -o") from e
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _out_of_space(e: Exception) -> bool:
+    if isinstance(e, OSError) and e.errno is not None:
+        return e.errno in _NO_SPACE
+    # Only their texts say so: ndarray.tofile, and tokenizers.
+    return " requested and " in str(e) or any(f"(os error {n})" in str(e) for n in _NO_SPACE)
 
 
 def _put(work: Path, target: Path) -> None:
@@ -69,7 +76,11 @@ def _put(work: Path, target: Path) -> None:
     elif not _exchange(work, target):
         old = work.with_name(f"{work.name}.old")
         target.rename(old)
-        work.rename(target)
+        try:
+            work.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -86,9 +97,13 @@ def _exchange(a: Path, b: Path) -> bool:
 
 def _remove_abandoned(target: Path) -> None:
     """Folders that a killed export of the same target left behind."""
-    for path in target.parent.glob(f".{target.name}.{_PARTIAL}-*"):
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{_PARTIAL}-*"):
         pid = path.name.rsplit("-", 1)[-1].split(".")[0]
-        if not Path(f"/proc/{pid}").exists():
+        if Path(f"/proc/{pid}").exists():
+            continue
+        if path.suffix == ".old" and not target.exists():
+            path.rename(target)  # killed between the two renames of `_put`
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -117,6 +132,8 @@ def write_artifact(
         save_model(build_model(decoder, float_type, metadata), work)
         onnx.checker.check_model(str(work / "model.onnx"))
         tokenizer.save_pretrained(work)
+        # Templates besides the default one: an artifact has no sub-folders, and the runtime reads only that one.
+        shutil.rmtree(work / "additional_chat_templates", ignore_errors=True)
         _write_configs(work, model)
         files = sorted(p for p in work.iterdir())
         manifest["files"] = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
@@ -132,7 +149,8 @@ def _write_configs(work: Path, model: Any) -> None:
         json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
     )
     if model.generation_config is not None:
-        model.generation_config.save_pretrained(work)
+        # Its save_pretrained refuses settings that published models have (a temperature without do_sample).
+        (work / "generation_config.json").write_text(model.generation_config.to_json_string(), encoding="utf-8")
     # transformers 5 writes a class name that only it knows; every version knows this one.
     path = work / "tokenizer_config.json"
     tokenizer_config = json.loads(path.read_text(encoding="utf-8"))
@@ -164,6 +182,7 @@ def manifest_of(decoder: Decoder, source: Source, model: Any, calibration: dict[
             "eos_token_ids": sorted(set(eos) | set(c.eos_token_ids)),
             "float_type": decoder.recipe["float_type"],
             "tied_embeddings": decoder.lm_head is None,
+            "kv_bits": c.kv_bits,
         },
         "recipe": decoder.recipe,
         "source": source.to_dict(),

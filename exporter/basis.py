@@ -38,6 +38,6 @@ def klt_basis(second_moment: Tensor, r: int, iterations: int = 8, seed: int = 0)
         q, _ = torch.linalg.qr(second_moment @ q)
     _, vectors = torch.linalg.eigh(q.T @ second_moment @ q)
     basis = (q @ vectors).flip(1)[:, :r]
-    # An eigenvector's sign is arbitrary: fix it, so that a run repeats bit for bit on another machine's LAPACK.
+    # An eigenvector's sign is arbitrary: fix it, so that runs of different LAPACKs stay comparable.
     sign = torch.sign(basis.gather(0, basis.abs().argmax(0, keepdim=True)))
     return basis * sign

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.exporter.families import Family
+from specquant.exporter.families import Family, rotary_tables, text_config
 
 _CHUNK_TOKENS = 4096  # tokens that go through a block at once
 
@@ -43,16 +43,24 @@ class InputStatistics:
         sample = torch.cat([c[::step] for c in chunks])[:sample_rows]
         return cls(moment / tokens, largest, mean / tokens, sample)
 
+    def channel_size(self, by: str) -> Tensor:
+        """How large each input channel is, [N]: its largest magnitude (`max`), or its root mean square (`rms`)."""
+        return self.largest if by == "max" else self.moment.diagonal().clamp(min=0).sqrt()
+
     def scaled(self, factors: Tensor) -> InputStatistics:
         """The statistics of x̂ = x / factors."""
         f = 1 / factors
         return InputStatistics(self.moment * f * f[:, None], self.largest * f, self.mean * f, self.sample * f)
 
 
-def first_block_inputs(model: nn.Module, family: Family, tokens: Tensor) -> tuple[list[Tensor], Any]:
-    """Hidden states entering the first block, in chunks, and the rotary (cos, sin). tokens int64 [samples, length]."""
-    base = model.get_submodule(family.decoder)
+def first_block_inputs(model: nn.Module, family: Family, tokens: Tensor) -> tuple[list[Tensor], list[Any]]:
+    """Hidden states entering the first block, in chunks, and (cos, sin) of every rotary table.
+
+    tokens int64 [samples, length].
+    """
+    base, text = model.get_submodule(family.decoder), text_config(model.config)
     per_chunk = max(1, _CHUNK_TOKENS // tokens.shape[1])
-    hidden = [base.get_submodule(family.embedding)(t).float() for t in tokens.split(per_chunk)]
+    table: Any = base.get_submodule(family.embedding).weight
+    hidden = [table[t].float() * family.embedding_scale(text) for t in tokens.split(per_chunk)]
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return hidden, base.get_submodule(family.rotary)(hidden[0], position_ids=positions)
+    return hidden, rotary_tables(base, family, text, hidden[0], positions)

@@ -35,7 +35,7 @@ W-A bits say how weights and activations are stored: 4-4 (default), 4-8 (--a-bit
 _FIELDS: dict[str, tuple[str, Any, str]] = {
     "--w-bits": ("w_bits", int, "bits of a weight: 4, or 16 for none quantised"),
     "--a-bits": ("a_bits", int, "bits of an activation: 2…8, or 16 for none quantised"),
-    "--kv-bits": ("kv_bits", int, "bits of the KV cache: 16"),
+    "--kv-bits": ("kv_bits", int, "bits of the KV cache: 4 or 16"),
     "--basis": ("basis", str, "low-frequency basis: klt, dft or none"),
     "--k": ("k", int, "frequencies (dft, rank 2k - 1) or directions (klt, rank k) of the branch"),
     "--group-size": ("group_size", int, "input features that share a weight scale; 0: per channel"),
@@ -49,6 +49,9 @@ _FIELDS: dict[str, tuple[str, Any, str]] = {
     "--damping": ("damping", float, "of GPTQ's Hessian, as a share of its mean diagonal"),
     "--samples": ("samples", int, "calibration samples"),
     "--sequence-length": ("sequence_length", int, "tokens of a calibration sample"),
+    "--refine-steps": ("refine_steps", int, "steps of teaching it the float model's predictions (best on a GPU)"),
+    "--refine-lr": ("refine_lr", float, "learning rate of these steps, as a relative change"),
+    "--refine-batch": ("refine_batch", int, "calibration samples of one such step"),
     "--seed": ("seed", int, "draws the samples; the same seed gives the same model"),
     "--float-type": ("float_type", str, "floats of the graph: float32 or float16"),
 }
@@ -119,7 +122,7 @@ class _Steps:
             if not self.quiet:
                 print(f"{what} …", file=sys.stderr, flush=True)
             if total > 1:
-                self.bar = Progress(what, total, "blocks", self.quiet)
+                self.bar = Progress(what, total, "steps" if what == "refining" else "blocks", self.quiet)
         if self.bar:
             self.bar.update(done - self.shown)
             self.shown = done

@@ -7,6 +7,7 @@ Weights are stored [in_features, out_features] (y = x · W), already smoothed; l
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,8 @@ class QuantLinear:
 
 Linear = FloatLinear | QuantLinear
 
+NORMS = ("input_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm", "q_norm", "k_norm")  # of a layer
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -65,29 +68,52 @@ class DecoderConfig:
     rms_norm_eps: float
     bos_token_id: int | None
     eos_token_ids: list[int]
+    attention_scale: float  # what q · k is multiplied by
+    embedding_scale: float = 1.0  # what rows of the embedding are multiplied by, though not as the head reads them
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    kv_bits: int = 16  # of the KV cache: 4, or 16 for the graph's float type
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Pre-norm block: x + o(attention(qkv(norm(x)))), then x + down(silu(gate) · up). Norm weights float32 [hidden]."""
+    """x + norm(o(attention(qkv(norm(x))))), then x + norm(down(act(gate) · up)) of norm(x).
+
+    Norm weights float32 [hidden], q_norm and k_norm [head_dim] and applied to every head before its rotation; each
+    is the whole factor (1 + w where an architecture stores w). Norms that are None do nothing. `window` is how many
+    tokens a query sees, itself included, 0 for all; `rotary` is the layer's row of the decoder's rotary tables.
+    key_offset float32 [num_kv_heads, head_dim] is taken from keys before a 4-bit cache; None is none.
+    """
 
     input_norm: NDArray[np.float32]
     qkv: Linear
     o: Linear
-    post_attention_norm: NDArray[np.float32]
+    mlp_norm: NDArray[np.float32]
     gate_up: Linear
     down: Linear
+    attention_output_norm: NDArray[np.float32] | None = None
+    mlp_output_norm: NDArray[np.float32] | None = None
+    q_norm: NDArray[np.float32] | None = None
+    k_norm: NDArray[np.float32] | None = None
+    window: int = 0
+    rotary: int = 0
+    key_offset: NDArray[np.float32] | None = None
 
     @property
     def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
         return self.qkv, self.o, self.gate_up, self.down
+
+    @property
+    def norms(self) -> dict[str, NDArray[np.float32]]:
+        """The norms that there are, by field."""
+        return {name: norm for name in NORMS if (norm := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
 class Decoder:
     """The whole model. embedding float32 [vocab, hidden]; lm_head the same, or None when tied to the embedding.
 
-    rope_cos, rope_sin float32 [context_length, head_dim / 2]: the rotary tables, scaling included.
+    rope_cos, rope_sin float32 [tables, context_length, rotary_dim / 2]: the rotary tables, scaling included; one for
+    all layers, or one a kind of layer. Features beyond rotary_dim (≤ head_dim) are not rotated.
     """
 
     config: DecoderConfig

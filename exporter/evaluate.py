@@ -1,8 +1,9 @@
-"""The unquantised model as a function of token ids to logits, for `specquant eval` on a source."""
+"""The unquantised model, run in torch: what `specquant eval` compares an artifact with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,11 +11,22 @@ from numpy.typing import NDArray
 
 from specquant.exporter.sources import load_model, resolve
 
-Logits = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+
+@dataclass(frozen=True)
+class FloatModel:
+    """logits: ids int64 [T] -> float32 [T, vocab]; encode: text -> ids int64 [T], without special tokens.
+
+    bits_per_weight: of the source's weight files, over the model's parameters (a tied head counts once).
+    """
+
+    name: str
+    encode: Callable[[str], NDArray[np.int64]]
+    logits: Callable[[NDArray[np.int64]], NDArray[np.float32]]
+    bits_per_weight: float
 
 
-def float_logits(source: str, revision: str | None = None) -> tuple[Logits, Callable[[str], NDArray[np.int64]], str]:
-    """(ids int64 [T] -> logits float32 [T, vocab], text -> ids without special tokens, the model's name)."""
+def float_model(source: str, revision: str | None = None) -> FloatModel:
+    """Raises SpecQuantError if there is no such model or it cannot be read."""
     found = resolve(source, revision)
     model, tokenizer = load_model(found, "float32")
 
@@ -26,4 +38,5 @@ def float_logits(source: str, revision: str | None = None) -> tuple[Logits, Call
     def encode(text: str) -> NDArray[np.int64]:
         return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
 
-    return logits, encode, found.name
+    stored = sum(path.stat().st_size for path in found.weight_files())
+    return FloatModel(found.name, encode, logits, 8 * stored / sum(p.numel() for p in model.parameters()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.exporter.artifact import check_target, write_artifact
 from specquant.exporter.families import family_of
 from specquant.exporter.quantize import decoder_config, quantize, stage_inputs
-from specquant.exporter.recipe import STAGES, Recipe, preset
+from specquant.exporter.recipe import Recipe, preset
+from specquant.exporter.refine import refine
 from specquant.exporter.sources import load_model, resolve
 from specquant.exporter.text import BUILTIN, calibration
 
@@ -47,14 +49,22 @@ def export(
     model, tokenizer = load_model(found)
     # A recipe that does not fit is worth saying before a calibration text is read.
     recipe.check_shapes(stage_inputs(decoder_config(model.config, family_of(model.config), context_length)))
+    longest = context_length or model.config.get_text_config().max_position_embeddings
+    if recipe.sequence_length > longest and recipe.needs_calibration:
+        raise SpecQuantError(
+            f"sequence_length {recipe.sequence_length} is longer than the context: --sequence-length {longest} at most"
+        )
     used = None
-    if any(recipe.at(stage).w_bits != 16 for stage in STAGES):
+    if recipe.needs_calibration:
         report("reading the calibration text", 0, 1)
         used = calibration(calibration_text, tokenizer, recipe)
     tokens = None if used is None else used.tokens.to(device)
+    teacher = copy.deepcopy(model).to(device) if recipe.refine_steps and tokens is not None else None
     decoder = quantize(
         model.to(device), recipe, tokens, context_length, lambda done, total, what: report("quantising", done, total)
     )
+    if teacher is not None and tokens is not None:
+        decoder = refine(teacher, decoder, recipe, tokens, lambda done, total, what: report("refining", done, total))
     report("writing the artifact", 0, 1)
     about = None if used is None else used.to_dict()
     return write_artifact(target, decoder, found, model, tokenizer, about, force)

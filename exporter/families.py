@@ -75,6 +75,9 @@ class Family:
         """Field of `DecoderLayer` -> path in the block, of the norms this architecture has."""
         return {name: path for name in NORMS if (path := getattr(self, name)) is not None}
 
+    def embedding_scale(self, config: Any) -> float:
+        return float(config.hidden_size**0.5) if self.scaled_embedding else 1.0
+
     def norm_weight(self, module: nn.Module, path: str) -> Tensor:
         """What the norm at `path` multiplies by, its offset included: a new tensor, float32 (float64 if stored so)."""
         return weight_of(module, path) + self.norm_offset
@@ -183,7 +186,8 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the prompt's length
+# Those whose frequencies do not depend on the prompt's length; those of longrope do not up to `longest_context`.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _UNSUPPORTED_SETTINGS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
@@ -196,15 +200,17 @@ def family_of(config: Any) -> Family:
     else:
         supported = ", ".join(t for f in FAMILIES for t in f.model_types)
         raise SpecQuantError(f"architecture '{config.model_type}' is not supported; supported: {supported}")
-    text = config.get_text_config()
+    text = text_config(config)
     what = f"of this {config.model_type} model is not supported"
     if activation_name(text) not in ACTIVATIONS:
         raise SpecQuantError(f"activation '{activation_name(text)}' {what}; supported: {', '.join(ACTIVATIONS)}")
     for rope in _rope_parameters(text):
         if (kind := rope.get("rope_type", "default")) not in _ROPE_TYPES:
             raise SpecQuantError(f"rotary type '{kind}' {what}; supported: {', '.join(_ROPE_TYPES)}")
-        if head_dim(text) % 16 or int(head_dim(text) * (rope.get("partial_rotary_factor") or 1.0)) % 16:
-            raise SpecQuantError(f"head_dim {head_dim(text)} {what}; it, and its rotated part, must be multiples of 16")
+        rotated = int(head_dim(text) * (rope.get("partial_rotary_factor") or 1.0))
+        if head_dim(text) % 16 or rotated % 16:  # what GroupQueryAttention takes
+            size = f"head_dim {head_dim(text)} ({rotated} of it rotated)"
+            raise SpecQuantError(f"{size} {what}; both must be multiples of 16")
     for kind in getattr(text, "layer_types", None) or ():
         if kind not in _LAYER_TYPES:
             raise SpecQuantError(f"layer type '{kind}' {what}; supported: {', '.join(_LAYER_TYPES)}")
@@ -214,13 +220,28 @@ def family_of(config: Any) -> Family:
     return family
 
 
+def text_config(config: Any) -> Any:
+    """The language model's part of a transformers config: all of it, but for models that also see."""
+    return config.get_text_config()
+
+
 def activation_name(config: Any) -> str:
     """The activation as a transformers config names it: Gemma calls the setting otherwise than the others."""
-    return getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
+    return str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu"))
 
 
 def head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def longest_context(config: Any) -> int:
+    """Tokens that one rotary table serves: the model's context, or for longrope what its short factors are for."""
+    short = [
+        rope["original_max_position_embeddings"]
+        for rope in _rope_parameters(config)
+        if rope.get("rope_type") == "longrope"
+    ]
+    return int(min([config.max_position_embeddings, *short]))
 
 
 def rotary_kinds(config: Any) -> list[str | None]:

@@ -72,15 +72,41 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, damping: float = 0.01,
     return out.to(torch.int8)
 
 
+def refit_scales(weight: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, damping: float = 0.01) -> Tensor:
+    """The scales that minimise ‖X(W − Ŵ)‖² for integers already chosen: least squares over an output channel's groups.
+
+    With Q_m [N, G] holding the channel's integers, each in its group's column, s_m solves (Q_mᵀHQ_m) s = Q_mᵀHw_m.
+    weight [N, M], hessian [N, N], damped as for `gptq`, q int8 [N, M], scales [G, M] -> [G, M] as float16 stores them.
+    A channel whose solution would turn a scale upside down keeps the ones it has.
+    """
+    n, m = weight.shape
+    groups = len(scales)
+    h, levels = _damped(hessian, damping), q.to(weight.dtype)
+    target = (levels * (h @ weight)).view(groups, -1, m).sum(1).double()
+    system = torch.empty(groups, groups, m, dtype=torch.float64, device=h.device)
+    for g, rows in enumerate(torch.arange(n, device=h.device).chunk(groups)):
+        system[:, g] = (levels * (h[:, rows] @ levels[rows])).view(groups, -1, m).sum(1)
+    system = system.permute(2, 0, 1)
+    # A group of zeros has no scale to find; a hair on the diagonal leaves the others what they are.
+    ridge = 1e-9 * system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    system = system + ridge[:, None, None] * torch.eye(groups, dtype=system.dtype, device=h.device)
+    solved = torch.linalg.solve(system, target.T)
+    valid = (solved > 0).all(1) & solved.isfinite().all(1)
+    return as_float16(torch.where(valid, solved.T.to(scales.dtype), scales))
+
+
+def _damped(hessian: Tensor, damping: float) -> Tensor:
+    mean = hessian.diagonal().mean().clamp(min=1e-30)
+    return hessian + damping * mean * torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)
+
+
 def _error_spread(hessian: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the damped inverse: row i holds how feature i's error moves to the features after it.
 
     A hessian summed in float32 may miss being positive definite by more than the damping: then ten times as much.
     """
-    mean = hessian.diagonal().mean().clamp(min=1e-30)
     while True:
-        damped = hessian + damping * mean * torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(_damped(hessian, damping))
         if not failed:
             return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
         damping *= 10

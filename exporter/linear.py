@@ -34,7 +34,7 @@ class StageWeights:
         bias = None
         if any(b is not None for b in biases.values()):
             bias = torch.cat(
-                [w.new_zeros(len(w)) if (b := biases[p]) is None else b.float() for p, w in weights.items()]
+                [w.new_zeros(len(w)) if (b := biases[p]) is None else b.detach().to(w) for p, w in weights.items()]
             )
         matrix = torch.cat(list(weights.values())).T.contiguous()
         return cls({path: len(w) for path, w in weights.items()}, matrix, bias)
@@ -80,7 +80,7 @@ class QuantStage:
     """A quantised stage; every tensor already holds a value that its storage type can (float16 scales and branch)."""
 
     name: str
-    weights: StageWeights  # smoothed; `matrix` is dropped once the stage is built
+    weights: StageWeights  # smoothed
     q: Tensor  # int8 [N, M]
     scales: Tensor  # [G, M]
     basis: Tensor | None  # [N, r]
@@ -105,6 +105,8 @@ class QuantStage:
         """Weights and statistics are those of x̂ and Ŵ. quick: round to nearest in fewer steps, for a search that only
         compares errors."""
         w = weights.matrix
+        if not torch.isfinite(stats.moment).all():
+            raise SpecQuantError(f"activations going into {name} are too large for float32; the model is damaged")
         basis, coef = _branch(weights, stats, recipe, quick)
         residual, moment = w, stats.moment
         if basis is not None and coef is not None:
@@ -117,6 +119,7 @@ class QuantStage:
             q = gptq.rtn(residual, scales)
         else:
             q = gptq.gptq(residual, moment, scales, recipe.damping)
+            scales = gptq.refit_scales(residual, moment, q, scales, recipe.damping)
         stage = cls(name, weights, q, scales, basis, coef, recipe, error=0.0)
         stage.error = stage._output_error(stats.sample)
         return stage

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.kv_rows import row_bytes
 from specquant.exporter.calibrate import InputStatistics, first_block_inputs
 from specquant.exporter.decoder import Decoder, DecoderConfig, DecoderLayer
-from specquant.exporter.families import Family, Stage, family_of, weight_of
+from specquant.exporter.families import (
+    ACTIVATIONS,
+    Family,
+    Stage,
+    activation_name,
+    family_of,
+    head_dim,
+    layer_attention,
+    longest_context,
+    rotary_tables,
+    text_config,
+    weight_of,
+)
+from specquant.exporter.kv import key_offset, use_int4_cache
 from specquant.exporter.linear import FloatStage, QuantStage, StageWeights
 from specquant.exporter.recipe import Recipe
 from specquant.exporter.smooth import share_over_heads, smoothing_factors, spread_over_heads
@@ -33,46 +48,54 @@ def quantize(
     (default: the model's). Deterministic for given tokens and recipe. Raises SpecQuantError for an unsupported
     architecture, a recipe that does not fit its sizes, and NaN or infinity in weights or activations.
     """
-    family = family_of(model.config)
+    family, text = family_of(model.config), text_config(model.config)
     config = decoder_config(model.config, family, context_length)
     recipe.check_shapes(stage_inputs(config))
     base = model.get_submodule(family.decoder)
     layers = list(base.get_submodule(family.layers).children())
-    quantised = any(recipe.at(s.name).w_bits != 16 for s in family.stages)
-    if quantised and tokens is None:
+    if recipe.kv_bits == 4:
+        row_bytes(config.head_dim)
+        use_int4_cache(model)  # what comes after the attention is calibrated on what the cache makes of it
+    calibrated = recipe.needs_calibration
+    if calibrated and tokens is None:
         raise ValueError("a quantising recipe needs calibration tokens")
-    hidden, rope = first_block_inputs(model, family, tokens) if tokens is not None and quantised else ([], None)
+    hidden, ropes = first_block_inputs(model, family, tokens) if tokens is not None and calibrated else ([], [])
 
     done: list[DecoderLayer] = []
-    for index, layer in enumerate(layers):
+    for index, (layer, (window, rotary)) in enumerate(zip(layers, layer_attention(text), strict=True)):
         if progress:
             progress(index, len(layers), f"block {index + 1}/{len(layers)}")
         where = f"{family.decoder}.{family.layers}.{index}"
         layer.float()
         _check_finite(layer, where)
         stages: dict[str, QuantStage | FloatStage] = {}
-        if quantised:
-            for stage, inputs in family.stage_inputs(layer, hidden, rope):
-                stages[stage.name] = _quantize_stage(layer, stage, inputs, recipe, config, stages, where)
+        if calibrated:
+            for stage, inputs in family.stage_inputs(layer, hidden, ropes[rotary], window):
+                stages[stage.name] = _quantize_stage(layer, family, stage, inputs, recipe, config, stages, where)
         else:
             for stage in family.stages:
                 stages[stage.name] = FloatStage(f"{where}.{stage.path}", _weights(layer, stage))
-        done.append(_finish_layer(layer, family, stages))
+        done.append(_finish_layer(layer, family, stages, window, rotary))
         layer.to("meta")  # its numbers live on in `done`: memory stays at one model
     if progress:
         progress(len(layers), len(layers), "done")
 
     embedding, head = weight_of(base, family.embedding), weight_of(model, family.lm_head)
-    for name, weight in ((family.embedding, embedding), (family.lm_head, head)):
+    final_norm = family.norm_weight(base, family.final_norm)
+    for name, weight in (
+        (f"{family.decoder}.{family.embedding}", embedding),
+        (f"{family.decoder}.{family.final_norm}", final_norm),
+        (family.lm_head, head),
+    ):
         if not torch.isfinite(weight).all():
             raise SpecQuantError(f"weights of {name} hold NaN or infinity; the model is damaged")
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    cos, sin = _rotary_tables(base.get_submodule(family.rotary), config)
+    cos, sin = _stored_rotary_tables(base, family, text, config.context_length)
     return Decoder(
-        config=config,
+        config=replace(config, kv_bits=recipe.kv_bits),
         embedding=embedding.cpu().numpy(),
         layers=done,
-        final_norm=weight_of(base, family.final_norm).cpu().numpy(),
+        final_norm=final_norm.cpu().numpy(),
         lm_head=None if tied else head.cpu().numpy(),
         rope_cos=cos,
         rope_sin=sin,
@@ -82,6 +105,7 @@ def quantize(
 
 def _quantize_stage(
     layer: nn.Module,
+    family: Family,
     stage: Stage,
     inputs: list[Tensor],
     recipe: Recipe,
@@ -100,7 +124,7 @@ def _quantize_stage(
     if factors is not None:
         for x in inputs:
             x /= factors
-        _fold(layer, stage, factors, earlier, config)
+        fold_smoothing(layer, family, stage, factors, earlier, config)
     if factors is not None:
         weights, stats = weights.scaled(factors), stats.scaled(factors)
     done = QuantStage.build(name, weights, stats, at)
@@ -122,18 +146,18 @@ def best_smoothing(
     where the recipe does not smooth."""
     if not recipe.smooth:
         return None, None
-    largest, weight_max = stats.largest, weights.matrix.abs().amax(1)
+    act_size, weight_max = stats.channel_size(recipe.smooth_by), weights.matrix.abs().amax(1)
     best: tuple[float, float, Tensor] | None = None
     for alpha in recipe.smooth_grid:
         if heads:
             shared = smoothing_factors(
-                share_over_heads(largest, config.num_heads, config.num_kv_heads),
+                share_over_heads(act_size, config.num_heads, config.num_kv_heads),
                 share_over_heads(weight_max, config.num_heads, config.num_kv_heads),
                 alpha,
             )
             factors = spread_over_heads(shared, config.num_heads, config.num_kv_heads)
         else:
-            factors = smoothing_factors(largest, weight_max, alpha)
+            factors = smoothing_factors(act_size, weight_max, alpha)
         trial = QuantStage.build(name, weights.scaled(factors), stats.scaled(factors), recipe, quick=True)
         if best is None or trial.error < best[0]:
             best = (trial.error, alpha, factors)
@@ -141,26 +165,36 @@ def best_smoothing(
     return best[1:]
 
 
-def _fold(layer: nn.Module, stage: Stage, factors: Tensor, earlier: dict[str, Any], config: DecoderConfig) -> None:
-    """Divide whatever produces the stage's input by λ: a norm's weight, or output channels of an earlier linear."""
+def fold_smoothing(
+    layer: nn.Module,
+    family: Family,
+    stage: Stage,
+    factors: Tensor,
+    earlier: dict[str, QuantStage | FloatStage],
+    config: DecoderConfig,
+) -> None:
+    """Divide whatever produces the stage's input by λ [N]: the norm before it, or output channels (weights and biases)
+    of one of the `earlier` stages."""
     if stage.fold == "norm":
-        weight_of(layer, stage.fold_into).div_(factors)
+        norm = family.norm_weight(layer, stage.fold_into)
+        family.set_norm(layer, stage.fold_into, norm / factors)
         return
     if stage.fold == "heads":
         factors = share_over_heads(factors, config.num_heads, config.num_kv_heads)
-    for before in earlier.values():
-        if stage.fold_into in before.parts:
-            before.scale_outputs(stage.fold_into, 1 / factors)
+    earlier[stage.fold_into].scale_last_outputs(1 / factors)
 
 
 def _weights(layer: nn.Module, stage: Stage) -> StageWeights:
     return StageWeights.of(layer, stage.linears)
 
 
-def _finish_layer(layer: nn.Module, family: Family, stages: dict[str, Any]) -> DecoderLayer:
+def _finish_layer(layer: nn.Module, family: Family, stages: dict[str, Any], window: int, rotary: int) -> DecoderLayer:
     qkv, o, gate_up, down = (stages[s.name].to_linear() for s in family.stages)
-    norms = [weight_of(layer, n).cpu().numpy() for n in (family.input_norm, family.mlp_norm)]
-    return DecoderLayer(norms[0], qkv, o, norms[1], gate_up, down)
+    norms = {name: family.norm_weight(layer, path).cpu().numpy() for name, path in family.norms.items()}
+    offset = key_offset(layer.get_submodule(family.attention))
+    return DecoderLayer(
+        qkv=qkv, o=o, gate_up=gate_up, down=down, window=window, rotary=rotary, key_offset=offset, **norms
+    )
 
 
 def _check_finite(layer: nn.Module, where: str) -> None:
@@ -169,18 +203,20 @@ def _check_finite(layer: nn.Module, where: str) -> None:
             raise SpecQuantError(f"weights of {where}.{name} hold NaN or infinity; the model is damaged")
 
 
-def _rotary_tables(rotary: nn.Module, config: DecoderConfig) -> tuple[Any, Any]:
-    """cos and sin [context_length, head_dim / 2], scaling included, from the model's own rotary module."""
-    at = next(rotary.buffers())
-    cos, sin = rotary(at.float(), position_ids=torch.arange(config.context_length, device=at.device)[None])
-    half = cos.shape[-1] // 2  # transformers repeats each half
-    return tuple(t[0, :, :half].float().cpu().contiguous().numpy() for t in (cos, sin))
+def _stored_rotary_tables(base: nn.Module, family: Family, text: Any, context_length: int) -> list[Any]:
+    """cos and sin, each float32 [tables, context_length, rotary_dim / 2]."""
+    at = next(base.get_submodule(family.rotary).buffers())
+    positions = torch.arange(context_length, device=at.device)[None]
+    tables = rotary_tables(base, family, text, at.float(), positions)
+    half = tables[0][0].shape[-1] // 2  # transformers repeats each half
+    return [torch.stack([t[0, :, :half] for t in pair]).cpu().numpy() for pair in zip(*tables, strict=True)]
 
 
 def decoder_config(config: Any, family: Family, context_length: int | None = None) -> DecoderConfig:
-    """The sizes the graph needs, from a transformers config."""
-    eos = config.eos_token_id
-    limit = config.max_position_embeddings
+    """What the graph needs, from a transformers config."""
+    whole, config = config, text_config(config)  # the same but for models that also see
+    bos, eos = (getattr(whole, n, None) or getattr(config, n, None) for n in ("bos_token_id", "eos_token_id"))
+    limit = longest_context(config)
     if context_length is not None and not 0 < context_length <= limit:
         raise SpecQuantError(f"context length {context_length} is not in 1…{limit}, what the model was made for")
     return DecoderConfig(
@@ -190,12 +226,15 @@ def decoder_config(config: Any, family: Family, context_length: int | None = Non
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim(config),
         vocab_size=config.vocab_size,
         context_length=context_length or limit,
         rms_norm_eps=config.rms_norm_eps,
-        bos_token_id=config.bos_token_id,
+        bos_token_id=bos,
         eos_token_ids=eos if isinstance(eos, list) else [] if eos is None else [eos],
+        attention_scale=float(getattr(config, "query_pre_attn_scalar", head_dim(config))) ** -0.5,
+        embedding_scale=family.embedding_scale(config),
+        activation=ACTIVATIONS[activation_name(config)],
     )
 
 

@@ -17,10 +17,11 @@ OVERRIDABLE = ("w_bits", "a_bits", "basis", "k", "subtract", "group_size", "act_
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "w_bits": (4, 16),
     "a_bits": (*range(2, 9), 16),
-    "kv_bits": (16,),
+    "kv_bits": (4, 16),
     "basis": ("none", "dft", "klt"),
     "budget": METRICS,
     "rounding": ("rtn", "gptq"),
+    "smooth_by": ("rms", "max"),
     "float_type": ("float32", "float16"),
 }
 
@@ -44,7 +45,8 @@ class Recipe:
     group_size: int = 64
     act_group: int = 64
     smooth: bool = True
-    smooth_grid: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    smooth_by: str = "rms"  # what counts as the size of an input channel: its root mean square, or its largest value
+    smooth_grid: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     budget: str = "uniform"  # metric of Eq. 12 / Table 5 that spreads the k frequencies over output channels
     budget_alpha: float = 1.0  # temperature of its softmax
     rounding: str = "gptq"
@@ -52,6 +54,9 @@ class Recipe:
     samples: int = 128
     sequence_length: int = 512  # tokens a calibration sample
     seed: int = 0
+    refine_steps: int = 0  # of gradient descent on the stored numbers after quantisation (refine.py); wants a GPU
+    refine_lr: float = 1e-3
+    refine_batch: int = 16  # calibration samples a step
     float_type: str = "float32"
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -61,6 +66,8 @@ class Recipe:
         for stage, changes in self.overrides.items():
             if stage not in STAGES:
                 raise SpecQuantError(f"recipe: no stage '{stage}' to override; the stages are {', '.join(STAGES)}")
+            if not isinstance(changes, dict):
+                raise SpecQuantError(f"recipe: overrides of {stage} must be a mapping of recipe fields")
             for name, value in changes.items():
                 if name not in OVERRIDABLE:
                     raise SpecQuantError(
@@ -68,13 +75,24 @@ class Recipe:
                     )
                 if name in _CHOICES:
                     _check_choice(f"{stage}.{name}", value, _CHOICES[name])
-        for name in ("k", "group_size", "act_group", "samples", "sequence_length"):
-            if getattr(self, name) < (0 if name in ("group_size", "act_group") else 1):
-                raise SpecQuantError(f"recipe: {name} must be positive, not {getattr(self, name)}")
+                elif type(value) is not (kind := type(getattr(self, name))):
+                    raise SpecQuantError(f"recipe: {stage}.{name} must be of type {kind.__name__}, not {value!r}")
+        _check_at_least(self, 1, "samples", "sequence_length", "refine_batch")
+        _check_at_least(self, 0, "refine_steps")
+        if not 0 <= self.seed < 2**63:
+            raise SpecQuantError(f"recipe: seed {self.seed} is not in 0…2^63 − 1")
         if self.sequence_length < 16:
             raise SpecQuantError(f"recipe: sequence_length {self.sequence_length} is too short; use 16 or more")
         if not 0 < self.damping <= 1:
             raise SpecQuantError(f"recipe: damping {self.damping} is not in (0, 1]; 0.01 is usual")
+        if not 0 < self.refine_lr < 1:
+            raise SpecQuantError(f"recipe: refine_lr {self.refine_lr} is not in (0, 1); 0.001 is usual")
+        if self.refine_steps and self.samples - held_back(self.samples) < self.refine_batch:
+            enough = max(self.refine_batch, 16 * (self.refine_batch - 1) // 15) + 1
+            raise SpecQuantError(
+                f"recipe: {self.samples} samples are too few for a refine_batch of {self.refine_batch} "
+                f"when a sixteenth is kept back; use --samples {enough} or more"
+            )
         if not self.smooth_grid or not all(0 <= a <= 1 for a in self.smooth_grid):
             raise SpecQuantError("recipe: smooth_grid must hold exponents between 0 and 1")
         for stage in STAGES:
@@ -82,6 +100,8 @@ class Recipe:
 
     @staticmethod
     def _check_combination(stage: Recipe, name: str) -> None:
+        _check_at_least(stage, 1, "k")
+        _check_at_least(stage, 0, "group_size", "act_group")
         if stage.w_bits == 16 and stage.a_bits != 16:
             raise SpecQuantError(
                 f"recipe: {name} has 16-bit weights and {stage.a_bits}-bit activations; "
@@ -114,6 +134,11 @@ class Recipe:
         """Columns r of the stage's basis: 0 without a branch."""
         r = self.at(stage)
         return {"none": 0, "dft": 2 * r.k - 1, "klt": r.k}[r.basis] if r.w_bits != 16 else 0
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether quantising looks at activations: unless weights and KV cache all stay as they are."""
+        return self.kv_bits != 16 or any(self.at(stage).w_bits != 16 for stage in STAGES)
 
     def check_shapes(self, in_features: dict[str, int]) -> None:
         """Compare with a model's sizes (stage -> N). Raises SpecQuantError naming the nearest valid value."""
@@ -150,17 +175,18 @@ class Recipe:
         if not isinstance(values, dict):
             raise SpecQuantError(f"{where}: expected a mapping of recipe fields")
         values = dict(values)
-        base = preset(values.pop("preset")) if "preset" in values else cls()
+        base = preset(str(values.pop("preset"))) if "preset" in values else cls()
         known = {f.name: getattr(base, f.name) for f in fields(cls)}
         for name, value in values.items():
             if name not in known:
                 raise SpecQuantError(f"{where}: unknown field '{name}'; known: {', '.join(known)}")
-            if name == "smooth_grid" and isinstance(value, (list, tuple)):
+            if name == "smooth_grid" and isinstance(value, list) and all(type(v) in (int, float) for v in value):
                 values[name] = tuple(float(v) for v in value)
             elif isinstance(known[name], float) and type(value) is int:
                 values[name] = float(value)
             elif type(value) is not type(known[name]):
-                raise SpecQuantError(f"{where}: {name} must be of type {type(known[name]).__name__}, not {value!r}")
+                kind = "list of numbers" if name == "smooth_grid" else type(known[name]).__name__
+                raise SpecQuantError(f"{where}: {name} must be of type {kind}, not {value!r}")
         return replace(base, **values)
 
     @classmethod
@@ -172,8 +198,19 @@ class Recipe:
         return cls.from_dict(values, f"recipe {path}")
 
 
+def held_back(samples: int) -> int:
+    """Of so many calibration samples, those that refinement does not train on but is judged by."""
+    return max(1, samples // 16)
+
+
 def round_to_8(size: int) -> int:
     return max(8, (size + 4) // 8 * 8)
+
+
+def _check_at_least(recipe: Recipe, least: int, *names: str) -> None:
+    for name in names:
+        if (value := getattr(recipe, name)) < least:
+            raise SpecQuantError(f"recipe: {name} must be {least} or more, not {value}")
 
 
 def _check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
@@ -190,7 +227,17 @@ PRESETS: dict[str, Recipe] = {
     # Ours, and the default because it is the most accurate: data-driven basis, removed from the activation.
     "klt": Recipe(),
     # The paper's: Fourier basis, 16 frequencies, one scale per output channel and per token.
-    "paper": Recipe(name="paper", basis="dft", k=16, subtract=False, group_size=0, act_group=0, budget="act"),
+    "paper": Recipe(
+        name="paper",
+        basis="dft",
+        k=16,
+        subtract=False,
+        group_size=0,
+        act_group=0,
+        smooth_by="max",
+        smooth_grid=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+        budget="act",
+    ),
 }
 
 

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from specquant.exporter.decoder import Decoder, FloatLinear, Linear
 from specquant.exporter.families import Family
 from specquant.exporter.gptq import expand
+from specquant.exporter.kv import set_key_offset, use_int4_cache
 
 
 def fake_quantize(u: Tensor, bits: int, group: int) -> Tensor:
     """Quantise and dequantise per token and group of features (Eq. 1; docs/ops.md): float32 [..., N] -> the same."""
     if bits == 16:
         return u
-    qmax = float(2**bits - 1)
+    # A tensor: torch turns a division by or of a Python number into a product with a reciprocal, rounded twice.
+    qmax = torch.tensor(2**bits - 1, dtype=u.dtype, device=u.device)
     g = u.unflatten(-1, (-1, group)) if group else u.unsqueeze(-2)
     lo, hi = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
     span = hi - lo
@@ -23,7 +25,7 @@ def fake_quantize(u: Tensor, bits: int, group: int) -> Tensor:
     inverse = torch.where(dead, torch.zeros_like(span), qmax / span)
     scale = torch.where(dead, torch.zeros_like(span), span / qmax)
     zero = torch.round(-lo * inverse)
-    q = (torch.round(g * inverse) + zero).clamp(0, qmax)
+    q = (torch.round(g * inverse) + zero).clamp(0, 2**bits - 1)
     return ((q - zero) * scale).view(u.shape)
 
 
@@ -94,15 +96,19 @@ def simulate(model: nn.Module, family: Family, decoder: Decoder) -> nn.Module:
     """Put a decoder's numbers into a transformers model of the same architecture (changed in place and returned)."""
     base = model.get_submodule(family.decoder)
     base.get_submodule(family.embedding).weight.data = _tensor(decoder.embedding)
-    base.get_submodule(family.final_norm).weight.data = _tensor(decoder.final_norm)
+    family.set_norm(base, family.final_norm, _tensor(decoder.final_norm))
     head = decoder.embedding if decoder.lm_head is None else decoder.lm_head
     model.get_submodule(family.lm_head).weight.data = _tensor(head)
     for layer, numbers in zip(base.get_submodule(family.layers).children(), decoder.layers, strict=True):
-        layer.get_submodule(family.input_norm).weight.data = _tensor(numbers.input_norm)
-        layer.get_submodule(family.mlp_norm).weight.data = _tensor(numbers.post_attention_norm)
+        for name, norm in numbers.norms.items():
+            family.set_norm(layer, family.norms[name], _tensor(norm))
         for linear in numbers.linears:
             for name, module in sim_linears(linear).items():
                 layer.set_submodule(name, module)
+        if decoder.config.kv_bits == 4:
+            set_key_offset(layer.get_submodule(family.attention), numbers.key_offset)
+    if decoder.config.kv_bits == 4:
+        use_int4_cache(model)
     return model.eval()
 
 

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 
-def smoothing_factors(act_max: Tensor, weight_max: Tensor, alpha: float) -> Tensor:
-    """λ_i = max|X_i|^α / max|W_i|^(1 − α), geometric mean 1. Inputs and result [N], float32.
+def smoothing_factors(act_size: Tensor, weight_max: Tensor, alpha: float) -> Tensor:
+    """λ_i = size(X_i)^α / max|W_i|^(1 − α), geometric mean 1. Inputs and result [N], float32.
+
+    The size of a channel is max|X_i| in the paper. Its root mean square ignores the few tokens, a text's first above
+    all, whose values are hundreds of times the others'.
 
     Channels that are dead on either side keep λ = 1: their share of the product is nothing.
     """
-    dead = (act_max <= 1e-8) | (weight_max <= 1e-8)
-    log = alpha * act_max.clamp(min=1e-8).log() - (1 - alpha) * weight_max.clamp(min=1e-8).log()
+    dead = (act_size <= 1e-8) | (weight_max <= 1e-8)
+    log = alpha * act_size.clamp(min=1e-8).log() - (1 - alpha) * weight_max.clamp(min=1e-8).log()
     log = torch.where(dead, torch.zeros_like(log), log)
     alive = (~dead).sum().clamp(min=1)
     log = torch.where(dead, torch.zeros_like(log), log - log.sum() / alive)

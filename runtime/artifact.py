@@ -12,7 +12,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.kv_rows import row_bytes
 
 MANIFEST = "specquant.json"
 FORMAT = 1
@@ -25,7 +28,10 @@ ReadBytes = Callable[[int], None]  # told how many more bytes have been hashed
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The sizes of the decoder, in elements. float_type is `float32` or `float16`: the type of logits and KV cache."""
+    """The sizes of the decoder, in elements. float_type is `float32` or `float16`: the type of logits and KV cache.
+
+    kv_bits 4: the cache is packed, rows of head_dim / 2 + 4 bytes (docs/ops.md).
+    """
 
     family: str
     hidden_size: int
@@ -40,6 +46,22 @@ class ModelInfo:
     float_type: str
     bos_token_id: int | None = None
     tied_embeddings: bool = False
+    kv_bits: int = 16
+
+    @property
+    def cache_row(self) -> tuple[int, np.dtype[Any]]:
+        """What a token takes in the cache of one kv head, keys or values: elements, and their type."""
+        return (row_bytes(self.head_dim), np.dtype(np.int8)) if self.kv_bits == 4 else (self.head_dim, self.float_dtype)
+
+    @property
+    def float_dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.float_type)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Keys and values of all layers."""
+        elements, dtype = self.cache_row
+        return 2 * self.num_layers * self.num_kv_heads * elements * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -190,6 +212,8 @@ def _check_values(manifest: Manifest, path: Path) -> None:
         value = getattr(model, item.name)
         if isinstance(value, int) and not isinstance(value, bool) and item.name != "bos_token_id" and value < 1:
             raise SpecQuantError(f"{path} says {item.name} = {value}, which must be positive: re-export the model")
+    if model.kv_bits not in (4, 16):
+        raise SpecQuantError(f"{path} says kv_bits = {model.kv_bits}, not 4 or 16: re-export the model")
     if model.float_type not in ("float32", "float16"):
         raise SpecQuantError(
             f"{path} says float_type = {model.float_type!r}, not float32 or float16: re-export the model"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,25 +11,29 @@ _FIRST_CAPACITY = 256  # tokens: a short chat never grows
 
 
 class KVCache:
-    """Per layer a key and a value array [rows, kv_heads, capacity, head_dim]; row b holds lengths[b] tokens.
+    """Per layer a key and a value array [rows, kv_heads, capacity, width]; row b holds lengths[b] tokens.
 
-    Past and present are one buffer: GroupQueryAttention writes the new tokens at lengths[b] and reads what is
-    before them, so appending costs no copy, and what lies beyond lengths[b] is never read.
+    width is head_dim floats, or the bytes that a 4-bit cache packs them into (int8). Past and present are one buffer:
+    the graph's attention writes the new tokens at lengths[b] and reads what is before them, so appending costs no copy,
+    and what lies beyond lengths[b] is never read.
     """
 
-    def __init__(
-        self, *, layers: int, rows: int, kv_heads: int, head_dim: int, dtype: np.dtype[np.floating], limit: int
-    ) -> None:
+    def __init__(self, *, layers: int, rows: int, kv_heads: int, width: int, dtype: np.dtype[Any], limit: int) -> None:
         self.limit = limit
         self.capacity = 0
         self.lengths: NDArray[np.int64] = np.zeros(rows, np.int64)
-        self._shape = (kv_heads, head_dim)
+        self._shape = (kv_heads, width)
         self._dtype = dtype
         self.buffers = [self._empty() for _ in range(2 * layers)]  # key 0, value 0, key 1, …
 
     @property
     def rows(self) -> int:
         return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the buffers take when every row is full to the capacity."""
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     def reserve(self, tokens: int) -> bool:
         """Make room for `tokens` in every row; True when the buffers moved. ValueError beyond the limit."""
@@ -46,6 +52,12 @@ class KVCache:
             self.buffers[index] = new
         return True
 
+    def rewind(self, row: int, tokens: int) -> None:
+        """Keep a row's first `tokens`. ValueError when it has fewer."""
+        if not 0 <= tokens <= self.lengths[row]:
+            raise ValueError(f"a row of {self.lengths[row]} tokens cannot keep {tokens}")
+        self.lengths[row] = tokens
+
     def drop(self, row: int) -> None:
         """Forget a row: the last one takes its place, so the rows that are left stay together."""
         last = self.rows - 1
@@ -57,7 +69,7 @@ class KVCache:
         self.lengths[row] = self.lengths[last]
         self.lengths = self.lengths[:last]
 
-    def _empty(self) -> NDArray[np.floating]:
+    def _empty(self) -> NDArray[Any]:
         # Not zeroed: the system gives pages as tokens fill them.
-        heads, head_dim = self._shape
-        return np.empty((self.rows, heads, self.capacity, head_dim), self._dtype)
+        heads, width = self._shape
+        return np.empty((self.rows, heads, self.capacity, width), self._dtype)

@@ -11,12 +11,13 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.runtime.cli_common import Parser, run_cli
 from specquant.runtime.stats import version
 
-# name -> (module with add_arguments(parser) and run(args) -> exit code, one line of help)
+# name -> (module, one line of help). The module has add_arguments(parser) and run(args) -> exit code, or COMMANDS of
+# its own and their EPILOG.
 COMMANDS = {
     "export": ("specquant.exporter.cli", "quantise a model and write its folder (needs the extra `export`)"),
     "generate": ("specquant.runtime.cli_generate", "continue a prompt, or answer one message"),
     "chat": ("specquant.runtime.cli_chat", "talk to a model"),
-    "eval": ("specquant.runtime.cli_eval", "measure a model on a text"),
+    "eval": ("specquant.runtime.cli_eval", "measure a model: perplexity, zero-shot tasks, or against another"),
     "inspect": ("specquant.runtime.cli_inspect", "print what an exported model is"),
 }
 EPILOG = """examples:
@@ -36,20 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_cli(lambda: _run(arguments), verbose="-v" in arguments or "--verbose" in arguments)
 
 
-def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in COMMANDS:
-        parser = _overview()
+def _run(
+    arguments: list[str], commands: dict[str, tuple[str, str]] = COMMANDS, prog: str = "specquant", epilog: str = EPILOG
+) -> int:
+    if not arguments or arguments[0] not in commands:
+        parser = _overview(commands, prog, epilog)
         parser.parse_args(arguments)  # --help, --version, or an error that names the commands
         parser.print_help()
         return 0
-    name = arguments[0]
-    path, _ = COMMANDS[name]
+    name, rest = arguments[0], arguments[1:]
+    path, _ = commands[name]
     try:
         command: Any = import_module(path)
-        parser = Parser(prog=f"specquant {name}")
+        if hasattr(command, "COMMANDS"):
+            return _run(rest, command.COMMANDS, f"{prog} {name}", command.EPILOG)
+        parser = Parser(prog=f"{prog} {name}")
         command.add_arguments(parser)
         # Intermixed: before Python 3.12.7, argparse loses an optional PROMPT that follows an option.
-        code: int = command.run(parser.parse_intermixed_args(arguments[1:]))
+        code: int = command.run(parser.parse_intermixed_args(rest))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("specquant"):
             raise
@@ -58,12 +63,12 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
-def _overview() -> Parser:
-    parser = Parser(prog="specquant", description="Language models at 4 bits, from the hub to a device.", epilog=EPILOG)
+def _overview(commands: dict[str, tuple[str, str]], prog: str, epilog: str) -> Parser:
+    parser = Parser(prog=prog, description="Language models at 4 bits, from the hub to a device.", epilog=epilog)
     parser.add_argument("--version", action="version", version=f"specquant {version()}")
-    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
-    for name, (_, text) in COMMANDS.items():
-        commands.add_parser(name, help=text)
+    names = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    for name, (_, text) in commands.items():
+        names.add_parser(name, help=text)
     return parser
 
 

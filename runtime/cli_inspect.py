@@ -53,6 +53,7 @@ def card(manifest: Manifest, verified: bool) -> list[str]:
         ("made with", _pairs(manifest.versions)),
         ("model", f"{model.family}, {model.num_layers} layers, hidden {model.hidden_size}, {heads}"),
         ("", f"vocabulary {model.vocab_size:,}, context {model.context_length:,}, floats {model.float_type}"),
+        ("KV cache", f"{model.kv_bits} bits, {model.cache_bytes_per_token:,} bytes a token"),
         ("recipe", _pairs(manifest.recipe)),
         ("calibration", _pairs(manifest.calibration or {})),
         ("bits per weight", _bits(manifest)),
@@ -60,8 +61,7 @@ def card(manifest: Manifest, verified: bool) -> list[str]:
         ("tensors", ", ".join(f"{kind} {_mib(count)}" for kind, count in manifest.bits.tensor_bytes.items())),
     ]
     lines = [f"{label:<16} {text}" for label, text in rows if text]
-    for name, values in manifest.evaluation.items():
-        lines.append(f"{'perplexity':<16} {_number(values.get('perplexity'), 4)} on {name} ({_evaluation(values)})")
+    lines += [_evaluation(name, values) for name, values in manifest.evaluation.items()]
     if manifest.layers:
         lines += ["", *_layer_table(manifest)]
     return lines
@@ -108,10 +108,16 @@ def _bits(manifest: Manifest) -> str:
     return ", ".join(parts)
 
 
-def _evaluation(values: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} {values[key]:,}" for key in ("tokens", "windows", "window") if isinstance(values.get(key), int)
-    )
+def _evaluation(name: str, values: dict[str, Any]) -> str:
+    """A row that `specquant eval ppl` or `zeroshot` has recorded."""
+    counts = ("tokens", "windows", "window", "limit")
+    about = ", ".join(f"{key} {values[key]:,}" for key in counts if isinstance(values.get(key), int))
+    tasks = values.get("tasks")
+    if isinstance(tasks, dict):
+        average = values.get("average")
+        percent = _number(100 * average if isinstance(average, float) else None, 2)
+        return f"{'zero-shot':<16} {percent} % on average of {len(tasks)} tasks{about and f' ({about})'}"
+    return f"{'perplexity':<16} {_number(values.get('perplexity'), 4)} on {name} ({about})"
 
 
 def _pairs(values: dict[str, Any]) -> str:

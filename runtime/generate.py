@@ -16,7 +16,7 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.runtime.artifact import Manifest
 from specquant.runtime.chat import ChatTemplate, Message, load_chat_template
 from specquant.runtime.sampling import Sampling, choose
-from specquant.runtime.session import Backend
+from specquant.runtime.session import Backend, Sequences
 from specquant.runtime.stats import GenerationStats, peak_memory
 from specquant.runtime.streaming import StopFilter, StreamDecoder
 
@@ -119,6 +119,10 @@ class Model:
     def logit_blocks(self, ids: Sequence[int] | NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
         """The rows of `logits` in order, as blocks [t, vocab]: a block is valid until the next is asked for."""
         return self._backend.sequences(1).prefill(0, self._check_ids(ids))
+
+    def sequences(self, rows: int = 1) -> Sequences:
+        """An empty batch with a KV cache of its own, for a caller that feeds token ids itself."""
+        return self._backend.sequences(rows)
 
     def _request(
         self, prompts: Sequence[Prompt], max_new_tokens: int, stop: str | Sequence[str] | None, sampling: Sampling

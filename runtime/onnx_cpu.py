@@ -51,12 +51,13 @@ class OnnxSequences:
     def __init__(self, backend: OnnxCpu, rows: int) -> None:
         self._backend = backend
         model = backend.model
+        width, dtype = model.cache_row
         self._cache = KVCache(
             layers=model.num_layers,
             rows=rows,
             kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            dtype=backend.dtype,
+            width=width,
+            dtype=dtype,
             limit=backend.context,
         )
         self._step: _Binding | None = None  # of decode: kept while rows and buffers stay
@@ -80,6 +81,9 @@ class OnnxSequences:
         logits = self._step.run(ids[:, None], cache.lengths)[:, 0]
         cache.lengths += 1
         return logits
+
+    def rewind(self, row: int, tokens: int) -> None:
+        self._cache.rewind(row, tokens)
 
     def drop(self, row: int) -> None:
         self._cache.drop(row)
@@ -166,14 +170,16 @@ def _check_graph(folder: Path, session: Any, model: ModelInfo) -> None:
     present = [name.replace("past_key_values", "present") for name in past]
     inputs = {item.name: item for item in session.get_inputs()}
     outputs = {item.name: item for item in session.get_outputs()}
-    cache_type = {"float32": "tensor(float)", "float16": "tensor(float16)"}[model.float_type]
+    names = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
+    width, dtype = model.cache_row
     fits = set(inputs) == {"input_ids", "attention_mask", "position_ids", *past}
     fits = fits and set(outputs) == {"logits", *present}
     fits = fits and all(
-        inputs[name].type == cache_type and list(inputs[name].shape[1::2]) == [model.num_kv_heads, model.head_dim]
+        inputs[name].type == names[dtype.name] and list(inputs[name].shape[1::2]) == [model.num_kv_heads, width]
         for name in past
     )
-    fits = fits and outputs["logits"].type == cache_type and outputs["logits"].shape[-1] == model.vocab_size
+    fits = fits and outputs["logits"].type == names[model.float_type]
+    fits = fits and outputs["logits"].shape[-1] == model.vocab_size
     if not fits:
         raise SpecQuantError(f"{folder / 'model.onnx'} is not the graph that specquant.json describes: re-export it")
 

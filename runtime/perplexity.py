@@ -32,6 +32,25 @@ class PerplexityResult:
     windows: int
     window: int
 
+    @classmethod
+    def of(cls, means: NDArray[np.float64], window: int) -> PerplexityResult:
+        """From each window's mean negative log-likelihood [windows]. Raises SpecQuantError if one is not finite."""
+        wrong = np.flatnonzero(~np.isfinite(means))
+        if wrong.size:
+            raise SpecQuantError(
+                f"the model computed NaN or infinite logits in window {wrong[0] + 1}: its files may be damaged, "
+                "check them with `specquant inspect DIR --verify`"
+            )
+        nll, count = float(means.mean()), len(means)
+        return cls(
+            perplexity=math.exp(nll) if nll < 700 else math.inf,
+            nll=nll,
+            nll_standard_error=float(means.std(ddof=1) / math.sqrt(count)) if count > 1 else None,
+            tokens=count * (window - 1),
+            windows=count,
+            window=window,
+        )
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -48,6 +67,22 @@ def perplexity(
     A window must fit the model's context: the caller chooses it. progress is told each window (1) as it is done.
     Raises SpecQuantError: a window under 2 tokens, fewer tokens than one window, logits that are not finite.
     """
+    pieces = windows_of(ids, window, max_windows)
+    means = np.empty(len(pieces))
+    for index, piece in enumerate(pieces):
+        means[index] = _window_nll(logits_fn(piece), piece) / (window - 1)
+        if not math.isfinite(means[index]):
+            break  # `of` says which window it was
+        if progress:
+            progress(1)
+    return PerplexityResult.of(means[: index + 1], window)
+
+
+def windows_of(ids: NDArray[np.int64], window: int, max_windows: int | None = None) -> NDArray[np.int64]:
+    """ids [T] cut into windows that do not overlap, int64 [windows, window]; the tail is dropped.
+
+    Raises SpecQuantError: a window under 2 tokens, fewer tokens than one window, max_windows under 1.
+    """
     if window < 2:
         raise SpecQuantError(f"window = {window} is out of range: it must be 2 tokens or more")
     if max_windows is not None and max_windows < 1:
@@ -56,26 +91,7 @@ def perplexity(
     if count == 0:
         raise SpecQuantError(f"the text has {len(ids)} tokens and one window needs {window}: give more text")
     count = min(count, max_windows or count)
-    means = np.empty(count)
-    for index in range(count):
-        piece = ids[index * window : (index + 1) * window]
-        means[index] = _window_nll(logits_fn(piece), piece) / (window - 1)
-        if not math.isfinite(means[index]):
-            raise SpecQuantError(
-                f"the model computed NaN or infinite logits in window {index + 1}: its files may be damaged, "
-                "check them with `specquant inspect DIR --verify`"
-            )
-        if progress:
-            progress(1)
-    nll = float(means.mean())
-    return PerplexityResult(
-        perplexity=math.exp(nll) if nll < 700 else math.inf,
-        nll=nll,
-        nll_standard_error=float(means.std(ddof=1) / math.sqrt(count)) if count > 1 else None,
-        tokens=count * (window - 1),
-        windows=count,
-        window=window,
-    )
+    return ids[: count * window].reshape(count, window)
 
 
 def _window_nll(logits: NDArray[np.float32] | Iterable[NDArray[np.float32]], ids: NDArray[np.int64]) -> float:
@@ -86,17 +102,16 @@ def _window_nll(logits: NDArray[np.float32] | Iterable[NDArray[np.float32]], ids
         for start in range(0, len(block), _ROWS):
             part = block[start : start + _ROWS]
             targets = ids[row + 1 : row + 1 + len(part)]  # one short at the end: the last token predicts nothing
-            total += _nll(part[: len(targets)], targets)
+            total += float(token_nll(part[: len(targets)], targets).sum())
             row += len(part)
     if row != len(ids):
         raise ValueError(f"{row} rows of logits for {len(ids)} tokens")
     return total
 
 
-def _nll(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float:
-    """Σ log Σ exp(z − max z) − (z[target] − max z); sums in float64."""
+def token_nll(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """−log softmax(logits)[target] of each row: float64 [T] of logits [T, vocab] and targets [T]."""
     with np.errstate(invalid="ignore"):  # infinities are reported by the caller
         shifted = logits - logits.max(axis=-1, keepdims=True)
     chosen = np.take_along_axis(shifted, targets[:, None], axis=-1)[:, 0]
-    sums = np.exp(shifted).sum(axis=-1, dtype=np.float64)
-    return float((np.log(sums) - chosen).sum(dtype=np.float64))
+    return np.asarray(np.log(np.exp(shifted).sum(axis=-1, dtype=np.float64)) - chosen)

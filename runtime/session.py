@@ -28,6 +28,9 @@ class Sequences(Protocol):
     def decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Append one token to each row, ids [rows]; logits [rows, vocab], valid until the next call."""
 
+    def rewind(self, row: int, tokens: int) -> None:
+        """Forget what a row holds beyond its first `tokens`: the next ones continue from there."""
+
     def drop(self, row: int) -> None:
         """Forget a finished row; the last one takes its number."""
 

@@ -1,99 +1,114 @@
-"""A tiny Llama with random weights, its Decoder, in floating point or INT4, and what that computes in torch."""
+"""Tiny models with random weights, one of each family, their Decoders, and what those compute in torch."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+import transformers
+from torch import nn
 
 from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
 from specquant.custom_ops.reference import int4_residual_matmul, specquant_matmul
-from specquant.exporter.decoder import Decoder, DecoderConfig, DecoderLayer, FloatLinear, Linear, QuantLinear
+from specquant.exporter.decoder import Decoder, FloatLinear, Linear, QuantLinear
+from specquant.exporter.quantize import quantize
+from specquant.exporter.recipe import float_recipe
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,  # large enough that attention and the gate leave their linear range
+}
+GEMMA3 = {
+    "head_dim": 32,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+    },
+}
 
 
-def tiny_llama(seed: int, tied: bool = True, bias: bool = False) -> tuple[LlamaForCausalLM, Decoder]:
-    """Two layers, hidden 64, 4 heads on 2 kv heads, vocabulary 128, context 96."""
+LONGROPE = {
+    "original_max_position_embeddings": 48,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "original_max_position_embeddings": 48,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [4.0] * 8,
+    },
+}
+
+
+def _rope(rope_type: str, **parameters: float) -> dict[str, Any]:
+    original = {"original_max_position_embeddings": 24}
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 100.0, "factor": 4.0, **original, **parameters}}
+
+
+# name -> (transformers' name of the architecture, what its config has besides SIZES)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"head_dim": 32}),
+    "llama-tied-biased": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama-linear": ("Llama", {**_rope("linear"), "num_key_value_heads": 4}),
+    "llama-llama3": ("Llama", _rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
+    "llama-yarn": ("Llama", _rope("yarn")),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "mistral": ("Mistral", {"head_dim": 32, "sliding_window": 7}),
+    "phi3": ("Phi3", {"sliding_window": 7}),
+    "phi3-partial-rotary": ("Phi3", {"hidden_size": 128, "rope_parameters": {"partial_rotary_factor": 0.5}}),
+    "phi3-longrope": ("Phi3", LONGROPE),
+    "gemma3": ("Gemma3", GEMMA3),
+}
+
+
+def tiny_model(name: str, seed: int) -> Any:
+    """A transformers model of MODELS: random weights, norms and biases too, in float32."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=88,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=96,
-        tie_word_embeddings=tied,
-        attention_bias=bias,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,  # large enough that attention and the gate leave their linear range
-    )
-    model = LlamaForCausalLM(config).eval()
+    architecture, settings = MODELS[name]
+    text = "Text" if architecture == "Gemma3" else ""
+    config = getattr(transformers, f"{architecture}{text}Config")(**{**SIZES, **settings})
+    return randomised(getattr(transformers, f"{architecture}ForCausalLM")(config))
+
+
+def randomised(model: Any) -> Any:
+    """`model` with norms and biases as uneven as those of a trained one: transformers starts them at 1 or 0."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", ".bias")):  # transformers starts them at one and zero
+            if name.endswith(("norm.weight", ".bias")):
                 parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_llama(seed: int, tied: bool = True, bias: bool = False) -> tuple[Any, Decoder]:
+    """Two layers, hidden 64, 4 heads on 2 kv heads, vocabulary 128, context 96; and its float Decoder."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(**{**SIZES, "tie_word_embeddings": tied, "attention_bias": bias})
+    model = randomised(transformers.LlamaForCausalLM(config))
     return model, float_decoder(model)
 
 
-def float_decoder(model: LlamaForCausalLM) -> Decoder:
-    """The Decoder of an unquantised transformers Llama."""
-    config, rotary = model.config, LlamaRotaryEmbedding(model.config)
-    cos, sin = rotary(torch.zeros(1), torch.arange(config.max_position_embeddings)[None])
-    half = cos.shape[-1] // 2
-    layers = []
-    for i, layer in enumerate(model.model.layers):
-        attn, mlp, name = layer.self_attn, layer.mlp, f"model.layers.{i}"
-        layers.append(
-            DecoderLayer(
-                _array(layer.input_layernorm.weight),
-                _linear(f"{name}.self_attn.qkv_proj", q_proj=attn.q_proj, k_proj=attn.k_proj, v_proj=attn.v_proj),
-                _linear(f"{name}.self_attn.o_proj", o_proj=attn.o_proj),
-                _array(layer.post_attention_layernorm.weight),
-                _linear(f"{name}.mlp.gate_up_proj", gate_proj=mlp.gate_proj, up_proj=mlp.up_proj),
-                _linear(f"{name}.mlp.down_proj", down_proj=mlp.down_proj),
-            )
-        )
-    eos = config.eos_token_id
-    return Decoder(
-        DecoderConfig(
-            family="llama",
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=attn.head_dim,
-            vocab_size=config.vocab_size,
-            context_length=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            bos_token_id=config.bos_token_id,
-            eos_token_ids=eos if isinstance(eos, list) else [eos],
-        ),
-        embedding=_array(model.model.embed_tokens.weight),
-        layers=layers,
-        final_norm=_array(model.model.norm.weight),
-        lm_head=None if config.tie_word_embeddings else _array(model.lm_head.weight),
-        rope_cos=_array(cos[0, :, :half]),
-        rope_sin=_array(sin[0, :, :half]),
-    )
-
-
-def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = np.ascontiguousarray(tensor.detach().float().numpy())
-    return array
-
-
-def _linear(name: str, **modules: Any) -> FloatLinear:
-    weight = np.concatenate([_array(module.weight).T for module in modules.values()], axis=1)
-    biases = [_array(module.bias) for module in modules.values() if module.bias is not None]
-    parts = {part: module.out_features for part, module in modules.items()}
-    return FloatLinear(name, parts, weight, np.concatenate(biases) if biases else None)
+def float_decoder(model: Any) -> Decoder:
+    """The Decoder of an unquantised transformers model, which is left as it is."""
+    return quantize(copy.deepcopy(model), float_recipe())
 
 
 def quantised_decoder(
@@ -142,20 +157,18 @@ def quantised_decoder(
     return replace(decoder, layers=layers)
 
 
-def simulate(model: LlamaForCausalLM, decoder: Decoder, rank: int) -> None:
+def simulate(model: Any, decoder: Decoder, rank: int) -> None:
     """Let the linears of `model` compute what `decoder`'s do, in NumPy, with `rank` columns of each branch."""
     for block, layer in zip(model.model.layers, decoder.layers, strict=True):
         for entry in layer.linears:
-            if isinstance(entry, FloatLinear):
-                continue
-            owner = block.self_attn if ".self_attn." in entry.name else block.mlp
             start = 0
             for part, width in entry.parts.items():
-                setattr(owner, part, _Simulated(entry, slice(start, start + width), rank))
+                if isinstance(entry, QuantLinear):
+                    block.set_submodule(part, _Simulated(entry, slice(start, start + width), rank))
                 start += width
 
 
-class _Simulated(torch.nn.Module):
+class _Simulated(nn.Module):
     """Some columns of a quantised call, by the reference."""
 
     def __init__(self, entry: QuantLinear, columns: slice, rank: int) -> None:

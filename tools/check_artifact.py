@@ -54,13 +54,18 @@ def simulated(folder: Path, source: str) -> torch.nn.Module:
     def array(name: str) -> np.ndarray:
         return np.array(values[name].numpy())
 
-    for name, parameter in model.named_parameters():
-        if (name in values and parameter.ndim == 1) or name.endswith("embed_tokens.weight"):
-            parameter.data = torch.from_numpy(array(name)).float()
-    if "lm_head.weight" in values:
-        model.lm_head.weight.data = torch.from_numpy(array("lm_head.weight")).float()
+    def tensor(name: str) -> torch.Tensor:
+        return torch.from_numpy(array(name)).float()
+
     base = model.get_submodule(family.decoder)
+    base.get_submodule(family.embedding).weight.data = tensor("model.embed_tokens.weight")
+    model.get_submodule(family.lm_head).weight.data = tensor(
+        "lm_head.weight" if "lm_head.weight" in values else "model.embed_tokens.weight"
+    )
+    family.set_norm(base, family.final_norm, tensor("model.norm.weight"))
     for index, layer in enumerate(base.get_submodule(family.layers).children()):
+        for field, path in family.norms.items():
+            family.set_norm(layer, path, tensor(f"model.layers.{index}.{field}.weight"))
         for stage in family.stages:
             name = f"{family.decoder}.{family.layers}.{index}.{stage.path}"
             parts = {path: layer.get_submodule(path).out_features for path in stage.linears}

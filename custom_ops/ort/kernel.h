@@ -1,6 +1,7 @@
-// One node of a session: its attributes, and how a call of it becomes a Problem (kernels/cpu/kernels.h).
+// One node of a session: what the kernels of all ops share. Each op has a file that turns a call of it into a problem.
 #pragma once
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -19,8 +20,72 @@ inline void must(Status* status) {
   if (status) throw Failure{status};
 }
 
-// Which inputs an op has, and how it is called in messages.
-struct OpKind {
+using Shape = std::vector<int64_t>;
+
+// An input of a call.
+struct Tensor {
+  Shape shape;
+  ElementType type;
+  void* data;
+
+  // The size of the last axis. Throws std::runtime_error for a scalar.
+  int64_t last(const char* name) const;
+  // Throws std::runtime_error with one line if the shape is another.
+  void expect(const char* name, const Shape& wanted) const;
+
+  // An empty tensor may have no address, but a null pointer in a problem says that the operand is not there.
+  template <class T>
+  const T* as() const {
+    alignas(8) static const char nothing[8] = {};
+    return static_cast<const T*>(data ? data : nothing);
+  }
+};
+
+class Kernel {
+ public:
+  virtual ~Kernel() { api_.ReleaseAllocator(allocator_); }
+  Kernel(const Kernel&) = delete;
+  Kernel& operator=(const Kernel&) = delete;
+
+  // Checks every shape, then computes the outputs. Throws Failure, or std::runtime_error with one line.
+  virtual void compute(KernelContext* context) const = 0;
+
+ protected:
+  // Picks the instruction set: what the environment variable SPECQUANT_ISA names, or the fastest. Throws as `compute`.
+  Kernel(const Api& api, const KernelInfo* info);
+
+  int64_t attribute(const KernelInfo* info, const char* name, int64_t otherwise) const;
+  float attribute(const KernelInfo* info, const char* name, float otherwise) const;
+  std::vector<Tensor> inputs(KernelContext* context, size_t count) const;
+  void* output(KernelContext* context, size_t index, const Shape& shape) const;
+  // Calls work(pool, scratch) with ONNX Runtime's thread pool and `bytes` of scratch from the session's own arena.
+  template <class Run>
+  void run(KernelContext* context, size_t bytes, const Run& work) const {
+    void* memory = nullptr;
+    if (bytes) must(api_.AllocatorAlloc(allocator_, bytes, &memory));
+    Pool pool{api_, context};
+    work(ThreadPool{Pool::run, &pool}, memory);
+    if (bytes) must(api_.AllocatorFree(allocator_, memory));
+    must(pool.status);
+  }
+
+  const Kernels* kernels_;
+
+ private:
+  struct Pool {
+    const Api& api;
+    const KernelContext* context;
+    Status* status = nullptr;
+
+    static void run(void* self, void (*task)(void*, size_t), void* argument, size_t count);
+  };
+
+  const Api api_;
+  Allocator* allocator_ = nullptr;
+};
+
+// Which inputs a linear op has, and how it is called in messages.
+struct MatMulKind {
   const char* name;
   bool branch;   // basis, coef, rank
   bool weights;  // qweight, scales, row_sums, bias
@@ -28,29 +93,7 @@ struct OpKind {
   size_t inputs() const { return 1 + (branch ? 3 : 0) + (weights ? 4 : 0); }
 };
 
-using Shape = std::vector<int64_t>;
-
-class Kernel {
- public:
-  // Reads the attributes (schema.py has the defaults), and picks the instruction set: what the environment variable
-  // SPECQUANT_ISA names, or the fastest. Throws Failure, or std::runtime_error with one line.
-  Kernel(const Api& api, const OpKind& kind, const KernelInfo* info);
-  ~Kernel() { api_.ReleaseAllocator(allocator_); }
-  Kernel(const Kernel&) = delete;
-  Kernel& operator=(const Kernel&) = delete;
-
-  // Checks every shape and type, then computes the outputs. Throws as the constructor does.
-  void compute(KernelContext* context) const;
-
- private:
-  int64_t attribute(const KernelInfo* info, const char* name, int64_t otherwise) const;
-  void* output(KernelContext* context, size_t index, const Shape& shape) const;
-
-  const Api api_;
-  const OpKind kind_;
-  const Kernels* kernels_;
-  Allocator* allocator_ = nullptr;  // the session's own: scratch comes from its arena
-  Problem attributes_{};            // those fields of it that a node fixes
-};
+std::unique_ptr<Kernel> make_matmul(const Api& api, const MatMulKind& kind, const KernelInfo* info);
+std::unique_ptr<Kernel> make_attention(const Api& api, const KernelInfo* info);
 
 }  // namespace specquant::ort

@@ -7,55 +7,50 @@
 namespace specquant::ort {
 namespace {
 
-constexpr OpKind kBranch{"SpectralBranch", true, false};
-constexpr OpKind kResidual{"Int4ResidualMatMul", false, true};
-constexpr OpKind kFused{"SpecQuantMatMul", true, true};
+constexpr MatMulKind kBranch{"SpectralBranch", true, false};
+constexpr MatMulKind kResidual{"Int4ResidualMatMul", false, true};
+constexpr MatMulKind kFused{"SpecQuantMatMul", true, true};
 
-// An op whose x is of type `real` and whose row_sums are of type `sums`. ONNX Runtime picks by the node's types.
+// An op for one combination of types. ONNX Runtime picks by the node's.
 struct Op : CustomOp {
-  OpKind kind;
-  ElementType real, sums;
+  const char* name;
+  const MatMulKind* matmul;  // null for Int4KVAttention
+  std::vector<ElementType> inputs, outputs;
   const Api* api;
 };
 
 const Op& self(const CustomOp* op) { return *static_cast<const Op*>(op); }
 
-ElementType input_type(const CustomOp* custom, size_t index) {
-  const Op& op = self(custom);
-  if (index == 0) return op.real;
-  if (op.kind.branch && index <= 3) return index == 3 ? kInt64 : kFloat16;  // basis, coef, rank
-  const ElementType weights[] = {kInt8, kFloat16, op.sums, kFloat};
-  return weights[index - (op.kind.branch ? 4 : 1)];
-}
-
 // Runs `work`, and turns what it throws into one line that starts with the op's name.
 template <class Work>
-Status* guarded(const Api& api, const OpKind& kind, const Work& work) {
+Status* guarded(const Op& op, const Work& work) {
   try {
     work();
     return nullptr;
   } catch (const Failure& failure) {
     return failure.status;
   } catch (const std::bad_alloc&) {
-    return api.CreateStatus(kFail, (std::string(kind.name) + ": out of memory").c_str());
+    return op.api->CreateStatus(kFail, (std::string(op.name) + ": out of memory").c_str());
   } catch (const std::exception& error) {
-    return api.CreateStatus(kInvalidArgument, (std::string(kind.name) + ": " + error.what()).c_str());
+    return op.api->CreateStatus(kInvalidArgument, (std::string(op.name) + ": " + error.what()).c_str());
   }
 }
 
 struct Node {
-  Kernel kernel;
+  std::unique_ptr<Kernel> kernel;
   const Op& op;
 };
 
 Status* create(const CustomOp* custom, const void*, const KernelInfo* info, void** kernel) {
   const Op& op = self(custom);
-  return guarded(*op.api, op.kind, [&] { *kernel = new Node{{*op.api, op.kind, info}, op}; });
+  return guarded(op, [&] {
+    *kernel = new Node{op.matmul ? make_matmul(*op.api, *op.matmul, info) : make_attention(*op.api, info), op};
+  });
 }
 
 Status* compute(void* kernel, KernelContext* context) {
   const Node& node = *static_cast<const Node*>(kernel);
-  return guarded(*node.op.api, node.op.kind, [&] { node.kernel.compute(context); });
+  return guarded(node.op, [&] { node.kernel->compute(context); });
 }
 
 void destroy(void* kernel) { delete static_cast<Node*>(kernel); }
@@ -80,7 +75,7 @@ ElementType read_axes(const Api& api, const ShapeContext* context, size_t index,
 }
 
 // The shape of x with the last axis of input `source` in place of its own. ONNX Runtime asks the first op of a name
-// on behalf of them all, so x's type is the node's, not op.real.
+// on behalf of them all, so x's type is the node's, not op.outputs.
 void infer_output(const Op& op, ShapeContext* context, size_t output, size_t source) {
   const Api& api = *op.api;
   Shape sizes, from;
@@ -101,23 +96,26 @@ void infer_output(const Op& op, ShapeContext* context, size_t output, size_t sou
   must(api.ShapeInferContext_SetOutputTypeShape(context, output, owned));
 }
 
+// Shapes of Int4KVAttention depend on attributes and values, so those that the graph itself states stand.
 Status* infer(const CustomOp* custom, ShapeContext* context) {
   const Op& op = self(custom);
-  return guarded(*op.api, op.kind, [&] {
-    infer_output(op, context, 0, op.kind.weights ? (op.kind.branch ? 5 : 2) : 2);  // scales, else coef
-    if (!op.kind.weights) infer_output(op, context, 1, 1);                         // low: basis
+  return guarded(op, [&] {
+    if (!op.matmul) return;
+    infer_output(op, context, 0, op.matmul->weights ? (op.matmul->branch ? 5 : 2) : 2);  // scales, else coef
+    if (!op.matmul->weights) infer_output(op, context, 1, 1);                            // low: basis
   });
 }
 
-Op describe(const Api& api, const OpKind& kind, ElementType real, ElementType sums) {
-  Op op{{}, kind, real, sums, &api};
+Op describe(const Api& api, const char* name, const MatMulKind* matmul, std::vector<ElementType> inputs,
+            std::vector<ElementType> outputs) {
+  Op op{{}, name, matmul, std::move(inputs), std::move(outputs), &api};
   op.version = kApiVersion;
-  op.GetName = [](const CustomOp* custom) { return self(custom).kind.name; };
+  op.GetName = [](const CustomOp* custom) { return self(custom).name; };
   op.GetExecutionProviderType = [](const CustomOp*) { return "CPUExecutionProvider"; };
-  op.GetInputType = input_type;
-  op.GetInputTypeCount = [](const CustomOp* custom) { return self(custom).kind.inputs(); };
-  op.GetOutputType = [](const CustomOp* custom, size_t) { return self(custom).real; };
-  op.GetOutputTypeCount = [](const CustomOp* custom) { return size_t(self(custom).kind.weights ? 1 : 2); };
+  op.GetInputType = [](const CustomOp* custom, size_t index) { return self(custom).inputs[index]; };
+  op.GetInputTypeCount = [](const CustomOp* custom) { return self(custom).inputs.size(); };
+  op.GetOutputType = [](const CustomOp* custom, size_t index) { return self(custom).outputs[index]; };
+  op.GetOutputTypeCount = [](const CustomOp* custom) { return self(custom).outputs.size(); };
   op.KernelDestroy = destroy;
   op.GetInputCharacteristic = op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return kRequired; };
   op.GetInputMemoryType = [](const CustomOp*, size_t) { return kMemoryDefault; };
@@ -131,12 +129,17 @@ Op describe(const Api& api, const OpKind& kind, ElementType real, ElementType su
 
 std::vector<Op> describe_all(const Api& api) {
   std::vector<Op> ops;
+  const auto matmul = [&](const MatMulKind& kind, std::vector<ElementType> inputs, std::vector<ElementType> outputs) {
+    ops.push_back(describe(api, kind.name, &kind, std::move(inputs), std::move(outputs)));
+  };
   for (const ElementType real : {kFloat, kFloat16}) {
-    ops.push_back(describe(api, kBranch, real, kInt16));
+    matmul(kBranch, {real, kFloat16, kFloat16, kInt64}, {real, real});
     for (const ElementType sums : {kInt16, kInt32}) {
-      ops.push_back(describe(api, kResidual, real, sums));
-      ops.push_back(describe(api, kFused, real, sums));
+      matmul(kResidual, {real, kInt8, kFloat16, sums, kFloat}, {real});
+      matmul(kFused, {real, kFloat16, kFloat16, kInt64, kInt8, kFloat16, sums, kFloat}, {real});
     }
+    ops.push_back(describe(api, "Int4KVAttention", nullptr,
+                           {real, kInt8, kInt8, kInt32, kInt32, kInt64, kFloat, kFloat, kFloat}, {real, kInt8, kInt8}));
   }
   return ops;
 }

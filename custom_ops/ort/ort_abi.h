@@ -43,6 +43,7 @@ enum ElementType : int32_t { kFloat = 1, kInt8 = 3, kInt16 = 5, kInt32 = 6, kInt
   X(GetTensorTypeAndShape, 65, Status*, (const Value*, TensorInfo**))                                       \
   X(AllocatorAlloc, 75, Status*, (Allocator*, size_t, void**))                                              \
   X(AllocatorFree, 76, Status*, (Allocator*, void*))                                                        \
+  X(KernelInfoGetAttribute_float, 85, Status*, (const KernelInfo*, const char*, float*))                    \
   X(KernelInfoGetAttribute_int64, 86, Status*, (const KernelInfo*, const char*, int64_t*))                  \
   X(KernelContext_GetInput, 90, Status*, (const KernelContext*, size_t, const Value**))                     \
   X(KernelContext_GetOutput, 91, Status*, (KernelContext*, size_t, const int64_t*, size_t, Value**))        \

@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from specquant.exporter.decoder import DecoderConfig
+from specquant.exporter.decoder import DecoderConfig, DecoderLayer
+from specquant.exporter.graph.kv_attention import int4_kv_attention
 from specquant.exporter.graph.writer import GraphWriter
 
 
@@ -17,14 +18,14 @@ class AttentionInputs:
     """What every layer's attention shares.
 
     seqlens_k i32[batch]: tokens of each row, the new ones included, less one; total_sequence_length i32[]: the
-    longest of them; position_ids i64[batch, sequence]; cos, sin [context_length, head_dim / 2]: rotary tables.
+    longest of them; position_ids i64[batch, sequence]; rotary: (cos, sin) [context_length, rotary_dim / 2] of each
+    table (`DecoderLayer.rotary` says which is the layer's).
     """
 
     seqlens_k: ir.Value
     total_sequence_length: ir.Value
     position_ids: ir.Value
-    cos: ir.Value
-    sin: ir.Value
+    rotary: list[tuple[ir.Value, ir.Value]]
 
 
 def attention_inputs(
@@ -42,12 +43,15 @@ def attention_inputs(
     last = graph.op("Sub", [tokens, one], "attention.last_position", ("batch",), i64)
     shape = graph.op("Shape", [attention_mask], "attention.mask_shape", (2,), i64)
     total = graph.op("Gather", [shape, one], "attention.total", (), i64, axis=0)
+    names = ["rotary"] if len(rope_cos) == 1 else [f"rotary.{i}" for i in range(len(rope_cos))]
     return AttentionInputs(
         graph.op("Cast", [last], "attention.seqlens_k", ("batch",), i32, to=i32),
         graph.op("Cast", [total], "attention.total_sequence_length", (), i32, to=i32),
         position_ids,
-        graph.floats("rotary.cos", rope_cos),
-        graph.floats("rotary.sin", rope_sin),
+        [
+            (graph.floats(f"{name}.cos", cos), graph.floats(f"{name}.sin", sin))
+            for name, cos, sin in zip(names, rope_cos, rope_sin, strict=True)
+        ],
     )
 
 
@@ -57,17 +61,22 @@ def attention(
     past: tuple[ir.Value, ir.Value],
     present: tuple[ir.Value, ir.Value],
     shared: AttentionInputs,
+    layer: DecoderLayer,
     config: DecoderConfig,
     name: str,
 ) -> ir.Value:
-    """softmax(q kᵀ / √head_dim) v, causal, with rotary positions: [batch, sequence, num_heads · head_dim].
+    """softmax(scale · q kᵀ) v, causal, with rotary positions: [batch, sequence, num_heads · head_dim].
 
     qkv [batch, sequence, (num_heads + 2 num_kv_heads) · head_dim] holds q, k, v side by side; past and present are
     key and value, [batch, num_kv_heads, past_sequence or total_sequence, head_dim].
     """
     output = ir.val(name, graph.float_type, ("batch", "sequence", config.num_heads * config.head_dim))
     lengths = [shared.seqlens_k, shared.total_sequence_length]
-    rotary = [shared.cos, shared.sin, shared.position_ids]
+    tables = shared.rotary[layer.rotary]
+    if config.kv_bits == 4:
+        inputs = [qkv, *past, *lengths, shared.position_ids, *tables]
+        return int4_kv_attention(graph, inputs, output, present, layer, config)
+    rotary = [*tables, shared.position_ids]
     graph.node(
         "GroupQueryAttention",
         [qkv, None, None, *past, *lengths, *rotary],
@@ -77,5 +86,7 @@ def attention(
         num_heads=config.num_heads,
         kv_num_heads=config.num_kv_heads,
         do_rotary=1,
+        scale=config.attention_scale,
+        local_window_size=layer.window or -1,
     )
     return output

@@ -9,11 +9,18 @@ from numpy.typing import NDArray
 from specquant.exporter.graph.writer import GraphWriter
 
 
-def embed(graph: GraphWriter, input_ids: ir.Value, embedding: NDArray[np.float32]) -> tuple[ir.Value, ir.Value]:
-    """Rows of embedding [vocab, hidden] for input_ids: [batch, sequence, hidden], and the table for a tied head."""
+def embed(
+    graph: GraphWriter, input_ids: ir.Value, embedding: NDArray[np.float32], scale: float
+) -> tuple[ir.Value, ir.Value]:
+    """scale · rows of embedding [vocab, hidden] for input_ids: [batch, sequence, hidden], and the table for a tied
+    head, which is not scaled."""
     table = graph.floats("model.embed_tokens.weight", embedding)
     shape = ("batch", "sequence", embedding.shape[1])
-    return graph.op("Gather", [table, input_ids], "model.embed_tokens", shape, axis=0), table
+    rows = graph.op("Gather", [table, input_ids], "model.embed_tokens", shape, axis=0)
+    if scale != 1:
+        factor = graph.floats("model.embed_tokens.scale", np.array(scale, np.float32))
+        rows = graph.op("Mul", [rows, factor], "model.embed_tokens.scaled", shape)
+    return rows, table
 
 
 def lm_head(graph: GraphWriter, x: ir.Value, table: ir.Value, logits: ir.Value) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from specquant.exporter.decoder import Linear
+from specquant.exporter.decoder import DecoderConfig, DecoderLayer
 from specquant.exporter.graph.linear import linear
 from specquant.exporter.graph.writer import GraphWriter
 
 
 def gated_mlp(
-    graph: GraphWriter, x: ir.Value, gate_up: Linear, down: Linear, rank: ir.Value | None, name: str
+    graph: GraphWriter, x: ir.Value, layer: DecoderLayer, config: DecoderConfig, rank: ir.Value | None, name: str
 ) -> ir.Value:
-    """down(silu(gate(x)) · up(x)), silu(g) = g · sigmoid(g); x and y [batch, sequence, hidden]."""
-    both = linear(graph, x, gate_up, rank)
-    shape = ("batch", "sequence", next(iter(gate_up.parts.values())))
+    """down(act(gate(x)) · up(x)); x and y [batch, sequence, hidden]."""
+    both = linear(graph, x, layer.gate_up, rank)
+    shape = ("batch", "sequence", config.intermediate_size)
     gate, up = (ir.val(f"{name}.{part}", graph.float_type, shape) for part in ("gate", "up"))
     graph.node("Split", [both], [gate, up], f"{name}.split", axis=-1, num_outputs=2)
-    sigmoid = graph.op("Sigmoid", [gate], f"{name}.sigmoid", shape)
-    silu = graph.op("Mul", [gate, sigmoid], f"{name}.silu", shape)
-    return linear(graph, graph.op("Mul", [silu, up], f"{name}.product", shape), down, rank)
+    if config.activation == "silu":  # g · sigmoid(g): opset 23 has no operator for it
+        sigmoid = graph.op("Sigmoid", [gate], f"{name}.sigmoid", shape)
+        active = graph.op("Mul", [gate, sigmoid], f"{name}.silu", shape)
+    else:
+        active = graph.op("Gelu", [gate], f"{name}.gelu", shape, approximate="tanh")
+    return linear(graph, graph.op("Mul", [active, up], f"{name}.product", shape), layer.down, rank)

@@ -10,9 +10,10 @@ from specquant.custom_ops.schema import DOMAIN, VERSION
 from specquant.exporter.decoder import Decoder, DecoderLayer, QuantLinear
 from specquant.exporter.graph.attention import AttentionInputs, attention, attention_inputs
 from specquant.exporter.graph.head import embed, lm_head
+from specquant.exporter.graph.kv_attention import cache_row
 from specquant.exporter.graph.linear import linear
 from specquant.exporter.graph.mlp import gated_mlp
-from specquant.exporter.graph.norm import rms_norm
+from specquant.exporter.graph.norm import head_norms, rms_norm
 from specquant.exporter.graph.writer import FloatType, GraphWriter
 
 IR_VERSION = 11  # the first that knows opset 23
@@ -36,7 +37,7 @@ def build_model(decoder: Decoder, float_type: FloatType, metadata: dict[str, str
     rank = _rank(decoder, graph)
 
     shared = attention_inputs(graph, attention_mask, position_ids, decoder.rope_cos, decoder.rope_sin)
-    x, table = embed(graph, input_ids, decoder.embedding)
+    x, table = embed(graph, input_ids, decoder.embedding, config.embedding_scale)
     for i, layer in enumerate(decoder.layers):
         x = _block(graph, x, decoder, layer, f"model.layers.{i}", past[i], present[i], shared, rank)
     x = rms_norm(graph, x, decoder.final_norm, config.rms_norm_eps, "model.norm")
@@ -65,8 +66,9 @@ def build_model(decoder: Decoder, float_type: FloatType, metadata: dict[str, str
 
 
 def _cache(decoder: Decoder, graph: GraphWriter, name: str, length: str) -> KeyValue:
-    shape = ("batch", decoder.config.num_kv_heads, length, decoder.config.head_dim)
-    key, value = (ir.val(f"{name}.{part}", graph.float_type, shape) for part in ("key", "value"))
+    row, dtype = cache_row(graph, decoder.config)
+    shape = ("batch", decoder.config.num_kv_heads, length, row)
+    key, value = (ir.val(f"{name}.{part}", dtype, shape) for part in ("key", "value"))
     return key, value
 
 
@@ -88,13 +90,18 @@ def _block(
     shared: AttentionInputs,
     rank: ir.Value | None,
 ) -> ir.Value:
-    """x + o(attention(qkv(norm(x)))), then x + mlp(norm(x)); x [batch, sequence, hidden]."""
+    """x + norm(o(attention(qkv(norm(x))))), then x + norm(mlp(norm(x))); x [batch, sequence, hidden]."""
     config = decoder.config
     shape = ("batch", "sequence", config.hidden_size)
-    h = rms_norm(graph, x, layer.input_norm, config.rms_norm_eps, f"{name}.input_layernorm")
-    qkv = linear(graph, h, layer.qkv, rank)
-    h = attention(graph, qkv, past, present, shared, config, f"{name}.self_attn")
-    x = graph.op("Add", [x, linear(graph, h, layer.o, rank)], f"{name}.attention_residual", shape)
-    h = rms_norm(graph, x, layer.post_attention_norm, config.rms_norm_eps, f"{name}.post_attention_layernorm")
-    h = gated_mlp(graph, h, layer.gate_up, layer.down, rank, f"{name}.mlp")
-    return graph.op("Add", [x, h], f"{name}.mlp_residual", shape)
+
+    def norm(value: ir.Value, field: str) -> ir.Value:
+        weight = layer.norms.get(field)
+        return value if weight is None else rms_norm(graph, value, weight, config.rms_norm_eps, f"{name}.{field}")
+
+    qkv = linear(graph, norm(x, "input_norm"), layer.qkv, rank)
+    qkv = head_norms(graph, qkv, layer, config, name)
+    h = attention(graph, qkv, past, present, shared, layer, config, f"{name}.self_attn")
+    h = norm(linear(graph, h, layer.o, rank), "attention_output_norm")
+    x = graph.op("Add", [x, h], f"{name}.attention_residual", shape)
+    h = gated_mlp(graph, norm(x, "mlp_norm"), layer, config, rank, f"{name}.mlp")
+    return graph.op("Add", [x, norm(h, "mlp_output_norm")], f"{name}.mlp_residual", shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -78,8 +79,6 @@ def half_folder(llama: Any, tokenizer: Tokenizer, tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="session")
 def folder(llama: Any, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifact of the tiny Llama with 4-bit weights, branches of rank 4 and 8-bit activations."""
-    import dataclasses
-
     from tests.tiny import float_decoder
 
     decoder = float_decoder(llama)
@@ -90,6 +89,27 @@ def folder(llama: Any, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFa
         for layer in decoder.layers
     ]
     return _export(dataclasses.replace(decoder, layers=layers), tokenizer, tmp_path_factory.mktemp("quantised"))
+
+
+@pytest.fixture(scope="session")
+def int4_cache_decoder(llama: Any) -> Any:
+    """The tiny Llama in floating point with a 4-bit KV cache, whose key offsets are measured on random tokens."""
+    import copy
+
+    import torch
+
+    from specquant.exporter.quantize import quantize
+    from specquant.exporter.recipe import float_recipe
+
+    recipe = dataclasses.replace(float_recipe(), kv_bits=4)
+    tokens = torch.from_numpy(np.random.default_rng(5).integers(3, VOCAB, (4, 32)))
+    return quantize(copy.deepcopy(llama), recipe, tokens)
+
+
+@pytest.fixture(scope="session")
+def int4_cache_folder(int4_cache_decoder: Any, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its artifact."""
+    return _export(int4_cache_decoder, tokenizer, tmp_path_factory.mktemp("int4_cache"))
 
 
 def _quantized(linear: Any) -> Any:
@@ -139,7 +159,7 @@ def _export(decoder: Any, tokenizer: Tokenizer, folder: Path, float_type: Any = 
 
 def model_info(config: Any) -> dict[str, Any]:
     names = "family hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim vocab_size context_length"
-    names += " bos_token_id eos_token_ids"
+    names += " bos_token_id eos_token_ids kv_bits"
     return {name: getattr(config, name) for name in names.split()} | {"tied_embeddings": True}
 
 

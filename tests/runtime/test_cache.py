@@ -9,7 +9,7 @@ from specquant.runtime.cache import KVCache
 
 
 def test_growing_and_dropping_keep_the_tokens(rng: np.random.Generator) -> None:
-    cache = KVCache(layers=2, rows=3, kv_heads=2, head_dim=4, dtype=np.dtype(np.float32), limit=700)
+    cache = KVCache(layers=2, rows=3, kv_heads=2, width=4, dtype=np.dtype(np.float32), limit=700)
     assert cache.reserve(5)
     first = cache.capacity
     assert first >= 5
@@ -36,7 +36,7 @@ def test_growing_and_dropping_keep_the_tokens(rng: np.random.Generator) -> None:
 
 
 def test_limit() -> None:
-    cache = KVCache(layers=1, rows=1, kv_heads=1, head_dim=2, dtype=np.dtype(np.float16), limit=10)
+    cache = KVCache(layers=1, rows=1, kv_heads=1, width=2, dtype=np.dtype(np.float16), limit=10)
     cache.reserve(10)
     with pytest.raises(ValueError, match="limit of 10"):
         cache.reserve(11)

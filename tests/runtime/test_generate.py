@@ -46,7 +46,8 @@ def test_greedy_is_transformers(float_model: Model, llama: Any) -> None:
         assert text == float_model.tokenizer.decode([*ids, *expected])[len(prompt) :].rstrip("\ufffd")
 
 
-def test_a_batch_is_each_alone(model: Model) -> None:
+def test_a_batch_is_each_alone(float_model: Model) -> None:
+    model = float_model
     for options in ({}, {"temperature": 0.9, "top_k": 20, "seed": 5}):
         alone = ["".join(model.generate(prompt, max_new_tokens=30, **options)) for prompt in PROMPTS]
         batch = model.generate_batch(PROMPTS, max_new_tokens=30, **options)
@@ -65,7 +66,10 @@ def test_seeds(model: Model) -> None:
     assert "".join(model.generate("x", max_new_tokens=30, temperature=1.5, seed=1)) == texts[1]
 
 
-def test_steps_and_blocks_equal_one_pass(model: Model, rng: np.random.Generator) -> None:
+def test_steps_and_blocks_equal_one_pass(float_model: Model, rng: np.random.Generator) -> None:
+    # Not the quantised model: another block size sums in another order, and one activation that rounds the other
+    # way moves its logits by more than any tolerance worth having.
+    model = float_model
     ids = rng.integers(3, 320, 61)
     whole = model.logits(ids)
     backend: Any = model._backend

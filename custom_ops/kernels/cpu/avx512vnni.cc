@@ -20,6 +20,8 @@ struct Zmm {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
   static F fma(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F round(F value) { return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
   struct Weights {
     I low, high;
@@ -60,10 +62,35 @@ struct Zmm {
     return _mm512_permutexvar_ps(packed, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
   }
   static I next_nibble(I packed) { return _mm512_srli_epi32(packed, 4); }
+
+  static I gather(const uint8_t* from, int64_t stride) {
+    const I lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_i32gather_epi32(_mm512_mullo_epi32(lanes, splat_int(int32_t(stride))), from, 1);
+  }
+  static I bytes(const uint8_t* from) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static void halves(I packed, F& low, F& high) {
+    low = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(packed));
+    high = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(packed, 16)));
+  }
+  static F power_of_two(F value, F n, F x) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-87.0f), _CMP_NLT_UQ), value, n);
+  }
 };
+
+// 16 lanes of features need a row whose halves are multiples of 16.
+void attend_some(const Attention& attention, const QueryTile& tile, const Partial& out) {
+  if (attention.head_dim % 32 == 0) {
+    attend_tile<Zmm, kMostTileRows>(attention, tile, out);
+  } else {
+    attend_tile<Ymm, kMostTileRows>(attention, tile, out);
+  }
+}
 
 }  // namespace
 
-const Kernels kAvx512Vnni{"avx512vnni", cpu_has_avx512vnni, quantize_row<Ymm>, prepare<Zmm, Ymm>, multiply<Zmm>};
+const Kernels kAvx512Vnni{"avx512vnni",  cpu_has_avx512vnni, quantize_row<Ymm>, prepare<Zmm, Ymm>,
+                          multiply<Zmm>, kMostTileRows,      append<Ymm>,       attend_some};
 
 }  // namespace specquant

@@ -13,6 +13,7 @@ struct AvxVnni : Ymm {
 
 }  // namespace
 
-const Kernels kAvxVnni{"avxvnni", cpu_has_avxvnni, quantize_row<Ymm>, prepare<AvxVnni, Ymm>, multiply<AvxVnni>};
+const Kernels kAvxVnni{"avxvnni", cpu_has_avxvnni, quantize_row<Ymm>, prepare<AvxVnni, Ymm>,
+                       multiply<AvxVnni>, 4, append<Ymm>, attend_tile<Ymm, 4>};
 
 }  // namespace specquant

@@ -19,6 +19,9 @@ SPECQUANT_EXPORT int32_t specquant_abi() { return specquant::kAbi; }
 // sizeof(Problem), which the caller's mirror of it must have too.
 SPECQUANT_EXPORT int64_t specquant_problem_size() { return int64_t(sizeof(specquant::Problem)); }
 
+// sizeof(Attention), likewise.
+SPECQUANT_EXPORT int64_t specquant_attention_size() { return int64_t(sizeof(specquant::Attention)); }
+
 // The machine the library was compiled for.
 SPECQUANT_EXPORT const char* specquant_architecture() {
 #if defined(__x86_64__)
@@ -50,6 +53,17 @@ SPECQUANT_EXPORT const char* specquant_run(const specquant::Problem* problem, co
   const std::unique_ptr<char[]> scratch(new (std::nothrow) char[specquant::scratch_bytes(*problem)]);
   if (!scratch) return "there is no memory for the scratch; use fewer tokens";
   specquant::matmul(*kernels, *problem, specquant::ThreadPool{nullptr, nullptr}, scratch.get());
+  return nullptr;
+}
+
+// Int4KVAttention. Null if it worked, else one line.
+SPECQUANT_EXPORT const char* specquant_attend(const specquant::Attention* attention, const char* isa) {
+  const specquant::Kernels* kernels = specquant::select(isa, message, sizeof message);
+  if (!kernels) return message;
+  if (const char* wrong = specquant::check(*attention)) return wrong;
+  const std::unique_ptr<char[]> scratch(new (std::nothrow) char[specquant::scratch_bytes(*attention)]);
+  if (!scratch) return "there is no memory for the scratch; use a shorter context";
+  specquant::attend(*kernels, *attention, specquant::ThreadPool{nullptr, nullptr}, scratch.get());
   return nullptr;
 }
 

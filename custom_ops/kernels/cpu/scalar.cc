@@ -1,4 +1,5 @@
 // Any architecture: the same steps on 8 lanes of the compiler's generic vectors, no instruction set asked for.
+#include "attend.h"
 #include "tiles.h"
 
 namespace specquant {
@@ -79,6 +80,31 @@ struct Portable {
   static I start(int32_t start, Wrapping sums, int32_t zero) { return I(sums * uint32_t(zero) + uint32_t(start)); }
   static F lowest_nibble(I packed) { return to_float((packed & 15) - 8); }
   static I next_nibble(I packed) { return packed >> 4; }
+
+  static I gather(const uint8_t* from, int64_t stride) {
+    I value;
+    for (int i = 0; i < W; ++i) {
+      const uint8_t* at = from + i * stride;
+      value[i] = int32_t(at[0] | at[1] << 8 | at[2] << 16 | uint32_t(at[3]) << 24);
+    }
+    return value;
+  }
+  static I bytes(const uint8_t* from) {
+    I value;
+    for (int i = 0; i < W; ++i) value[i] = from[i];
+    return value;
+  }
+  static void halves(I packed, F& low, F& high) {
+    for (int i = 0; i < W; ++i) {
+      low[i] = half_to_float(uint16_t(packed[i]));
+      high[i] = half_to_float(uint16_t(packed[i] >> 16));
+    }
+  }
+  static F power_of_two(F value, F n, F x) {
+    F result;
+    for (int i = 0; i < W; ++i) result[i] = x[i] < -87.0f ? 0.0f : x[i] != x[i] ? x[i] : std::ldexp(value[i], int(n[i]));
+    return result;
+  }
 };
 
 bool any_cpu() { return true; }
@@ -86,6 +112,6 @@ bool any_cpu() { return true; }
 }  // namespace
 
 const Kernels kScalar{"scalar", any_cpu, quantize_row<Portable>, prepare<Portable, Portable>,
-                             multiply<Portable>};
+                      multiply<Portable>, 2, append<Portable>, attend_tile<Portable, 2>};
 
 }  // namespace specquant

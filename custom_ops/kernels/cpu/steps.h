@@ -1,7 +1,7 @@
 // What one instruction set provides, and the scratch its steps share. Internal to kernels/cpu.
 #pragma once
 
-#include "kernels.h"
+#include "attention.h"
 
 namespace specquant {
 
@@ -27,6 +27,22 @@ struct Activations {
   int32_t* start;    // −8 Σ a per segment: what the weights' offset of 8 has to be paid back
 };
 
+// Rows [row, row + rows) of one kv head against cached tokens [first, end). A row is a query: of a token's num_heads /
+// kv_num_heads heads that share the kv head, token by token.
+struct QueryTile {
+  int64_t batch, kv_head, row, rows, first, end;
+};
+
+// A softmax over part of the tokens: for every row of a tile the largest score, Σ e^(score − largest), and
+// Σ e^(score − largest) v̂.
+struct Partial {
+  float* largest;
+  float* sum;
+  float* y;  // [rows, head_dim]
+};
+
+constexpr int64_t kMostTileRows = 12;
+
 struct Kernels {
   const char* name;
   bool (*supported)();
@@ -38,6 +54,10 @@ struct Kernels {
   // y of those rows and of panels [panel, panel + panels).
   void (*multiply)(const Problem& problem, const Activations& activations, int64_t row, int64_t rows, int64_t panel,
                    int64_t panels);
+  int64_t tile_rows;  // of `attend`, at most kMostTileRows
+  // The cache of a kv head: the past if it lies elsewhere (with the first token), and new tokens [token, end).
+  void (*append)(const Attention& attention, int64_t batch, int64_t kv_head, int64_t token, int64_t end);
+  void (*attend)(const Attention& attention, const QueryTile& tile, const Partial& out);
 };
 
 extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512Vnni;  // each in its own file, where the compiler has it

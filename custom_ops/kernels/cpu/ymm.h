@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "attend.h"
 #include "tiles.h"
 
 namespace specquant {
@@ -97,6 +98,28 @@ struct Ymm {
     return to_float(_mm256_sub_epi32(_mm256_and_si256(packed, splat_int(15)), splat_int(8)));
   }
   static I next_nibble(I packed) { return _mm256_srli_epi32(packed, 4); }
+
+  // 4 bytes a lane, lanes `stride` bytes apart.
+  static I gather(const uint8_t* from, int64_t stride) {
+    const I steps = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), splat_int(int32_t(stride)));
+    return _mm256_i32gather_epi32(reinterpret_cast<const int*>(from), steps, 1);
+  }
+  static I bytes(const uint8_t* from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  }
+  // The float16 in the low and in the high half of each lane.
+  static void halves(I packed, F& low, F& high) {
+    const I words = _mm256_packus_epi32(_mm256_and_si256(packed, splat_int(0xFFFF)), _mm256_srli_epi32(packed, 16));
+    const I ordered = _mm256_permute4x64_epi64(words, 0xD8);
+    low = _mm256_cvtph_ps(_mm256_castsi256_si128(ordered));
+    high = _mm256_cvtph_ps(_mm256_extracti128_si256(ordered, 1));
+  }
+  // value · 2^n, n a whole number above −126; 0 where x < −87.
+  static F power_of_two(F value, F n, F x) {
+    const I exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    const F scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), exponent));
+    return _mm256_and_ps(scaled, _mm256_cmp_ps(x, splat(-87.0f), _CMP_NLT_UQ));
+  }
 };
 
 }  // namespace

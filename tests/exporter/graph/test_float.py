@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import LlamaForCausalLM
 
 from tests.exporter.graph.running import Running
-from tests.tiny import tiny_llama
+from tests.tiny import float_decoder, tiny_llama, tiny_model
 
 VOCAB = 128
 
@@ -41,8 +41,11 @@ def test_prefill_then_steps_equal_transformers(
     assert relative(np.concatenate(logits), expected) < 1e-4
 
 
-def test_unequal_prompts_in_a_batch_equal_each_alone(rng: np.random.Generator, tmp_path: Path) -> None:
-    model, decoder = tiny_llama(int(rng.integers(2**31)))
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_unequal_prompts_in_a_batch_equal_each_alone(rng: np.random.Generator, tmp_path: Path, name: str) -> None:
+    """The shorter prompt grows beyond the sliding window, the longer one starts beyond it."""
+    model = tiny_model(name, int(rng.integers(2**31)))
+    decoder = float_decoder(model)
     prompts = rng.integers(3, VOCAB, (2, 20))
     lengths, longest = [13, 6], 13
     running = Running(decoder, tmp_path)
@@ -68,14 +71,15 @@ def test_float16_is_close(rng: np.random.Generator, tmp_path: Path) -> None:
     assert relative(logits, logits_of(model, ids)) < 2e-2
 
 
-def test_cache_can_be_one_buffer_for_past_and_present(rng: np.random.Generator, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_cache_can_be_one_buffer_for_past_and_present(rng: np.random.Generator, tmp_path: Path, name: str) -> None:
     """What the runtime relies on: a buffer longer than needed, whose unused rows are never read."""
-    model, decoder = tiny_llama(int(rng.integers(2**31)))
+    model = tiny_model(name, int(rng.integers(2**31)))
+    decoder = float_decoder(model)
+    shape = (1, decoder.config.num_kv_heads, 40, decoder.config.head_dim)
     running = Running(decoder, tmp_path)
     ids = rng.integers(3, VOCAB, 15)
-    buffers = {
-        name: ort.OrtValue.ortvalue_from_numpy(np.full((1, 2, 40, 16), np.nan, np.float32)) for name in running.names
-    }
+    buffers = {cache: ort.OrtValue.ortvalue_from_numpy(np.full(shape, np.nan, np.float32)) for cache in running.names}
     logits = []
     for start, end in [(0, 9), (9, 10), (10, 11), (11, 15)]:
         binding = running.session.io_binding()
@@ -83,9 +87,9 @@ def test_cache_can_be_one_buffer_for_past_and_present(rng: np.random.Generator, 
         binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
         binding.bind_cpu_input("position_ids", np.arange(start, end)[None])
         binding.bind_output("logits")
-        for name, buffer in buffers.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
-            binding.bind_ortvalue_output(f"present.{name}", buffer)
+        for cache, buffer in buffers.items():
+            binding.bind_ortvalue_input(f"past_key_values.{cache}", buffer)
+            binding.bind_ortvalue_output(f"present.{cache}", buffer)
         running.session.run_with_iobinding(binding)
         logits.append(binding.get_outputs()[0].numpy()[0])
     assert relative(np.concatenate(logits), logits_of(model, ids)) < 1e-4

@@ -1,0 +1,126 @@
+"""End-to-end refinement, on a tiny Llama whose quantised twin has much to learn."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from specquant.custom_ops.errors import SpecQuantError
+from specquant.exporter.decoder import Decoder, QuantLinear
+from specquant.exporter.families import family_of
+from specquant.exporter.quantize import quantize
+from specquant.exporter.recipe import Recipe
+from specquant.exporter.refine import refine
+from specquant.exporter.simulate import simulate
+from tests.model_folder import VOCAB
+
+# Coarse weights, which leave much to learn, and no window seen twice, or a random model is learnt by heart.
+RECIPE = Recipe(
+    k=5, group_size=0, act_group=0, a_bits=16, rounding="rtn", samples=352, sequence_length=32, refine_steps=40,
+    refine_batch=8,
+)  # fmt: skip
+HELD = 352 // 16
+
+
+@pytest.fixture
+def tokens(rng: np.random.Generator) -> torch.Tensor:
+    return torch.from_numpy(rng.integers(3, VOCAB - 1, (352, 32)))
+
+
+@torch.no_grad()
+def divergence(model: LlamaForCausalLM, decoder: Decoder, tokens: torch.Tensor) -> float:
+    """Mean over tokens of KL(model ‖ decoder), in float64 and from the definition."""
+    student = simulate(copy.deepcopy(model), family_of(model.config), decoder)
+    p, q = (torch.softmax(m(tokens).logits.double(), -1) for m in (model, student))
+    return float((p * (p / q).log()).sum(-1).mean())
+
+
+def quantised(model: LlamaForCausalLM, recipe: Recipe, tokens: torch.Tensor) -> Decoder:
+    return quantize(copy.deepcopy(model), recipe, tokens[:32])
+
+
+def linears(decoder: Decoder) -> list[QuantLinear]:
+    return [x for layer in decoder.layers for x in layer.linears if isinstance(x, QuantLinear)]
+
+
+def test_comes_closer_to_the_float_model(llama: LlamaForCausalLM, tokens: torch.Tensor) -> None:
+    """On windows that were not trained on."""
+    before = quantised(llama, RECIPE, tokens)
+    weights = copy.deepcopy(llama.state_dict())
+    after = refine(llama, before, RECIPE, tokens)
+    assert divergence(llama, after, tokens[:HELD]) < 0.97 * divergence(llama, before, tokens[:HELD])
+    for a, b in zip(linears(before), linears(after), strict=True):
+        assert set(np.unique(b.q)) <= set(range(-8, 8))
+        assert (b.scales > 0).all()
+        for name in ("q", "scales", "basis", "coef", "bias"):
+            x, y = getattr(a, name), getattr(b, name)
+            assert (x.shape, x.dtype) == (y.shape, y.dtype)
+            assert np.isfinite(y.astype(np.float32)).all()
+        assert not np.array_equal(a.scales, b.scales)
+        assert not np.array_equal(a.coef, b.coef)
+    assert any(not np.array_equal(x.input_norm, y.input_norm) for x, y in zip(before.layers, after.layers, strict=True))
+    for name, weight in llama.state_dict().items():  # the teacher learns nothing
+        assert torch.equal(weight, weights[name])
+
+
+def test_integers_move(llama: LlamaForCausalLM, rng: np.random.Generator) -> None:
+    """To where they serve the whole model better than where rounding to nearest had put them."""
+    recipe = replace(RECIPE, refine_steps=110)
+    tokens = torch.from_numpy(rng.integers(3, VOCAB - 1, (1000, 32)))
+    before = quantised(llama, recipe, tokens)
+    after = refine(llama, before, recipe, tokens)
+    moved = [float((a.q != b.q).mean()) for a, b in zip(linears(before), linears(after), strict=True)]
+    assert 0.001 < np.mean(moved) < 0.2
+    assert divergence(llama, after, tokens[:60]) < 0.85 * divergence(llama, before, tokens[:60])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"basis": "none", "subtract": False},
+        {"basis": "dft", "group_size": 8, "overrides": {"o_proj": {"w_bits": 16}}},
+    ],
+)
+def test_other_recipes(llama: LlamaForCausalLM, tokens: torch.Tensor, changes: dict[str, object]) -> None:
+    """What is stored is what was trained: had it been put back differently, nothing would come closer."""
+    recipe = replace(RECIPE, **changes)  # type: ignore[arg-type]
+    before = quantised(llama, recipe, tokens)
+    after = refine(llama, before, recipe, tokens)
+    assert after is not before
+    assert divergence(llama, after, tokens[:HELD]) < divergence(llama, before, tokens[:HELD])
+
+
+def test_a_run_repeats(model_folder: Path, tokens: torch.Tensor) -> None:
+    recipe = replace(RECIPE, refine_steps=4)
+    runs = []
+    for _ in range(2):
+        model = LlamaForCausalLM.from_pretrained(model_folder).eval()
+        runs.append(linears(refine(model, quantised(model, recipe, tokens), recipe, tokens)))
+    for a, b in zip(*runs, strict=True):
+        np.testing.assert_array_equal(a.q, b.q)
+        np.testing.assert_array_equal(a.scales, b.scales)
+        np.testing.assert_array_equal(a.coef, b.coef)
+
+
+def test_what_is_worse_is_not_kept(llama: LlamaForCausalLM, tokens: torch.Tensor) -> None:
+    """At a learning rate that ruins the model: what went in comes back."""
+    recipe = replace(RECIPE, refine_steps=15, refine_lr=0.2)
+    before = quantised(llama, recipe, tokens)
+    assert refine(llama, before, recipe, tokens) is before
+
+
+@pytest.mark.parametrize("batch", [1, 8, 15, 16, 40])
+def test_too_few_samples(batch: int) -> None:
+    """The number that the error asks for is enough, and one less is not."""
+    with pytest.raises(SpecQuantError, match="are too few") as e:
+        replace(RECIPE, refine_batch=batch, samples=1)
+    enough = int(str(e.value).rsplit("--samples ", 1)[1].split()[0])
+    replace(RECIPE, refine_batch=batch, samples=enough)
+    with pytest.raises(SpecQuantError, match="are too few"):
+        replace(RECIPE, refine_batch=batch, samples=enough - 1)
