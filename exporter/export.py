@@ -64,7 +64,11 @@ def export(
         model.to(device), recipe, tokens, context_length, lambda done, total, what: report("quantising", done, total)
     )
     if teacher is not None and tokens is not None:
-        decoder = refine(teacher, decoder, recipe, tokens, lambda done, total, what: report("refining", done, total))
+
+        def refining(done: int, total: int, what: str) -> None:
+            report("refining" if done < total else what, done, total)  # its last word is what it brought
+
+        decoder = refine(teacher, decoder, recipe, tokens, refining)
     report("writing the artifact", 0, 1)
     about = None if used is None else used.to_dict()
     return write_artifact(target, decoder, found, model, tokenizer, about, force)
