@@ -49,15 +49,13 @@ def export(
     model, tokenizer = load_model(found)
     # A recipe that does not fit is worth saying before a calibration text is read.
     recipe.check_shapes(stage_inputs(decoder_config(model.config, family_of(model.config), context_length)))
-    longest = context_length or model.config.get_text_config().max_position_embeddings
-    if recipe.sequence_length > longest and recipe.needs_calibration:
-        raise SpecQuantError(
-            f"sequence_length {recipe.sequence_length} is longer than the context: --sequence-length {longest} at most"
-        )
     used = None
     if recipe.needs_calibration:
         report("reading the calibration text", 0, 1)
         used = calibration(calibration_text, tokenizer, recipe)
+        longest = context_length or model.config.get_text_config().max_position_embeddings
+        if recipe.sequence_length > longest:
+            raise SpecQuantError(f"--sequence-length {recipe.sequence_length} exceeds the context: at most {longest}")
     tokens = None if used is None else used.tokens.to(device)
     teacher = copy.deepcopy(model).to(device) if recipe.refine_steps and tokens is not None else None
     decoder = quantize(

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 
 import numpy as np
 import pytest
+
+# A shell that starts the tests in the background has SIGINT ignored, in them and in every command that they interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
