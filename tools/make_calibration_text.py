@@ -4,7 +4,7 @@
 
 Sampled from the model's whole distribution (temperature 1, so it wanders: calibration wants variety, not sense), from
 the start of many subjects: half plain prose, a quarter each encyclopaedia entries and conversations. What it costs
-against a corpus is in docs/results.md.
+against a corpus is in docs/method.md.
 """
 
 from __future__ import annotations
