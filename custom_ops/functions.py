@@ -34,16 +34,66 @@ _SPECTRAL_BRANCH = """
 }
 """
 
+# x H: a product with the Hadamard matrix, which is made of its definition, H[i, j] = (−1)^popcount(i & j) / √block, and
+# folded when a session is created. Shapes are inferred of the branch that is not taken, too: hence at least 1.
+_ROTATED = """
+    block = Constant <value_int: int = @hadamard> ()
+    is_rotated = Cast <to = 9> (block)
+    x_rotated = If (is_rotated) <
+        then_branch = rotate () => (turned) {
+            h_zero = Constant <value_int = 0> ()
+            h_one = Constant <value_int = 1> ()
+            h_block = Max (block, h_one)
+            h_index = Range (h_zero, h_block, h_one)
+            h_bits = Cast <to = 12> (h_index)
+            h_axis = Constant <value_ints = [1]> ()
+            h_column = Unsqueeze (h_bits, h_axis)
+            h_common = BitwiseAnd (h_bits, h_column)
+            h_8 = Constant <value = uint32 {8}> ()
+            h_4 = Constant <value = uint32 {4}> ()
+            h_2 = Constant <value = uint32 {2}> ()
+            h_1 = Constant <value = uint32 {1}> ()
+            h_by_8 = BitShift <direction = "RIGHT"> (h_common, h_8)
+            h_fold_8 = BitwiseXor (h_common, h_by_8)
+            h_by_4 = BitShift <direction = "RIGHT"> (h_fold_8, h_4)
+            h_fold_4 = BitwiseXor (h_fold_8, h_by_4)
+            h_by_2 = BitShift <direction = "RIGHT"> (h_fold_4, h_2)
+            h_fold_2 = BitwiseXor (h_fold_4, h_by_2)
+            h_by_1 = BitShift <direction = "RIGHT"> (h_fold_2, h_1)
+            h_fold_1 = BitwiseXor (h_fold_2, h_by_1)
+            h_parity = BitwiseAnd (h_fold_1, h_1)
+            h_odd = Cast <to = 9> (h_parity)
+            h_size = Cast <to = 1> (h_block)
+            h_root = Sqrt (h_size)
+            h_plus = Reciprocal (h_root)
+            h_minus = Neg (h_plus)
+            h_matrix = Where (h_odd, h_minus, h_plus)
+            h_tokens = Flatten <axis = -1> (x_float)
+            h_rest = Constant <value_ints = [0, -1]> ()
+            h_first = Constant <value_ints = [0]> ()
+            h_last = Unsqueeze (h_block, h_first)
+            h_shape = Concat <axis = 0> (h_rest, h_last)
+            h_blocks = Reshape (h_tokens, h_shape)
+            h_product = MatMul (h_blocks, h_matrix)
+            h_x_shape = Shape (x_float)
+            turned = Reshape (h_product, h_x_shape)
+        },
+        else_branch = leave () => (left) { left = Identity (x_float) }
+    >
+"""
+
 # Unpacking: bytes [P, Q, lane, j] → [Q, j, P, lane] → [Q, j, M] → nibbles [Q, half, j, M] → [G, 8Q/G, M] → [8Q, M].
 # A nibble q + 8 with its top bit flipped is q in two's complement, and in the high half of an int8 it is 16 q. All
 # that is done on bytes, in two simple transposes: session creation keeps every step in memory until the last.
 # N is known only from x, whose shape ONNX Runtime does not fold, so x is padded to the weights' 8Q features; with
 # groups, 8 divides N and nothing is missing.
-# Quantisation: clip(rint(u · inv) + z, 0, qmax) − z is min(rint(u · inv), qmax − z), since rounding keeps u ≥ lo, and
+# Quantisation: clip(rint(u · inv) + z, 0, qmax) − z is rint(u · inv) held between −z and qmax − z, and
 # a NaN or an infinity needs no care: one of inv, s and the rounded value is NaN or infinite too, and reaches y as NaN.
 _INT4_RESIDUAL_MATMUL = """
 {
-    u = Cast <to = 1> (x)
+    x_float = Cast <to = 1> (x)
+#ROTATED
+    u = Identity (x_rotated)
     m = Shape <start = 1> (scales)
     zero = Constant <value_ints = [0]> ()
     minus_one = Constant <value_ints = [-1]> ()
@@ -79,6 +129,7 @@ _INT4_RESIDUAL_MATMUL = """
     weight = Reshape (scaled, weight_shape)
 
     bits = Constant <value_int: int = @act_bits> ()
+    clip = Constant <value_float: float = @act_clip> ()
     act_group = Constant <value_int: int = @act_group> ()
     unquantised_bits = Constant <value_int = 16> ()
     is_quantised = Less (bits, unquantised_bits)
@@ -99,8 +150,10 @@ _INT4_RESIDUAL_MATMUL = """
             qmax = Sub (levels, one32)
             smallest = ReduceMin (runs, minus_one)
             largest = ReduceMax (runs, minus_one)
-            lo = Min (smallest, zero32)
-            hi = Max (largest, zero32)
+            least = Min (smallest, zero32)
+            most = Max (largest, zero32)
+            lo = Mul (least, clip)
+            hi = Mul (most, clip)
             range = Sub (hi, lo)
             tiny = Constant <value_float = 1.0e-30> ()
             is_empty = Less (range, tiny)
@@ -112,7 +165,8 @@ _INT4_RESIDUAL_MATMUL = """
             top = Add (minus_z, qmax)
             scaled_u = Mul (runs, inv)
             rounded = Round (scaled_u)
-            centred = Min (rounded, top)
+            at_most = Min (rounded, top)
+            centred = Max (at_most, minus_z)
             scaled_back = Mul (centred, s)
             u_shape = Shape (u)
             dequantised = Reshape (scaled_back, u_shape)
@@ -141,7 +195,9 @@ _INT4_RESIDUAL_MATMUL = """
 
 _SPECQUANT_MATMUL = """
 {
-    x32 = Cast <to = 1> (x)
+    x_float = Cast <to = 1> (x)
+#ROTATED
+    x32 = Identity (x_rotated)
     branch, low = specquant.SpectralBranch (x32, basis, coef, rank)
     subtract = Constant <value_int: int = @subtract> ()
     is_subtracted = Cast <to = 9> (subtract)
@@ -155,7 +211,8 @@ _SPECQUANT_MATMUL = """
         else_branch = keep () => (kept) { kept = Identity (x32) }
     >
     residual = specquant.Int4ResidualMatMul
-        <group_size: int = @group_size, act_bits: int = @act_bits, act_group: int = @act_group>
+        <group_size: int = @group_size, act_bits: int = @act_bits, act_group: int = @act_group,
+         act_clip: float = @act_clip>
         (u, qweight, scales, row_sums, bias)
     y32 = Add (branch, residual)
     y = CastLike (y32, x)
@@ -183,6 +240,7 @@ def _function(name: str) -> FunctionProto:
     inputs, outputs = (", ".join(tensor.name for tensor in tensors) for tensors in (op.inputs, op.outputs))
     header = f'<opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}], domain: "{DOMAIN}">'
     signature = f"{name} {f'<{attributes}>' if attributes else ''} ({inputs}) => ({outputs})"
-    function: FunctionProto = parser.parse_function(f"{header}\n{signature}\n{_BODIES[name]}")
+    body = _BODIES[name].replace("#ROTATED", _ROTATED)
+    function: FunctionProto = parser.parse_function(f"{header}\n{signature}\n{body}")
     function.doc_string = op.doc
     return function

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
 
-ABI = 2  # kAbi of kernels/cpu/kernels.h
+ABI = 3  # kAbi of kernels/cpu/kernels.h
 ORT_MINIMUM = (1, 20)
 FILE = "libspecquant_cpu.so"
 REBUILD = "run `pip install --force-reinstall .` (it needs g++)"
 
 _POINTERS = ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias", "y", "low")
-_SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group")
+_SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group", "hadamard")
 _FLAGS = ("act_bits", "subtract", "half", "wide_sums")
 
 
@@ -36,6 +36,7 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_int64) for name in _SIZES]
         + [(name, ctypes.c_int32) for name in _FLAGS]
+        + [("act_clip", ctypes.c_float)]
         + [(name, ctypes.c_void_p) for name in _POINTERS]
     )
 
@@ -77,7 +78,7 @@ def _load(path: Path) -> ctypes.CDLL:
     library.specquant_attend.argtypes = [pointer, text]
     library.specquant_quantize.restype = text
     library.specquant_quantize.argtypes = [
-        pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, pointer, pointer, pointer, text
+        pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, pointer, pointer, pointer, text
     ]  # fmt: skip
     return library
 
@@ -159,7 +160,7 @@ def _encoded(isa: str | None) -> bytes | None:
 
 
 def quantize_activation(
-    u: NDArray[np.float32], bits: int, group: int, isa: str | None = None
+    u: NDArray[np.float32], bits: int, group: int, isa: str | None = None, clip: float = 1.0
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
     """`reference.quantize_activation` of u float32 [T, N], by the kernels. isa None: the fastest.
 
@@ -172,7 +173,7 @@ def quantize_activation(
     u = np.ascontiguousarray(u, np.float32)
     for row in range(tokens):
         outputs = (address(a[row]) for a in (q, scale, zero_point))
-        error = loaded().specquant_quantize(address(u[row]), n, bits, group, *outputs, _encoded(isa))
+        error = loaded().specquant_quantize(address(u[row]), n, bits, group, clip, *outputs, _encoded(isa))
         if error:
             raise SpecQuantError(error.decode())
     return q.astype(np.int32) + (128 if bits == 8 else 0), scale, zero_point
@@ -191,6 +192,8 @@ def specquant_matmul(
     group_size: int = 0,
     act_bits: int = 16,
     act_group: int = 0,
+    act_clip: float = 1.0,
+    hadamard: int = 0,
     subtract: int = 0,
     isa: str | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
@@ -220,8 +223,8 @@ def specquant_matmul(
         y,
         low,
     )
-    sizes = (tokens, n, m, r, r if rank is None else rank, group_size, act_group)
-    problem = _Problem(*sizes, act_bits, subtract, x.dtype == np.float16, wide, *map(address, operands))
+    sizes = (tokens, n, m, r, r if rank is None else rank, group_size, act_group, hadamard)
+    problem = _Problem(*sizes, act_bits, subtract, x.dtype == np.float16, wide, act_clip, *map(address, operands))
     error = loaded().specquant_run(ctypes.byref(problem), _encoded(isa))
     if error:
         raise SpecQuantError(error.decode())

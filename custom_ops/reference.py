@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from specquant.custom_ops.attention import walsh_hadamard
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length, unpack_int4
 
@@ -19,24 +20,27 @@ TINY_RANGE = np.float32(1e-30)  # a group whose values span less counts as zeros
 
 
 def quantize_activation(
-    u: Float, bits: int, group: int
+    u: Float, bits: int, group: int, clip: float = 1.0
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
     """Asymmetric dynamic quantisation (Eq. 1) of u [..., N], per run of `group` features (0: all N).
 
     Returns q int32 [..., N] in 0…2^bits − 1, scale float32 [..., A] and zero_point int32 [..., A], so that
-    u ≈ scale · (q − zero_point); A = N / group, or 1. The scale of a group with a NaN or an infinity is NaN.
-    Raises SpecQuantError unless bits is in 2…8 and group divides N.
+    u ≈ scale · (q − zero_point); A = N / group, or 1. The levels span `clip` of a group's range; what lies beyond is
+    clipped. The scale of a group with a NaN or an infinity is NaN.
+    Raises SpecQuantError unless bits is in 2…8, group divides N and 0 < clip ≤ 1.
     """
     n = u.shape[-1]
     if not 2 <= bits <= 8:
         raise SpecQuantError(f"act_bits is {bits}; use 2 to 8, or 16 for activations that are not quantised")
     if group < 0 or (group and n % group):
         raise SpecQuantError(f"act_group {group} does not divide {n} features; use 0 or a divisor of {n}")
+    if not 0 < clip <= 1:
+        raise SpecQuantError(f"act_clip is {clip}; use more than 0, and at most 1")
     groups = u.astype(np.float32).reshape(*u.shape[:-1], n // (group or n), group or n)
     qmax = np.float32(2**bits - 1)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        low = np.minimum(groups.min(axis=-1, keepdims=True), np.float32(0))
-        high = np.maximum(groups.max(axis=-1, keepdims=True), np.float32(0))
+        low = np.float32(clip) * np.minimum(groups.min(axis=-1, keepdims=True), np.float32(0))
+        high = np.float32(clip) * np.maximum(groups.max(axis=-1, keepdims=True), np.float32(0))
         span = high - low
         empty, finite = span < TINY_RANGE, np.isfinite(span)
         inverse = np.where(empty | ~finite, np.float32(0), qmax / span)
@@ -45,6 +49,20 @@ def quantize_activation(
     zero_point = np.rint(-low * inverse)
     q = np.clip(np.rint(groups * inverse) + zero_point, 0, qmax)
     return q.astype(np.int32).reshape(u.shape), scale[..., 0], zero_point[..., 0].astype(np.int32)
+
+
+def block_hadamard(x: Float, block: int) -> NDArray[np.float32]:
+    """x [..., N] in float32, every run of `block` features times the Hadamard matrix; 0: as it is.
+
+    Raises SpecQuantError unless block is 0, or a power of two from 8 to 4,096 that divides N.
+    """
+    n, x32 = x.shape[-1], x.astype(np.float32)
+    if block == 0:
+        return x32
+    if not 8 <= block <= 4096 or block & (block - 1) or n % block:
+        valid = f"0, or a power of two from 8 to 4096 that divides {n}"
+        raise SpecQuantError(f"hadamard {block} does not suit {n} features; use {valid}")
+    return walsh_hadamard(x32.reshape(*x.shape[:-1], n // block, block)).reshape(x.shape)
 
 
 def _branch(
@@ -64,6 +82,7 @@ def _matmul4(
     group_size: int,
     act_bits: int,
     act_group: int,
+    act_clip: float,
 ) -> NDArray[np.float32]:
     """u [..., N] times the INT4 weights: float32 [..., M]."""
     n, m = u.shape[-1], scales.shape[1]
@@ -77,7 +96,7 @@ def _matmul4(
     q_w = unpack_int4(qweight, n, m)
     if act_bits == 16:
         return u @ (np.repeat(scales.astype(np.float32), n // groups, axis=0) * q_w)
-    q, scale, zero_point = quantize_activation(u, act_bits, act_group)
+    q, scale, zero_point = quantize_activation(u, act_bits, act_group, act_clip)
     y = np.zeros((*u.shape[:-1], m), np.float32)
     for s in range(count):
         features = slice(s * segment, (s + 1) * segment)
@@ -105,14 +124,16 @@ def int4_residual_matmul(
     group_size: int = 0,
     act_bits: int = 16,
     act_group: int = 0,
+    act_clip: float = 1.0,
+    hadamard: int = 0,
 ) -> Float:
-    """`Int4ResidualMatMul`: y = x · Q4(W) + bias.
+    """`Int4ResidualMatMul`: y = x H · Q4(W) + bias.
 
     x [..., N], qweight i8[P, Q, 64], scales [G, M], row_sums [S, M], bias [M] → y [..., M].
     Raises SpecQuantError if sizes or attributes disagree.
     """
-    u = x.astype(np.float32)
-    y = _matmul4(u, qweight, scales, row_sums, group_size, act_bits, act_group)
+    u = block_hadamard(x, hadamard)
+    y = _matmul4(u, qweight, scales, row_sums, group_size, act_bits, act_group, act_clip)
     return (y + bias.astype(np.float32)).astype(x.dtype)
 
 
@@ -129,14 +150,16 @@ def specquant_matmul(
     group_size: int = 0,
     act_bits: int = 16,
     act_group: int = 0,
+    act_clip: float = 1.0,
+    hadamard: int = 0,
     subtract: int = 0,
 ) -> Float:
-    """`SpecQuantMatMul`: low = x · B[:, :rank], y = low · C[:rank] + (x − s · low · Bᵀ) · Q4(R) + bias.
+    """`SpecQuantMatMul`: low = x H · B[:, :rank], y = low · C[:rank] + (x H − s · low · Bᵀ) · Q4(R) + bias.
 
     s is `subtract`. Shapes as in the two ops above. Raises SpecQuantError if sizes or attributes disagree.
     """
-    x32 = x.astype(np.float32)
+    x32 = block_hadamard(x, hadamard)
     y, low = _branch(x32, basis, coef, int(rank[0]))
     u = x32 - low @ basis.astype(np.float32).T if subtract else x32
-    y += _matmul4(u, qweight, scales, row_sums, group_size, act_bits, act_group)
+    y += _matmul4(u, qweight, scales, row_sums, group_size, act_bits, act_group, act_clip)
     return (y + bias.astype(np.float32)).astype(x.dtype)

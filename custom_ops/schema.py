@@ -61,6 +61,8 @@ _GROUPS = (
     Attribute("group_size", 0, "Features per weight scale; 0: one scale per output."),
     Attribute("act_bits", 16, "Bits of the activations, 2 to 8; 16: they are not quantised."),
     Attribute("act_group", 0, "Features per activation scale; 0: one scale per token."),
+    Attribute("act_clip", 1.0, "Share of the range of a group of activations that the levels span; beyond is clipped."),
+    Attribute("hadamard", 0, "Features of a Hadamard transform that x passes through, block by block; 0: none."),
 )
 _SUBTRACT = Attribute("subtract", 0, "1: x loses its part in the span of B before it is quantised.")
 _CACHE = ("int8",)
@@ -92,10 +94,10 @@ OPS = {
     op.name: op
     for op in (
         Op("SpectralBranch", "low = x · B[:, :rank]; y = low · C.", (_X, *_BRANCH), (_Y, _LOW), ()),
-        Op("Int4ResidualMatMul", "y = Qa(x) · Ŵ + bias.", (_X, *_WEIGHTS), (_Y,), _GROUPS),
+        Op("Int4ResidualMatMul", "y = Qa(x H) · Ŵ + bias.", (_X, *_WEIGHTS), (_Y,), _GROUPS),
         Op(
             "SpecQuantMatMul",
-            "low = x · B[:, :rank]; y = low · C + Qa(x − subtract · low · Bᵀ) · Ŵ + bias.",
+            "low = x H · B[:, :rank]; y = low · C + Qa(x H − subtract · low · Bᵀ) · Ŵ + bias.",
             (_X, *_BRANCH, *_WEIGHTS),
             (_Y,),
             (*_GROUPS, _SUBTRACT),

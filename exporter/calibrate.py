@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.exporter.families import Family, rotary_tables, text_config
+from specquant.exporter.kv import block_hadamard
 
 _CHUNK_TOKENS = 4096  # tokens that go through a block at once
 
@@ -51,6 +52,12 @@ class InputStatistics:
         """The statistics of x̂ = x / factors."""
         f = 1 / factors
         return InputStatistics(self.moment * f * f[:, None], self.largest * f, self.mean * f, self.sample * f)
+
+    def rotated(self, block: int) -> InputStatistics:
+        """The statistics of x̂H; the largest magnitudes are those of the sample."""
+        sample = block_hadamard(self.sample, block)
+        moment = block_hadamard(block_hadamard(self.moment, block).T, block)
+        return InputStatistics(moment, sample.abs().amax(0), block_hadamard(self.mean, block), sample)
 
 
 def first_block_inputs(model: nn.Module, family: Family, tokens: Tensor) -> tuple[list[Tensor], list[Any]]:

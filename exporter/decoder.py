@@ -29,7 +29,8 @@ class QuantLinear:
 
     q int8 [N, M] in −8…7 (not packed); scales float16 [G, M]; basis float16 [N, r] and coef float16 [r, M],
     both None without a branch; bias float32 [M] or None. group_size 0: per channel; act_group 0: per token;
-    act_bits 16: activations are not quantised.
+    act_bits 16: activations are not quantised. hadamard: the block of the transform that q and basis are already in;
+    0: none.
     """
 
     name: str
@@ -43,6 +44,8 @@ class QuantLinear:
     coef: NDArray[np.float16] | None = None
     subtract: bool = False
     bias: NDArray[np.float32] | None = None
+    hadamard: int = 0
+    act_clip: float = 1.0
     alpha: float | None = None  # smoothing exponent that was chosen
     error: float | None = None  # ‖y − ŷ‖² / ‖y‖² on calibration data
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,29 @@ def hadamard(x: Tensor) -> Tensor:
         x = torch.stack((a + b, a - b), -2).flatten(-3)
         step *= 2
     return x * (1 / torch.tensor(float(d), device=x.device).sqrt())
+
+
+def block_hadamard(x: Tensor, block: int) -> Tensor:
+    """x float32 [..., N] in blocks of `block` features (a power of two), each times the Hadamard matrix; 0: x itself.
+
+    A product with the matrix: much faster here than butterflies, and equal to them up to rounding.
+    """
+    if not block:
+        return x
+    with matmul_precision("highest"):
+        matrix = hadamard(torch.eye(block, device=x.device, dtype=x.dtype))
+        return (x.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Of float32 matrix products on a GPU: `high` is tf32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def fake_quantize_rows(x: Tensor) -> Tensor:

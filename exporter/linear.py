@@ -15,6 +15,7 @@ from specquant.exporter.budget import frequencies_per_channel, importance, trunc
 from specquant.exporter.calibrate import InputStatistics
 from specquant.exporter.decoder import FloatLinear, QuantLinear
 from specquant.exporter.families import weight_of
+from specquant.exporter.kv import block_hadamard
 from specquant.exporter.recipe import Recipe
 from specquant.exporter.simulate import SimLinear, fake_quantize, sim_linears
 
@@ -43,6 +44,10 @@ class StageWeights:
         """Ŵ = diag(λ) W."""
         return StageWeights(self.parts, self.matrix * factors[:, None], self.bias)
 
+    def rotated(self, block: int) -> StageWeights:
+        """HŴ, which meets x̂H."""
+        return StageWeights(self.parts, block_hadamard(self.matrix.T, block).T.contiguous(), self.bias)
+
 
 @dataclass
 class FloatStage:
@@ -66,13 +71,13 @@ class FloatStage:
         return FloatLinear(self.name, w.parts, w.matrix.cpu().numpy(), None if w.bias is None else w.bias.cpu().numpy())
 
 
-def features(x: Tensor, basis: Tensor | None, recipe: Recipe) -> Tensor:
-    """Z = [Q(u), low]: x̂ [T, N] -> [T, N + r]."""
+def features(x: Tensor, basis: Tensor | None, recipe: Recipe, clip: float) -> Tensor:
+    """Z = [Q(u), low]: x̂H [T, N] -> [T, N + r]."""
     if basis is None:
-        return fake_quantize(x, recipe.a_bits, recipe.act_group)
+        return fake_quantize(x, recipe.a_bits, recipe.act_group, clip)
     low = x @ basis
     u = x - low @ basis.T if recipe.subtract else x
-    return torch.cat([fake_quantize(u, recipe.a_bits, recipe.act_group), low], 1)
+    return torch.cat([fake_quantize(u, recipe.a_bits, recipe.act_group, clip), low], 1)
 
 
 @dataclass
@@ -80,7 +85,7 @@ class QuantStage:
     """A quantised stage; every tensor already holds a value that its storage type can (float16 scales and branch)."""
 
     name: str
-    weights: StageWeights  # smoothed
+    weights: StageWeights  # smoothed and rotated
     q: Tensor  # int8 [N, M]
     scales: Tensor  # [G, M]
     basis: Tensor | None  # [N, r]
@@ -88,6 +93,8 @@ class QuantStage:
     recipe: Recipe
     error: float
     alpha: float | None = None
+    hadamard: int = 0  # block of the transform that the input passes through
+    clip: float = 1.0  # share of the range of a group of activations that the levels span
 
     @property
     def parts(self) -> dict[str, int]:
@@ -104,6 +111,9 @@ class QuantStage:
     ) -> QuantStage:
         """Weights and statistics are those of x̂ and Ŵ. quick: round to nearest in fewer steps, for a search that only
         compares errors."""
+        block = recipe.hadamard_block(len(weights.matrix))
+        if block:
+            weights, stats = weights.rotated(block), stats.rotated(block)
         w = weights.matrix
         if not torch.isfinite(stats.moment).all():
             raise SpecQuantError(f"activations going into {name} are too large for float32; the model is damaged")
@@ -120,14 +130,15 @@ class QuantStage:
         else:
             q = gptq.gptq(residual, moment, scales, recipe.damping)
             scales = gptq.refit_scales(residual, moment, q, scales, recipe.damping)
-        stage = cls(name, weights, q, scales, basis, coef, recipe, error=0.0)
-        stage.error = stage._output_error(stats.sample)
+        stage = cls(name, weights, q, scales, basis, coef, recipe, error=0.0, hadamard=block)
+        clips = recipe.clip_grid[:1] if quick or recipe.a_bits == 16 else recipe.clip_grid
+        stage.error, stage.clip = min((stage._output_error(stats.sample, clip), clip) for clip in clips)
         return stage
 
-    def _output_error(self, x: Tensor) -> float:
-        """‖y − ŷ‖² / ‖y‖² over a sample of inputs x̂ [S, N]."""
+    def _output_error(self, x: Tensor, clip: float) -> float:
+        """‖y − ŷ‖² / ‖y‖² over a sample of inputs x̂H [S, N]."""
         exact = x @ self.weights.matrix
-        z = features(x, self.basis, self.recipe)
+        z = features(x, self.basis, self.recipe, clip)
         residual = self.q * gptq.expand(self.scales, len(self.q))
         y = z @ (residual if self.coef is None else torch.cat([residual, self.coef]))
         return float((exact - y).square().sum() / exact.square().sum().clamp(min=1e-30))
@@ -159,6 +170,8 @@ class QuantStage:
             coef=None if self.coef is None else self.coef.half().cpu().numpy(),
             subtract=r.subtract and self.basis is not None,
             bias=None if w.bias is None else w.bias.cpu().numpy(),
+            hadamard=self.hadamard,
+            act_clip=self.clip,
             alpha=self.alpha,
             error=self.error,
         )

@@ -26,7 +26,7 @@ from specquant.exporter.families import (
     text_config,
     weight_of,
 )
-from specquant.exporter.kv import key_offset, use_int4_cache
+from specquant.exporter.kv import block_hadamard, key_offset, use_int4_cache
 from specquant.exporter.linear import FloatStage, QuantStage, StageWeights
 from specquant.exporter.recipe import Recipe
 from specquant.exporter.smooth import share_over_heads, smoothing_factors, spread_over_heads
@@ -68,10 +68,14 @@ def quantize(
         where = f"{family.decoder}.{family.layers}.{index}"
         layer.float()
         _check_finite(layer, where)
+        rotated = rotate_values(layer, family, recipe, config)
         stages: dict[str, QuantStage | FloatStage] = {}
         if calibrated:
             for stage, inputs in family.stage_inputs(layer, hidden, ropes[rotary], window):
-                stages[stage.name] = _quantize_stage(layer, family, stage, inputs, recipe, config, stages, where)
+                at = recipe.at(stage.name)
+                if rotated and stage.fold == "heads":
+                    at = replace(at, hadamard=0)
+                stages[stage.name] = _quantize_stage(layer, family, stage, inputs, at, config, stages, where)
         else:
             for stage in family.stages:
                 stages[stage.name] = FloatStage(f"{where}.{stage.path}", _weights(layer, stage))
@@ -108,13 +112,12 @@ def _quantize_stage(
     family: Family,
     stage: Stage,
     inputs: list[Tensor],
-    recipe: Recipe,
+    at: Recipe,
     config: DecoderConfig,
     earlier: dict[str, Any],
     where: str,
 ) -> QuantStage | FloatStage:
-    """Quantise one stage, fold its smoothing factor away, and put the simulation into the block."""
-    at = recipe.at(stage.name)
+    """Quantise one stage by its recipe, fold its smoothing factor away, and put the simulation into the block."""
     weights = _weights(layer, stage)
     name = f"{where}.{stage.path}"
     if at.w_bits == 16:
@@ -182,6 +185,26 @@ def fold_smoothing(
     if stage.fold == "heads":
         factors = share_over_heads(factors, config.num_heads, config.num_kv_heads)
     earlier[stage.fold_into].scale_last_outputs(1 / factors)
+
+
+def rotate_values(layer: nn.Module, family: Family, recipe: Recipe, config: DecoderConfig) -> bool:
+    """Let v_proj make values that are rotated already, head by head, and o_proj expect them; whether that was done.
+
+    Attention mixes values of different tokens, never features: (softmax · V) H = softmax · (V H). So the transform of
+    o_proj's input costs nothing at run time, and a 4-bit cache holds rotated values too.
+    """
+    block = recipe.at("o_proj").hadamard_block(config.head_dim)
+    if not block or (recipe.at("o_proj").w_bits == 16 and recipe.kv_bits == 16):
+        return False
+    modules: list[Any] = [layer.get_submodule(stage.linears[-1]) for stage in family.stages[:2]]
+    qkv, o = modules
+    values = slice(-config.num_kv_heads * config.head_dim, None)
+    made: Tensor = qkv.weight.data[values]
+    made.copy_(block_hadamard(made.T, block).T)
+    if qkv.bias is not None:
+        qkv.bias.data[values] = block_hadamard(qkv.bias.data[values], block)
+    o.weight.data.copy_(block_hadamard(o.weight.data, block))
+    return True
 
 
 def _weights(layer: nn.Module, stage: Stage) -> StageWeights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -13,7 +14,18 @@ from specquant.custom_ops.errors import SpecQuantError
 
 METRICS = ("act", "entropy", "abs_mean", "abs_max", "l2", "uniform")
 STAGES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-OVERRIDABLE = ("w_bits", "a_bits", "basis", "k", "subtract", "group_size", "act_group", "smooth")
+OVERRIDABLE = (
+    "w_bits",
+    "a_bits",
+    "basis",
+    "k",
+    "subtract",
+    "group_size",
+    "act_group",
+    "smooth",
+    "hadamard",
+)
+_GRIDS = ("smooth_grid", "clip_grid")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "w_bits": (4, 16),
     "a_bits": (*range(2, 9), 16),
@@ -44,6 +56,8 @@ class Recipe:
     subtract: bool = True  # s of the method: the activation's own low-rank part is removed before it is quantised
     group_size: int = 64
     act_group: int = 64
+    hadamard: int = 64  # largest block of the Hadamard transform that inputs pass through; 0: none
+    clip_grid: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # shares of an activation group's range
     smooth: bool = True
     smooth_by: str = "rms"  # what counts as the size of an input channel: its root mean square, or its largest value
     smooth_grid: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -95,6 +109,8 @@ class Recipe:
             )
         if not self.smooth_grid or not all(0 <= a <= 1 for a in self.smooth_grid):
             raise SpecQuantError("recipe: smooth_grid must hold exponents between 0 and 1")
+        if not self.clip_grid or not all(0 < c <= 1 for c in self.clip_grid):
+            raise SpecQuantError("recipe: clip_grid must hold shares above 0, and at most 1")
         for stage in STAGES:
             self._check_combination(self.at(stage), stage)
 
@@ -102,6 +118,9 @@ class Recipe:
     def _check_combination(stage: Recipe, name: str) -> None:
         _check_at_least(stage, 1, "k")
         _check_at_least(stage, 0, "group_size", "act_group")
+        if (h := stage.hadamard) and (h & (h - 1) or not 8 <= h <= 4096):
+            near = 2 ** min(max(round(math.log2(abs(h))), 3), 12)
+            raise SpecQuantError(f"recipe: hadamard {h} is not 0 or a power of two from 8 to 4096; nearest: {near}")
         if stage.w_bits == 16 and stage.a_bits != 16:
             raise SpecQuantError(
                 f"recipe: {name} has 16-bit weights and {stage.a_bits}-bit activations; "
@@ -129,6 +148,12 @@ class Recipe:
             object.__setattr__(plain, f.name, changes.get(f.name, getattr(self, f.name)))
         object.__setattr__(plain, "overrides", {})
         return plain
+
+    def hadamard_block(self, features: int) -> int:
+        """Of this stage: the largest power of two that divides its in-features and is at most `hadamard`; 0 if that is
+        less than 8."""
+        block = min(self.hadamard, features & -features)
+        return block if block >= 8 else 0
 
     def rank(self, stage: str) -> int:
         """Columns r of the stage's basis: 0 without a branch."""
@@ -163,8 +188,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         out = asdict(self)
-        out["smooth_grid"] = list(self.smooth_grid)
-        return out
+        return out | {name: list(getattr(self, name)) for name in _GRIDS}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
@@ -180,12 +204,12 @@ class Recipe:
         for name, value in values.items():
             if name not in known:
                 raise SpecQuantError(f"{where}: unknown field '{name}'; known: {', '.join(known)}")
-            if name == "smooth_grid" and isinstance(value, list) and all(type(v) in (int, float) for v in value):
+            if name in _GRIDS and isinstance(value, list) and all(type(v) in (int, float) for v in value):
                 values[name] = tuple(float(v) for v in value)
             elif isinstance(known[name], float) and type(value) is int:
                 values[name] = float(value)
             elif type(value) is not type(known[name]):
-                kind = "list of numbers" if name == "smooth_grid" else type(known[name]).__name__
+                kind = "list of numbers" if name in _GRIDS else type(known[name]).__name__
                 raise SpecQuantError(f"{where}: {name} must be of type {kind}, not {value!r}")
         return replace(base, **values)
 
@@ -234,6 +258,8 @@ PRESETS: dict[str, Recipe] = {
         subtract=False,
         group_size=0,
         act_group=0,
+        hadamard=0,
+        clip_grid=(1.0,),
         smooth_by="max",
         smooth_grid=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
         budget="act",
@@ -250,4 +276,5 @@ def preset(name: str) -> Recipe:
 
 def float_recipe(float_type: str = "float32") -> Recipe:
     """Nothing quantised: the same graph builder on the model's own weights."""
-    return Recipe(name="float", w_bits=16, a_bits=16, basis="none", subtract=False, smooth=False, float_type=float_type)
+    off: dict[str, Any] = {"basis": "none", "subtract": False, "hadamard": 0, "smooth": False}
+    return Recipe(name="float", w_bits=16, a_bits=16, float_type=float_type, **off)

@@ -11,7 +11,6 @@ float model's own distribution. What comes out is a `Decoder` of the same shapes
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.exporter.decoder import Decoder, QuantLinear
 from specquant.exporter.families import Family, family_of
 from specquant.exporter.gptq import QMAX, QMIN, as_float16
+from specquant.exporter.kv import block_hadamard, matmul_precision
 from specquant.exporter.recipe import Recipe, held_back
 from specquant.exporter.simulate import fake_quantize, simulate
 
@@ -57,7 +57,7 @@ def refine(
         parameter.data = parameter.data.float()
     stages = _make_trainable(student, family, decoder)
     first = _divergence(model, student, tokens[:held], recipe.refine_batch)
-    with _matmul_precision("high"):
+    with matmul_precision("high"):
         _train(model, student, tokens[held:], recipe, progress)
     refined = _store(student, family, decoder, stages)
     last = _divergence(model, simulate(student, family, refined).to(device), tokens[:held], recipe.refine_batch)
@@ -107,6 +107,28 @@ def _divergence(teacher: nn.Module, student: nn.Module, tokens: Tensor, batch: i
     return sum(float(_kl(teacher, student, t)) * len(t) for t in parts) / len(tokens)
 
 
+class _FakeQuantize(torch.autograd.Function):
+    """Activations in their levels. The gradient of u [..., N] passes where levels reach it; `clip`, a scalar tensor,
+    learns from what it clips and what it rounds, as a step size does in LSQ (Esser et al. 2020)."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, clip: Tensor, bits: int, group: int) -> Tensor:
+        y = fake_quantize(u, bits, group, clip)
+        ctx.save_for_backward(u, y, clip)
+        ctx.bits, ctx.group = bits, group
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        u, y, clip = ctx.saved_tensors
+        g = u.unflatten(-1, (-1, ctx.group or u.shape[-1]))
+        lo, hi = g.amin(-1, keepdim=True).clamp(max=0) * clip, g.amax(-1, keepdim=True).clamp(min=0) * clip
+        half = (hi - lo) * (0.5 / (2**ctx.bits - 1))
+        inside = ((g >= lo - half) & (g <= hi + half)).view_as(u)
+        moved = torch.where(inside, y - u, y)
+        return gradient * inside, (gradient * moved).sum() / clip, None, None
+
+
 class _StraightThrough(torch.autograd.Function):
     """A rounding whose gradient is taken to be 1."""
 
@@ -127,7 +149,7 @@ class _TrainedStage(nn.Module):
     """One op call with numbers that learn: y = low · C + u · Q4(R) + bias, concatenated over its linears.
 
     Every parameter is a relative change, so that one learning rate fits all: `integers` in units of a scale,
-    `scale_change` in the logarithm, `coef_change` such that 1 moves y by its own root mean square.
+    `scale_change` and `clip_change` in the logarithm, `coef_change` such that 1 moves y by its own root mean square.
     """
 
     def __init__(self, linear: QuantLinear, device: torch.device) -> None:
@@ -136,6 +158,7 @@ class _TrainedStage(nn.Module):
         self.integers = nn.Parameter(_tensor(linear.q, device))
         self.scales = _tensor(linear.scales, device)
         self.scale_change = nn.Parameter(torch.zeros_like(self.scales))
+        self.clip_change = nn.Parameter(torch.zeros((), device=device), requires_grad=linear.act_bits != 16)
         self.bias = None if linear.bias is None else _tensor(linear.bias, device)
         self.basis: Tensor | None = None
         self.coef: Tensor | None = None
@@ -148,6 +171,9 @@ class _TrainedStage(nn.Module):
     def current_scales(self) -> Tensor:
         return self.scales * self.scale_change.exp()
 
+    def current_clip(self) -> Tensor:
+        return (self.linear.act_clip * self.clip_change.exp()).clamp(max=1)
+
     def current_coef(self) -> Tensor | None:
         if self.coef is None or self.coef_unit is None:
             return self.coef
@@ -155,16 +181,17 @@ class _TrainedStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., N] -> y [..., M]."""
-        linear, u, low = self.linear, x, None
+        linear, low = self.linear, None
+        x = u = block_hadamard(x, linear.hadamard)
         coef = self.current_coef()
         if self.basis is not None and coef is not None:
-            with _matmul_precision("highest"):  # low is large, and what it leaves of x small
+            with matmul_precision("highest"):  # low is large, and what it leaves of x small
                 low = x @ self.basis
                 branch = low @ coef
                 if linear.subtract:
                     u = x - low @ self.basis.T
         if linear.act_bits != 16:
-            u = _StraightThrough.apply(u, lambda t: fake_quantize(t, linear.act_bits, linear.act_group))
+            u = _FakeQuantize.apply(u, self.current_clip(), linear.act_bits, linear.act_group)
         q = _StraightThrough.apply(self.integers, _rounded)
         scales = self.current_scales()
         y = u @ (q.view(len(scales), -1, q.shape[1]) * scales[:, None]).view_as(q)
@@ -192,6 +219,7 @@ class _TrainedStage(nn.Module):
             self.linear,
             q=_rounded(self.integers).to(torch.int8).cpu().numpy(),
             scales=as_float16(self.current_scales()).half().cpu().numpy(),
+            act_clip=float(self.current_clip()),
             coef=None if coef is None else coef.clamp(-65504, 65504).half().cpu().numpy(),
             error=None,  # that of one layer, which is no longer what was minimised
         )
@@ -258,17 +286,6 @@ def _store(student: nn.Module, family: Family, decoder: Decoder, stages: dict[st
         qkv, o, gate_up, down = (stages[x.name].to_linear() if x.name in stages else x for x in layer.linears)
         layers.append(replace(layer, qkv=qkv, o=o, gate_up=gate_up, down=down, **own))
     return replace(decoder, layers=layers)
-
-
-@contextlib.contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    """Of float32 matrix products on a GPU: `high` is tf32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from specquant.exporter.decoder import Decoder, FloatLinear, Linear
 from specquant.exporter.families import Family
 from specquant.exporter.gptq import expand
-from specquant.exporter.kv import set_key_offset, use_int4_cache
+from specquant.exporter.kv import block_hadamard, set_key_offset, use_int4_cache
 
 
-def fake_quantize(u: Tensor, bits: int, group: int) -> Tensor:
+def fake_quantize(u: Tensor, bits: int, group: int, clip: float | Tensor = 1.0) -> Tensor:
     """Quantise and dequantise per token and group of features (Eq. 1; docs/ops.md): float32 [..., N] -> the same."""
     if bits == 16:
         return u
@@ -20,6 +20,7 @@ def fake_quantize(u: Tensor, bits: int, group: int) -> Tensor:
     qmax = torch.tensor(2**bits - 1, dtype=u.dtype, device=u.device)
     g = u.unflatten(-1, (-1, group)) if group else u.unsqueeze(-2)
     lo, hi = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
+    lo, hi = lo * clip, hi * clip
     span = hi - lo
     dead = span < 1e-30
     inverse = torch.where(dead, torch.zeros_like(span), qmax / span)
@@ -34,21 +35,25 @@ class SimInput(nn.Module):
 
     basis: Tensor | None
 
-    def __init__(self, basis: Tensor | None, subtract: bool, act_bits: int, act_group: int) -> None:
+    def __init__(
+        self, basis: Tensor | None, subtract: bool, act_bits: int, act_group: int, hadamard: int = 0, clip: float = 1.0
+    ) -> None:
         super().__init__()
         self.register_buffer("basis", basis)
         self.subtract, self.act_bits, self.act_group = subtract, act_bits, act_group
+        self.hadamard, self.clip = hadamard, clip
         self._last: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """x float32 [..., N] -> low [..., r] (None without a branch), quantised u [..., N]."""
         if self._last is None or self._last[0] is not x:  # q/k/v see the same tensor one after the other
-            low, u = None, x
+            turned = block_hadamard(x, self.hadamard)
+            low, u = None, turned
             if self.basis is not None:
-                low = x @ self.basis
+                low = turned @ self.basis
                 if self.subtract:
-                    u = x - low @ self.basis.T
-            self._last = (x, low, fake_quantize(u, self.act_bits, self.act_group))
+                    u = turned - low @ self.basis.T
+            self._last = (x, low, fake_quantize(u, self.act_bits, self.act_group, self.clip))
         return self._last[1:]
 
 
@@ -83,7 +88,7 @@ def sim_linears(linear: Linear) -> dict[str, SimLinear]:
         weights, coefs = _tensor(linear.weight).split(m, 1), [None] * len(m)
     else:
         basis = None if linear.basis is None else _tensor(linear.basis)
-        shared = SimInput(basis, linear.subtract, linear.act_bits, linear.act_group)
+        shared = SimInput(basis, linear.subtract, linear.act_bits, linear.act_group, linear.hadamard, linear.act_clip)
         weights = (_tensor(linear.q) * expand(_tensor(linear.scales), linear.q.shape[0])).split(m, 1)
         coefs = [None] * len(m) if linear.coef is None else list(_tensor(linear.coef).split(m, 1))
     return {

@@ -44,11 +44,11 @@ def random_weights(
 
 
 def random_input(rng: np.random.Generator, shape: tuple[int, ...], float_type: Any = np.float32) -> NDArray[Any]:
-    """Multiples of 1/8 in −4…4."""
+    """Multiples of 1/8 in −4…4: a Hadamard transform of 16, 64 or 256 of them is exact in any order, too."""
     return (rng.integers(-32, 33, shape) / 8).astype(float_type)
 
 
-def op_model(op: str, n: int, weights: Arrays, float_type: Any, attributes: dict[str, int]) -> onnx.ModelProto:
+def op_model(op: str, n: int, weights: Arrays, float_type: Any, attributes: dict[str, Any]) -> onnx.ModelProto:
     """x [a, b, n] → the outputs of one `op` node with its function; `rank` is an overridable initialiser."""
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(float_type))
     sizes: dict[str, int] = {}

@@ -181,7 +181,8 @@ class _Simulated(nn.Module):
         bias = np.zeros(m, np.float32) if e.bias is None else e.bias
         sums = row_sums(e.q, segment_length(n, e.group_size, e.act_group))
         weights = pack_int4(e.q), e.scales, sums, bias
-        groups = {"group_size": e.group_size, "act_bits": e.act_bits, "act_group": e.act_group}
+        groups: dict[str, Any] = {"group_size": e.group_size, "act_bits": e.act_bits, "act_group": e.act_group}
+        groups |= {"act_clip": e.act_clip, "hadamard": e.hadamard}
         if e.basis is None or e.coef is None:
             y = int4_residual_matmul(x.numpy(), *weights, **groups)
         else:

@@ -88,6 +88,8 @@ def simulated(folder: Path, source: str) -> torch.nn.Module:
                     array(f"{name}.coef") if branch else None,
                     bool(at.get("subtract", 0)),
                     bias,
+                    at["hadamard"],
+                    at["act_clip"],
                 )
             for path, module in sim_linears(linear).items():
                 layer.set_submodule(path, module)

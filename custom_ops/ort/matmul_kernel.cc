@@ -13,6 +13,8 @@ class MatMulKernel : public Kernel {
     attributes_.group_size = attribute(info, "group_size", int64_t(0));
     attributes_.act_bits = int32_t(std::clamp<int64_t>(attribute(info, "act_bits", int64_t(16)), 0, 99));
     attributes_.act_group = attribute(info, "act_group", int64_t(0));
+    attributes_.hadamard = attribute(info, "hadamard", int64_t(0));
+    attributes_.act_clip = attribute(info, "act_clip", 1.0f);
     if (kind.branch) attributes_.subtract = attribute(info, "subtract", int64_t(0)) != 0;
   }
 

@@ -39,7 +39,13 @@ def _quant_linear(graph: GraphWriter, x: ir.Value, entry: QuantLinear, rank: ir.
         graph.tensor(f"{name}.row_sums", row_sums(entry.q, segment)),
         graph.tensor(f"{name}.bias", bias),
     ]
-    attributes = {"group_size": entry.group_size, "act_bits": entry.act_bits, "act_group": entry.act_group}
+    attributes: dict[str, int | float] = {
+        "group_size": entry.group_size,
+        "act_bits": entry.act_bits,
+        "act_group": entry.act_group,
+        "act_clip": entry.act_clip,
+        "hadamard": entry.hadamard,
+    }
     op_type, inputs = "Int4ResidualMatMul", [x, *weights]
     if entry.basis is not None and entry.coef is not None:
         branch = [graph.tensor(f"{name}.basis", entry.basis), graph.tensor(f"{name}.coef", entry.coef), rank]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,8 +21,11 @@ GROUPS = [(0, 0), (8, 8), (0, 16), (16, 0), (8, 24), (24, 8)]
 VARIANTS = [("SpectralBranch", None), ("Int4ResidualMatMul", None), ("SpecQuantMatMul", 0), ("SpecQuantMatMul", 1)]
 
 
-def attributes_of(op: str, group_size: int, bits: int, act_group: int, subtract: int | None) -> dict[str, int]:
+def attributes_of(
+    op: str, group_size: int, bits: int, act_group: int, subtract: int | None, hadamard: int = 0, act_clip: float = 1.0
+) -> dict[str, Any]:
     given = {"group_size": group_size, "act_bits": bits, "act_group": act_group, "subtract": subtract or 0}
+    given |= {"hadamard": hadamard, "act_clip": act_clip}
     return {attribute.name: given[attribute.name] for attribute in OPS[op].attributes}
 
 
@@ -33,7 +37,7 @@ def session(model: onnx.ModelProto, optimised: Path | None = None) -> ort.Infere
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def check(op: str, model: onnx.ModelProto, x: np.ndarray, weights: Arrays, attributes: dict[str, int]) -> None:
+def check(op: str, model: onnx.ModelProto, x: np.ndarray, weights: Arrays, attributes: dict[str, Any]) -> None:
     run, feeds = session(model), {"x": x}
     ranks: list[int | None] = [3, 0, 99] if "rank" in weights else [None]
     for rank in ranks:
@@ -60,6 +64,18 @@ def test_function_equals_reference(
     float_type = rng.choice([np.float32, np.float16])
     model = op_model(op, 48, weights, float_type, attributes)
     check(op, model, random_input(rng, (2, 5, 48), float_type), weights, attributes)
+
+
+@pytest.mark.parametrize(("op", "subtract"), VARIANTS[1:])
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize(("hadamard", "act_clip"), [(16, 1.0), (64, 0.5), (0, 0.75)])
+def test_rotated_and_clipped(
+    rng: np.random.Generator, op: str, subtract: int | None, bits: int, hadamard: int, act_clip: float
+) -> None:
+    weights = random_weights(rng, op, 192, 21, 7, 16, 64)
+    attributes = attributes_of(op, 16, bits, 64, subtract, hadamard, act_clip)
+    x = random_input(rng, (2, 3, 192))
+    check(op, op_model(op, 192, weights, np.float32, attributes), x, weights, attributes)
 
 
 @pytest.mark.parametrize(("op", "subtract"), VARIANTS)

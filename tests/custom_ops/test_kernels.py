@@ -33,7 +33,7 @@ def features(rng: np.random.Generator, group_size: int, act_group: int) -> int:
     return int(largest * rng.integers(1, 4)) if largest else int(rng.integers(1, 90))
 
 
-def matmul(x: NDArray[Any], weights: Arrays, isa: str, **attributes: int) -> NDArray[Any]:
+def matmul(x: NDArray[Any], weights: Arrays, isa: str, **attributes: Any) -> NDArray[Any]:
     operands: dict[str, Any] = dict(weights)
     if "rank" in operands:
         operands["rank"] = int(operands["rank"][0])
@@ -69,6 +69,8 @@ def test_matmul_equals_reference(rng: np.random.Generator, isa: str, bits: int, 
         weights["rank"] = np.array([rng.integers(0, r + 1)])
         x = random_input(rng, (tokens, n))
         attributes = {"group_size": group_size, "act_bits": bits, "act_group": act_group, "subtract": subtract}
+        attributes["hadamard"] = int(rng.choice([block for block in (0, 16, 64) if block == 0 or n % block == 0]))
+        attributes["act_clip"] = float(rng.choice([1.0, 0.75, 0.5]))
         expected = reference.specquant_matmul(x, **weights, **attributes)
         size = max(float(np.abs(expected).max(initial=0)), 1.0)
         y = matmul(x, weights, isa, **attributes)
@@ -101,6 +103,19 @@ def test_more_tokens_than_a_chunk(rng: np.random.Generator, isa: str) -> None:
     np.testing.assert_allclose(whole, parts, rtol=0, atol=1e-5 * np.abs(whole).max())
     expected = reference.specquant_matmul(x, **weights, **attributes)
     np.testing.assert_allclose(whole, expected, rtol=0, atol=1e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("block", [8, 16, 32, 64, 128, 512, 4096])
+def test_rotated_inputs_are_bit_exact(rng: np.random.Generator, isa: str, block: int) -> None:
+    """One column of the basis picks a feature of x H, so `low` shows it."""
+    n = block * 3 if block < 512 else block
+    picked = np.zeros((n, 9), np.float16)
+    picked[rng.permutation(n)[:9], range(9)] = 1
+    x = rng.standard_normal((5, n)).astype(np.float32)
+    _, low = library.specquant_matmul(x, basis=picked, coef=np.ones((9, 4), np.float16), hadamard=block, isa=isa)
+    expected = reference.block_hadamard(x, block)
+    np.testing.assert_array_equal(low, expected @ picked.astype(np.float32))
+    np.testing.assert_allclose(np.square(expected).sum(), np.square(x).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -159,11 +174,14 @@ EXTREMES = {
 
 @pytest.mark.parametrize("kind", EXTREMES)
 @pytest.mark.parametrize("bits", [2, 4, 5, 8])
-def test_quantised_activations_are_bit_exact(rng: np.random.Generator, isa: str, kind: str, bits: int) -> None:
+@pytest.mark.parametrize("clip", [1.0, 0.9])
+def test_quantised_activations_are_bit_exact(
+    rng: np.random.Generator, isa: str, kind: str, bits: int, clip: float
+) -> None:
     for n, group in ((int(rng.integers(1, 200)), 0), (192, 8), (192, 24), (192, 64)):
         u = EXTREMES[kind](rng, (6, n)).astype(np.float32)
-        expected = reference.quantize_activation(u, bits, group)
-        for ours, theirs in zip(library.quantize_activation(u, bits, group, isa), expected, strict=True):
+        expected = reference.quantize_activation(u, bits, group, clip)
+        for ours, theirs in zip(library.quantize_activation(u, bits, group, isa, clip), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 
@@ -185,6 +203,10 @@ def test_a_value_that_is_not_finite_spoils_its_token_only(
     ("changes", "message"),
     [
         ({"act_bits": 9}, "act_bits"),
+        ({"hadamard": 4}, "hadamard"),
+        ({"hadamard": 32}, "hadamard"),
+        ({"act_clip": 1.5}, "act_clip"),
+        ({"act_clip": float("nan")}, "act_clip"),
         ({"act_bits": 1}, "act_bits"),
         ({"group_size": 12}, "group_size"),
         ({"group_size": -8}, "group_size"),
@@ -195,7 +217,7 @@ def test_a_value_that_is_not_finite_spoils_its_token_only(
     ],
 )
 def test_attributes_that_do_not_fit_are_refused(
-    rng: np.random.Generator, changes: dict[str, int], message: str
+    rng: np.random.Generator, changes: dict[str, Any], message: str
 ) -> None:
     weights: dict[str, Any] = random_weights(rng, "SpecQuantMatMul", 48, 5, 7)
     weights |= {"rank": 7, "act_bits": 4} | changes

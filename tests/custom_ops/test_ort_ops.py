@@ -21,10 +21,10 @@ try:
 except SpecQuantError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
-ATTRIBUTES = {"group_size": 16, "act_bits": 4, "act_group": 8, "subtract": 1}
+ATTRIBUTES = {"group_size": 16, "act_bits": 4, "act_group": 8, "act_clip": 0.75, "hadamard": 16, "subtract": 1}
 
 
-def attributes_of(op: str, **changes: int) -> dict[str, int]:
+def attributes_of(op: str, **changes: int) -> dict[str, Any]:
     return {attribute.name: (ATTRIBUTES | changes)[attribute.name] for attribute in OPS[op].attributes}
 
 
@@ -48,7 +48,7 @@ def expected_outputs(op: str, x: np.ndarray, weights: Arrays, attributes: dict[s
 @pytest.mark.parametrize("float_type", [np.float32, np.float16])
 @pytest.mark.parametrize("wide", [False, True])
 def test_op_equals_reference(rng: np.random.Generator, op: str, float_type: type, wide: bool) -> None:
-    n, groups = (4104, {"group_size": 0, "act_group": 0}) if wide else (48, {})
+    n, groups = (4104, {"group_size": 0, "act_group": 0, "hadamard": 0}) if wide else (48, {})
     attributes = attributes_of(op, **groups)
     weights = random_weights(rng, op, n, 37, 7, attributes.get("group_size", 0), attributes.get("act_group", 0))
     run = session(op_model(op, n, weights, float_type, attributes))
@@ -137,6 +137,9 @@ def test_shapes_that_do_not_fit_are_one_line(rng: np.random.Generator, changes: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"hadamard": 24}, "hadamard must be 0, or a power of two"),
+        ({"hadamard": -16}, "hadamard must be 0, or a power of two"),
+        ({"act_clip": 0.0}, "act_clip must be more than 0"),
         ({"group_size": 20}, "group_size and act_group must be 0, or a divisor"),
         ({"group_size": 40}, "group_size and act_group must be 0, or a divisor"),
         ({"act_group": -8}, "group_size and act_group must be 0, or a divisor"),

@@ -19,7 +19,7 @@ N, M, RANK = 48, 37, 5
 
 
 def attributes_of(op: str) -> dict[str, int]:
-    given = {"group_size": 16, "act_bits": 4, "act_group": 8, "subtract": 1}
+    given = {"group_size": 16, "act_bits": 4, "act_group": 8, "act_clip": 0.5, "hadamard": 16, "subtract": 1}
     return {attribute.name: given[attribute.name] for attribute in OPS[op].attributes}
 
 

@@ -17,7 +17,7 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.exporter.decoder import Decoder
 from specquant.exporter.families import family_of, layer_attention
 from specquant.exporter.linear import FloatStage, StageWeights
-from specquant.exporter.quantize import decoder_config, fold_smoothing, quantize, stage_inputs
+from specquant.exporter.quantize import decoder_config, fold_smoothing, quantize, rotate_values, stage_inputs
 from specquant.exporter.recipe import Recipe
 from specquant.exporter.simulate import simulate
 from specquant.exporter.smooth import spread_over_heads
@@ -91,6 +91,22 @@ def put(layer: nn.Module, weights: StageWeights) -> None:
         linear.weight.data = weights.matrix[:, part].T.contiguous()
         if weights.bias is not None:
             linear.bias.data = weights.bias[part]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("block", [8, 64])
+def test_rotated_values_change_nothing(rng: np.random.Generator, name: str, block: int) -> None:
+    """In float64, and the cache does hold other values."""
+    model = tiny_model(name, int(rng.integers(2**31))).double()
+    family = family_of(model.config)
+    ids = rng.integers(3, VOCAB, 19)
+    before = logits_of(model, ids)
+    for layer in model.get_submodule(family.decoder).get_submodule(family.layers):
+        output = layer.get_submodule(family.stages[1].linears[0])
+        weight = output.weight.clone()
+        assert rotate_values(layer, family, Recipe(hadamard=block), decoder_config(model.config, family))
+        assert relative(output.weight.detach().numpy(), weight.detach().numpy()) > 0.1
+    assert relative(logits_of(model, ids), before) < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,13 +44,22 @@ def test_16_bits_are_left_alone(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(("group_size", "act_group"), [(0, 0), (8, 8), (24, 8), (8, 24), (0, 8)])
 @pytest.mark.parametrize("act_bits", [4, 8, 16])
 @pytest.mark.parametrize(("rank", "subtract"), [(0, False), (5, False), (5, True)])
+@pytest.mark.parametrize(("hadamard", "act_clip"), [(0, 1.0), (16, 0.75)])
 def test_simulation_is_the_op(
-    rng: np.random.Generator, group_size: int, act_group: int, act_bits: int, rank: int, subtract: bool
+    rng: np.random.Generator,
+    group_size: int,
+    act_group: int,
+    act_bits: int,
+    rank: int,
+    subtract: bool,
+    hadamard: int,
+    act_clip: float,
 ) -> None:
     """Values whose sums are exact: no order of summation moves a level."""
     w = random_weights(rng, "SpecQuantMatMul", N, M, rank, group_size, act_group)
     branch = {"basis": w["basis"], "coef": w["coef"]} if rank else {}
-    groups = {"group_size": group_size, "act_bits": act_bits, "act_group": act_group}
+    groups: dict[str, Any] = {"group_size": group_size, "act_bits": act_bits, "act_group": act_group}
+    groups |= {"act_clip": act_clip, "hadamard": hadamard}
     linear = QuantLinear(
         name="qkv",
         parts=PARTS,
@@ -89,6 +99,8 @@ RECIPES = {
     "no branch": replace(QUICK, basis="none", subtract=False),
     "rtn": replace(QUICK, rounding="rtn"),
     "16 bit activations": replace(QUICK, a_bits=16),
+    "not rotated": replace(QUICK, hadamard=0),
+    "not clipped": replace(QUICK, clip_grid=(1.0,)),
 }
 
 
@@ -123,6 +135,27 @@ def test_the_branch_pays_where_directions_are_strong(rng: np.random.Generator) -
     stats = InputStatistics.gather([x], "here")
     error = {name: QuantStage.build(name, weights, stats, recipe).error for name, recipe in RECIPES.items()}
     assert error["klt"] < 0.2 * error["no branch"]
+
+
+def test_rotation_pays_where_single_channels_are_large(rng: np.random.Generator) -> None:
+    weights, x = stage_inputs(rng)
+    x = x * torch.from_numpy(np.where(np.arange(N) % 8 == 3, 20, 1).astype(np.float32))
+    stats = InputStatistics.gather([x], "here")
+    plain = replace(QUICK, basis="none", subtract=False, group_size=0, act_group=0)
+    error = {block: QuantStage.build("x", weights, stats, replace(plain, hadamard=block)).error for block in (0, 16)}
+    assert error[16] < 0.8 * error[0]
+
+
+def test_the_best_clip_is_chosen(rng: np.random.Generator) -> None:
+    """Of a token's values, few are near the largest: where levels are few, they do better to span less."""
+    weights, x = stage_inputs(rng)
+    stats = InputStatistics.gather([x], "here")
+    recipe = replace(QUICK, group_size=0, act_group=0, a_bits=2)
+    alone = {c: QuantStage.build("x", weights, stats, replace(recipe, clip_grid=(c,))).error for c in recipe.clip_grid}
+    stage = QuantStage.build("x", weights, stats, recipe)
+    best = min(alone, key=lambda c: alone[c])
+    assert (stage.error, stage.to_linear().act_clip) == (pytest.approx(alone[best]), best)
+    assert best < 1
 
 
 def test_statistics(rng: np.random.Generator) -> None:

@@ -96,6 +96,20 @@ def test_other_recipes(llama: LlamaForCausalLM, tokens: torch.Tensor, changes: d
     assert divergence(llama, after, tokens[:HELD]) < divergence(llama, before, tokens[:HELD])
 
 
+def test_clips_are_learnt(llama: LlamaForCausalLM, tokens: torch.Tensor) -> None:
+    """From one that cuts far too much, with nothing else to learn: 8-bit activations need no clip."""
+    recipe = replace(RECIPE, a_bits=8, refine_steps=60, refine_lr=0.02)
+    before = quantised(llama, recipe, tokens)
+    layers = [
+        replace(layer, **{f: replace(getattr(layer, f), act_clip=0.5) for f in ("qkv", "o", "gate_up", "down")})
+        for layer in before.layers
+    ]
+    before = replace(before, layers=layers)
+    after = refine(llama, before, recipe, tokens)
+    assert np.mean([x.act_clip for x in linears(after)]) > 0.6
+    assert all(x.act_clip <= 1 for x in linears(after))
+
+
 def test_a_run_repeats(model_folder: Path, tokens: torch.Tensor) -> None:
     recipe = replace(RECIPE, refine_steps=4)
     runs = []

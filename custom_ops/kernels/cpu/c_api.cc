@@ -68,11 +68,12 @@ SPECQUANT_EXPORT const char* specquant_attend(const specquant::Attention* attent
 }
 
 // One row: u float32 [n] → q int8 [n] (less 128 where bits is 8), scale and zero_point [n / group, or 1].
-SPECQUANT_EXPORT const char* specquant_quantize(const float* u, int64_t n, int32_t bits, int64_t group, int8_t* q,
-                                                float* scale, int32_t* zero_point, const char* isa) {
+SPECQUANT_EXPORT const char* specquant_quantize(const float* u, int64_t n, int32_t bits, int64_t group, float clip,
+                                                int8_t* q, float* scale, int32_t* zero_point, const char* isa) {
   const specquant::Kernels* kernels = specquant::select(isa, message, sizeof message);
   if (!kernels) return message;
   if (bits < 2 || bits > 8) return "bits must be 2 to 8";
+  if (!(clip > 0.0f && clip <= 1.0f)) return "clip must be more than 0, and at most 1";
   if (n < 1 || group < 0 || group % specquant::kBlock || (group && n % group))
     return "group must be 0, or a divisor of n that 8 divides";
   const int64_t padded = specquant::round_up(n, specquant::kBlock);
@@ -80,7 +81,7 @@ SPECQUANT_EXPORT const char* specquant_quantize(const float* u, int64_t n, int32
   const std::unique_ptr<int8_t[]> levels(new (std::nothrow) int8_t[size_t(padded)]);
   if (!values || !levels) return "there is no memory for the row";
   std::memcpy(values.get(), u, size_t(n) * sizeof(float));
-  kernels->quantize(values.get(), n, bits, group, levels.get(), scale, zero_point);
+  kernels->quantize(values.get(), n, bits, group, clip, levels.get(), scale, zero_point);
   std::memcpy(q, levels.get(), size_t(n));
   return nullptr;
 }

@@ -9,7 +9,7 @@
 
 namespace specquant {
 
-constexpr int32_t kAbi = 2;  // raised when Problem, Attention, or an exported function, changes
+constexpr int32_t kAbi = 3;  // raised when Problem, Attention, or an exported function, changes
 
 // One call of an op. SpectralBranch: qweight is null; Int4ResidualMatMul: basis is null; SpecQuantMatMul: neither.
 // Passed across the C ABI as it is (custom_ops/library.py mirrors it), hence the plain types.
@@ -21,10 +21,12 @@ struct Problem {
   int64_t rank;          // columns used, 0..r
   int64_t group_size;    // features per weight scale; 0: all N
   int64_t act_group;     // features per activation scale; 0: all N
+  int64_t hadamard;      // features of a Hadamard transform that x passes through first; 0: none
   int32_t act_bits;      // 2..8, or 16: activations are not quantised
   int32_t subtract;      // 1: the branch's part of x is removed before it is quantised
   int32_t half;          // 1: x, y and low are float16; 0: float32
   int32_t wide_sums;     // 1: row_sums is int32; 0: int16
+  float act_clip;        // share of a group's range that the levels span, in (0, 1]
   const void* x;         // [T, N]
   const uint16_t* basis;   // float16 [N, r]
   const uint16_t* coef;    // float16 [r, M]

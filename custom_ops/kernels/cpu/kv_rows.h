@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attention.h"
+#include "hadamard.h"
 #include "half.h"
 
 namespace specquant {
@@ -38,33 +39,6 @@ inline void turn(float* __restrict x, const float* __restrict cos, const float* 
     x[i] = a * cos[i] - b * sin[i];
     second[i] = b * cos[i] + a * sin[i];
   }
-}
-
-// Sums and differences at distance 1, 2, 4, …; the first three inside blocks of 8, which the compiler keeps in
-// registers. Orthonormal: divided by the square root of d.
-inline void walsh_hadamard(float* x, int64_t d) {
-  for (int64_t block = 0; block < d; block += 8) {
-    float* v = x + block;
-    for (int step = 1; step < 8; step *= 2)
-      for (int i = 0; i < 8; ++i)
-        if (!(i & step)) {
-          const float a = v[i], b = v[i + step];
-          v[i] = a + b;
-          v[i + step] = a - b;
-        }
-  }
-  for (int64_t step = 8; step < d; step *= 2)
-    for (int64_t block = 0; block < d; block += 2 * step) {
-      float* __restrict left = x + block;
-      float* __restrict right = x + block + step;
-      for (int64_t i = 0; i < step; ++i) {
-        const float a = left[i], b = right[i];
-        left[i] = a + b;
-        right[i] = a - b;
-      }
-    }
-  const float factor = 1.0f / __builtin_sqrtf(float(d));
-  for (int64_t i = 0; i < d; ++i) x[i] *= factor;
 }
 
 // Positions and transform of a query, or of a key, which has an offset [d].

@@ -109,6 +109,9 @@ const char* check(const Problem& p) {
   if (p.tokens < 0 || p.tokens > kMostOutputs) return "the number of tokens must be 0 to 2^31";
   if (!p.basis && !p.qweight) return "there are neither weights nor a branch";
   if (p.tokens && !p.x) return "x is missing";
+  const bool power = p.hadamard >= kBlock && p.hadamard <= 4096 && (p.hadamard & (p.hadamard - 1)) == 0;
+  if (p.hadamard && (!power || p.in_features % p.hadamard))
+    return "hadamard must be 0, or a power of two from 8 to 4096 that divides in-features";
   if (p.basis) {
     if (!p.coef) return "coef is missing";
     if (p.basis_rank < 0 || p.basis_rank > p.in_features) return "the basis must have 0 to in-features columns";
@@ -116,6 +119,7 @@ const char* check(const Problem& p) {
   }
   if (p.qweight) {
     if (!p.scales || !p.row_sums) return "scales or row_sums are missing";
+    if (!(p.act_clip > 0.0f && p.act_clip <= 1.0f)) return "act_clip must be more than 0, and at most 1";
     if (p.act_bits != 16 && (p.act_bits < 2 || p.act_bits > 8)) return "act_bits must be 2 to 8, or 16";
     for (const int64_t group : {p.group_size, p.act_group})
       if (group < 0 || group % kBlock || (group && p.in_features % group))

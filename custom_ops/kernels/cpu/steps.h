@@ -46,9 +46,11 @@ constexpr int64_t kMostTileRows = 12;
 struct Kernels {
   const char* name;
   bool (*supported)();
-  // q int8 [N] (offset as in Activations::a), scale and zero_point [N / group, or 1] of one row. u is readable,
+  // q int8 [N] (offset as in Activations::a), scale and zero_point [N / group, or 1] of one row, whose levels span
+  // `clip` of every group's range. u is readable,
   // and q writable, up to a multiple of 8, where u holds zeros.
-  void (*quantize)(const float* u, int64_t n, int bits, int64_t group, int8_t* q, float* scale, int32_t* zero_point);
+  void (*quantize)(const float* u, int64_t n, int bits, int64_t group, float clip, int8_t* q, float* scale,
+                   int32_t* zero_point);
   // Rows [row, row + rows) of the activations, from x.
   void (*prepare)(const Problem& problem, const Activations& activations, int64_t row, int64_t rows);
   // y of those rows and of panels [panel, panel + panels).

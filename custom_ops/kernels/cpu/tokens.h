@@ -1,8 +1,9 @@
-// The steps on one run of tokens: to float32, down-projection, subtraction, quantisation.
+// The steps on one run of tokens: to float32, rotation, down-projection, subtraction, quantisation.
 //
 // E is a vector of 8 float lanes: along features, so that groups (multiples of 8) have no tail.
 #pragma once
 
+#include "hadamard.h"
 #include "half.h"
 #include "steps.h"
 
@@ -10,7 +11,8 @@ namespace specquant {
 namespace {
 
 template <class E>
-void quantize_row(const float* u, int64_t n, int bits, int64_t group, int8_t* q, float* scale, int32_t* zero_point) {
+void quantize_row(const float* u, int64_t n, int bits, int64_t group, float clip, int8_t* q, float* scale,
+                  int32_t* zero_point) {
   using F = typename E::F;
   const int64_t length = group ? group : n;
   const float qmax = float((1 << bits) - 1);
@@ -24,7 +26,7 @@ void quantize_row(const float* u, int64_t n, int bits, int64_t group, int8_t* q,
       high = E::max(high, value);
       poison = poison + (value - value);  // 0 if finite, else NaN
     }
-    const float lo = E::smallest(low), range = E::largest(high) - lo;
+    const float lo = clip * E::smallest(low), range = clip * E::largest(high) - lo;
     const bool finite = !E::any_nan(poison) && range <= 3.402823466e38f;
     const bool used = finite && range >= 1e-30f;
     const float inverse = used ? qmax / range : 0.0f;
@@ -112,7 +114,7 @@ void quantize_for_product(const Problem& p, const Activations& x, int64_t row) {
   int8_t* a = x.a + row * x.features;
   float* scale = x.scale + row * x.segments;
   int32_t* zero = x.zero + row * x.segments;
-  quantize_row<E>(x.u + row * x.features, p.in_features, p.act_bits, p.act_group, a, scale, zero);
+  quantize_row<E>(x.u + row * x.features, p.in_features, p.act_bits, p.act_group, p.act_clip, a, scale, zero);
   const int64_t groups = p.act_group ? p.in_features / p.act_group : 1;
   const int64_t segment = round_up(segment_length(p), kBlock);
   const int32_t offset = p.act_bits == 8 ? 128 : 0;
@@ -144,7 +146,11 @@ void to_float(const Problem& p, const Activations& x, int64_t row) {
 
 template <class V, class E, int T>
 void prepare_rows(const Problem& p, const Activations& x, int64_t row) {
-  for (int t = 0; t < T; ++t) to_float<E>(p, x, row + t);
+  for (int t = 0; t < T; ++t) {
+    to_float<E>(p, x, row + t);
+    float* u = x.u + (row + t) * x.features;
+    for (int64_t i = 0; p.hadamard && i < p.in_features; i += p.hadamard) walsh_hadamard(u + i, p.hadamard);
+  }
   if (p.basis && p.rank) {
     project_down<V, T>(p, x, row);
     if (p.subtract) subtract_branch<E, T>(p, x, row);
