@@ -211,6 +211,8 @@ def layer_row(x: Linear, decoder: Decoder) -> dict[str, Any]:
         "rank": rank,
         "group_size": x.group_size,
         "act_bits": x.act_bits,
+        "act_clip": x.act_clip,
+        "hadamard": x.hadamard,
         "alpha": x.alpha,
         "error": None if x.error is None else float(f"{x.error:.4g}"),
     }

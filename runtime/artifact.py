@@ -83,7 +83,8 @@ class BitsInfo:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One op call. rank 0: no branch; group_size 0: per channel; error: ‖y − ŷ‖² / ‖y‖² on calibration data."""
+    """One op call. rank 0: no branch; group_size 0: per channel; hadamard 0: not rotated; error: ‖y − ŷ‖² / ‖y‖² on
+    calibration data."""
 
     name: str
     linears: list[str]
@@ -92,6 +93,8 @@ class LayerInfo:
     rank: int = 0
     group_size: int = 0
     act_bits: int = 16
+    act_clip: float = 1.0
+    hadamard: int = 0
     alpha: float | None = None
     bits_per_weight: float | None = None
     error: float | None = None

@@ -17,8 +17,8 @@ EPILOG = """examples:
   specquant inspect build/smollm2 --verify        (also: is every file as it was exported?)
   specquant inspect build/smollm2 --json | jq .bits
 
-In the table, a rank of 0 is no branch, a group of 0 is one scale per output, alpha is the smoothing exponent,
-bits/w counts scales, row sums and branch, and error is |y - y'|^2 / |y|^2 on the calibration text.
+In the table, a rank of 0 is no branch, a group of 0 is one scale per output, clip is the share of the range that the
+levels of activations span, rotated the block of the Hadamard transform, alpha is the smoothing exponent, bits/w counts scales, row sums and branch, and error is |y - y'|^2 / |y|^2 on the calibration text.
 """
 
 
@@ -68,7 +68,7 @@ def card(manifest: Manifest, verified: bool) -> list[str]:
 
 
 def _layer_table(manifest: Manifest) -> list[str]:
-    header = ("layer", "in", "out", "rank", "group", "act bits", "alpha", "bits/w", "error")
+    header = ("layer", "in", "out", "rank", "group", "act bits", "clip", "rotated", "alpha", "bits/w", "error")
     rows = [
         (
             layer.name,
@@ -77,6 +77,8 @@ def _layer_table(manifest: Manifest) -> list[str]:
             str(layer.rank),
             str(layer.group_size),
             str(layer.act_bits),
+            _number(layer.act_clip, 2),
+            str(layer.hadamard),
             _number(layer.alpha, 2),
             _number(layer.bits_per_weight, 3),
             "-" if layer.error is None else f"{layer.error:.2e}",

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from specquant.runtime.cli_options import add_load_options, load_model
 from specquant.runtime.stats import machine_info
 from specquant.runtime.subject import MODEL_HELP, is_exported, needs_export
 
+Builder = Callable[[Callable[[int], None]], Any]  # what is told the progress -> a model as lm-eval sees one
 EPILOG = """examples:
   specquant eval zeroshot build/smollm2 --limit 100
   specquant eval zeroshot build/smollm2 --tasks arc_easy,piqa --json
   specquant eval zeroshot build/smollm2 --data-dir zeroshot --record        (files instead of the hub)
-  specquant eval zeroshot HuggingFaceTB/SmolLM2-135M-Instruct --device cuda --batch-size 64     (not quantised)
+  specquant eval zeroshot HuggingFaceTB/SmolLM2-135M-Instruct --device cuda --batch-tokens 32768   (not quantised)
 
 The average is over acc_norm for hellaswag, piqa, arc_easy, arc_challenge and openbookqa, and acc for lambada_openai,
 winogrande, boolq and social_iqa. --data-dir holds a document a line, in the schema of the original data sets, in
@@ -42,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-dir", metavar="DIR", type=Path, help="local files (default: lm-eval's data from the hub)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
-    parser.add_argument("--batch-size", type=int, metavar="N", default=8, help="of a model that is not exported: 8")
+    parser.add_argument(
+        "--batch-tokens", type=int, metavar="N", default=4096, help="at a time, of a model that is not exported: 4096"
+    )
     parser.add_argument("--revision", metavar="REV", help="of a hub model: branch, tag or commit")
     parser.add_argument("--record", action="store_true", help=f"keep the result in DIR/{MANIFEST}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -51,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("limit", "batch_size"):
+    for name in ("limit", "batch_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SpecQuantError(f"--{name.replace('_', '-')} must be 1 or more")
     if args.record and not is_exported(args.model):
         raise SpecQuantError(f"--record needs an exported folder, and {args.model} has no {MANIFEST}")
-    os.environ.setdefault("TQDM_DISABLE", "1" if args.quiet or is_exported(args.model) else "0")  # lm-eval's own bars
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars
     try:
         from specquant.runtime import zeroshot
     except ModuleNotFoundError as error:
@@ -67,17 +71,9 @@ def run(args: argparse.Namespace) -> int:
     note(args, "reading the tasks …")
     tasks = zeroshot.local_tasks(names, args.data_dir) if args.data_dir else zeroshot.hub_tasks(names)
     since = time.perf_counter()
-    if is_exported(args.model):
-        from specquant.runtime.lm_eval_model import ArtifactLM
-
-        model = load_model(args)
-        name, backend = model.manifest.name, "onnxruntime"
-        with Progress("zeroshot", zeroshot.requests_of(tasks, args.limit), "requests", args.quiet) as progress:
-            results = zeroshot.run_tasks(ArtifactLM(model, progress.update), tasks, args.limit)
-    else:
-        name, lm = _float_lm(args)
-        backend = "torch"
-        results = zeroshot.run_tasks(lm, tasks, args.limit)
+    name, backend, build = _artifact_lm(args) if is_exported(args.model) else _float_lm(args)
+    with Progress("zeroshot", zeroshot.requests_of(tasks, args.limit), "requests", args.quiet) as progress:
+        results = zeroshot.run_tasks(build(progress.update), tasks, args.limit)
     average, seconds = zeroshot.average(results), time.perf_counter() - since
     packages = {package: version(package) for package in ("lm_eval", "datasets", backend)}
     if args.record:
@@ -107,16 +103,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _float_lm(args: argparse.Namespace) -> tuple[str, Any]:
-    """The model before quantisation, in lm-eval's own class for transformers."""
+def _artifact_lm(args: argparse.Namespace) -> tuple[str, str, Builder]:
+    from specquant.runtime.lm_eval_model import ArtifactLM
+
+    model = load_model(args)
+    return model.manifest.name, "onnxruntime", lambda progress: ArtifactLM(model, progress)
+
+
+def _float_lm(args: argparse.Namespace) -> tuple[str, str, Builder]:
+    """The model before quantisation."""
     note(args, f"{args.model} has no {MANIFEST}: measuring the model itself, not quantised")
     try:
-        from lm_eval.models.huggingface import HFLM
-
         from specquant.exporter.sources import load_model as load_source
         from specquant.exporter.sources import resolve
     except ModuleNotFoundError as error:
         raise needs_export(args.model, error) from None
+    from specquant.runtime.lm_eval_model import TorchLM
+
     source = resolve(args.model, args.revision)
     model, tokenizer = load_source(source, "float32")
-    return source.name, HFLM(pretrained=model.to(args.device), tokenizer=tokenizer, batch_size=args.batch_size)
+    try:
+        model.to(args.device)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        raise SpecQuantError(f"--device {args.device}: torch cannot use it ({str(error).splitlines()[0]})") from None
+    return source.name, "torch", lambda progress: TorchLM(model, tokenizer, args.batch_tokens, progress)

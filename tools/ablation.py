@@ -3,14 +3,16 @@
     python -m tools.ablation sample --text wiki.test.raw --calibration wiki.utf8 --results docs/results.md
     python -m tools.ablation sample --text wiki.test.raw --only table4 --windows 20 --samples 32 --latency
 
-A run exports one recipe and measures perplexity from the artifact: through our runtime, or on a GPU (--device cuda) by
-the simulation in PyTorch that tools/check_artifact.py reads it back into. Its numbers go to a JSON file in --work and
-the artifact is deleted; a run whose file is there is not repeated. Tables are written from whatever runs are there.
+A run exports one recipe and measures perplexity from the artifact, through our runtime; on a GPU (--device cuda) it
+quantises and measures the simulation in PyTorch instead. Its numbers go to a JSON file in --work and the artifact is
+deleted; a run whose file is there is not repeated, so several processes can share the work (--share 0/3, 1/3, 2/3).
+Tables are written from whatever runs are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import shlex
@@ -18,19 +20,25 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.exporter.artifact import manifest_of
 from specquant.exporter.export import export
+from specquant.exporter.families import family_of
+from specquant.exporter.quantize import quantize
 from specquant.exporter.recipe import METRICS, Recipe, float_recipe, preset
-from specquant.exporter.sources import resolve, sha256
+from specquant.exporter.simulate import simulate
+from specquant.exporter.sources import Source, load_model, resolve, sha256
+from specquant.exporter.text import calibration
 from specquant.runtime import load
 from specquant.runtime.cli_common import Progress, run_cli
 from specquant.runtime.cli_options import read_text
-from specquant.runtime.perplexity import perplexity
+from specquant.runtime.perplexity import PerplexityResult, perplexity
 from specquant.runtime.stats import machine_info
 from tools.latency import measure as measure_latency
 from tools.report import table, write_section
@@ -41,7 +49,7 @@ TITLES = {
     "table3": "Smoothing and truncation (the paper's Table 3)",
     "table4": "K frequencies (the paper's Table 4)",
     "table5": "Importance metrics (the paper's Table 5)",
-    "recipes": "The paper's recipe and ours",
+    "recipes": "From the paper's recipe to ours",
 }
 
 
@@ -66,6 +74,11 @@ def tables(ks: list[int], group: int) -> dict[str, dict[str, Runs]]:
             f"{bits} groups of {group}": replace(grouped(recipe, group), a_bits=BITS[bits]) for bits in names
         }
 
+    def ours(recipe: Recipe) -> Runs:
+        runs = both(recipe)
+        return {column: runs[column] for column in runs if column != "4-16-16 per channel"}
+
+    bare = replace(klt, smooth=False, hadamard=0, clip_grid=(1.0,))
     return {
         "table3": {
             "neither": both(replace(no_branch(paper), smooth=False)),
@@ -76,8 +89,16 @@ def tables(ks: list[int], group: int) -> dict[str, dict[str, Runs]]:
         "table4": {"no branch": wide(no_branch(paper))} | {f"K = {k}": wide(replace(paper, k=k)) for k in ks},
         "table5": {metric: wide(replace(paper, budget=metric)) for metric in METRICS},
         "recipes": {
-            "paper": both(paper, tuple(BITS)),
-            f"klt, r = {klt.k}, s = 1": both(klt, tuple(BITS)),
+            "paper": ours(paper),
+            "no branch, nothing else": ours(no_branch(bare)),
+            f"klt branch, r = {klt.k}, s = 1": ours(bare),
+            "… and smoothing": ours(replace(bare, smooth=True)),
+            "… and Hadamard": ours(replace(klt, clip_grid=(1.0,))),
+            "… and clips: preset klt": ours(klt),
+            "klt without smoothing": ours(replace(klt, smooth=False)),
+            "klt without the branch": ours(no_branch(klt)),
+            "klt, s = 0": ours(replace(klt, subtract=False)),
+            "klt, r = 64": ours(replace(klt, k=64)),
         },
     }
 
@@ -122,13 +143,8 @@ class Ablation:
         if self.found(recipe):
             return
         since, at = time.perf_counter(), self.recipe(recipe)
-        with tempfile.TemporaryDirectory(dir=self.args.work, prefix=".run-") as work:
-            folder = Path(work) / "model"
-            print(f"{self.file(recipe).stem} …", file=sys.stderr, flush=True)
-            manifest = export(
-                self.args.source, folder, at, calibration_text=self.args.calibration, device=self.args.device
-            )
-            result = self._perplexity(folder)
+        print(f"{self.file(recipe).stem} …", file=sys.stderr, flush=True)
+        manifest, result = self._exported(at) if self.args.device == "cpu" else self._simulated(at)
         self._write(
             self.file(recipe),
             {"recipe": at.to_dict(), "bits": manifest["bits"], "versions": manifest["versions"]}
@@ -137,17 +153,36 @@ class Ablation:
             | result,
         )
 
-    def _perplexity(self, folder: Path) -> dict[str, Any]:
-        model = load(folder, threads=self.args.threads)
-        ids = model.encode(self.text, add_special_tokens=False)
-        window = min(self.args.window, model.context)
-        logits: Any = model.logit_blocks
-        if self.args.device != "cpu":
-            from tools.check_artifact import simulated
+    def _exported(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Manifest and perplexity of an artifact."""
+        with tempfile.TemporaryDirectory(dir=self.args.work, prefix=".run-") as work:
+            folder = Path(work) / "model"
+            manifest = export(self.args.source, folder, recipe, calibration_text=self.args.calibration)
+            model = load(folder, threads=self.args.threads)
+            ids = model.encode(self.text, add_special_tokens=False)
+            window = min(self.args.window, model.context)
+            with Progress("perplexity", self.args.windows or len(ids) // window, "windows", quiet=False) as progress:
+                result = perplexity(model.logit_blocks, ids, window, self.args.windows, progress.update)
+        return manifest, result.as_dict()
 
-            logits = _on_device(simulated(folder, self.args.source), self.args.device)
-        with Progress("perplexity", self.args.windows or len(ids) // window, "windows", quiet=False) as progress:
-            return perplexity(logits, ids, window, self.args.windows, progress.update).as_dict()
+    def _simulated(self, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same of the simulation, in memory."""
+        device, (source, model, tokenizer) = self.args.device, self.loaded
+        tokens = None
+        if recipe.needs_calibration:
+            tokens = calibration(self.args.calibration, tokenizer, recipe).tokens.to(device)
+        decoder = quantize(copy.deepcopy(model), recipe, tokens)
+        twin = simulate(copy.deepcopy(model), family_of(model.config), decoder).to(device)
+        ids = tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]
+        window = min(self.args.window, decoder.config.context_length)
+        result = device_perplexity(twin, torch.tensor(ids, device=device), window, self.args.windows)
+        return manifest_of(decoder, source, model, None), result.as_dict()
+
+    @cached_property
+    def loaded(self) -> tuple[Source, Any, Any]:
+        source = resolve(self.args.source)
+        model, tokenizer = load_model(source, "float32")
+        return source, model.to(self.args.device), tokenizer
 
     def latency(self, runs: dict[str, Recipe]) -> None:
         """Time all of them in turn, on this CPU. How fast a model runs does not depend on its numbers, so these are
@@ -170,17 +205,15 @@ class Ablation:
         part.replace(file)
 
 
-def _on_device(model: Any, device: str) -> Any:
-    import torch
-
-    model.to(device)
-
-    @torch.inference_mode()
-    def logits(ids: np.ndarray) -> np.ndarray:
-        out: np.ndarray = model(torch.from_numpy(ids)[None].to(device)).logits[0].float().cpu().numpy()
-        return out
-
-    return logits
+@torch.inference_mode()
+def device_perplexity(model: Any, ids: torch.Tensor, window: int, windows: int | None) -> PerplexityResult:
+    """`runtime.perplexity` of a transformers model, without its logits leaving the device. ids int64 [T]."""
+    count = min(len(ids) // window, windows or len(ids))
+    means = []
+    for part in ids[: count * window].view(count, window):
+        logits = model(part[None], use_cache=False).logits[0, :-1].float()
+        means.append(torch.nn.functional.cross_entropy(logits, part[1:]).double())
+    return PerplexityResult.of(torch.stack(means).cpu().numpy(), window)
 
 
 def section(ablation: Ablation, name: str, rows: dict[str, Runs], command: str) -> str | None:
@@ -238,6 +271,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--windows", type=int, help="only the first N windows of the text")
     parser.add_argument("--window", type=int, default=2048, help="tokens (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="of N processes, this is number I, from 0")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--latency", action="store_true", help="time the rows of table4 on this CPU")
     parser.add_argument("--work", type=Path, default=Path("build/ablation"), help="a JSON file a run")
@@ -248,15 +282,18 @@ def run(arguments: list[str]) -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     ablation, all_tables = Ablation(args), tables(args.ks, args.group)
     shown = [Path(a).name if Path(a).is_absolute() else a for a in arguments]  # no path of this machine
-    ablation.run(float_recipe())
+    share, shares = (int(part) for part in args.share.split("/"))
+    recipes = [recipe for name in args.only for runs in all_tables[name].values() for recipe in runs.values()]
+    distinct = {ablation.file(recipe): recipe for recipe in [float_recipe(), *recipes]}
+    for recipe in list(distinct.values())[share::shares]:
+        try:
+            ablation.run(recipe)
+        except SpecQuantError as error:  # a recipe that does not fit this model: the other runs go on
+            print(error, file=sys.stderr)
+    if shares > 1:
+        return 0
     for name in args.only:
         rows = all_tables[name]
-        for runs in rows.values():
-            for recipe in runs.values():
-                try:
-                    ablation.run(recipe)
-                except SpecQuantError as error:  # a recipe that does not fit this model: the other runs go on
-                    print(f"{name}: {error}", file=sys.stderr)
         if name == "table4" and args.latency:
             ablation.latency({row: runs["4-4-16 per channel"] for row, runs in rows.items()})
         text = section(ablation, name, rows, f"python -m tools.ablation {shlex.join(shown)}")

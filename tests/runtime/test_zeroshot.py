@@ -21,7 +21,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from specquant.runtime import zeroshot
 from specquant.runtime.artifact import open_artifact
 from specquant.runtime.cli import main
-from specquant.runtime.lm_eval_model import ArtifactLM
+from specquant.runtime.lm_eval_model import ArtifactLM, TorchLM
 from specquant.runtime.session import load
 
 ARC = [
@@ -170,6 +170,11 @@ def test_scores_equal_lm_evals_own_model(
     np.testing.assert_allclose([s for s, _ in found], [s for s, _ in expected], rtol=1e-4, atol=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert sum(done) == len(asked)
+    done.clear()
+    in_torch = TorchLM(llama, wrapped, 200, done.append).loglikelihood(asked)
+    np.testing.assert_allclose([s for s, _ in in_torch], [s for s, _ in expected], rtol=1e-4, atol=1e-3)
+    assert [greedy for _, greedy in in_torch] == [greedy for _, greedy in expected]
+    assert sum(done) == len(asked)
 
 
 def test_greedy_is_what_the_model_would_write(float_folder: Path) -> None:
@@ -243,7 +248,7 @@ def test_float_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     source = save_model_folder(tmp_path / "source", random_llama(5))
     write_data(tmp_path, ["boolq", "winogrande"])
     common = ["eval", "zeroshot", str(source), "--data-dir", str(tmp_path), "--tasks", "boolq,winogrande", "-q"]
-    assert main([*common, "--json", "--batch-size", "2"]) == 0
+    assert main([*common, "--json", "--batch-tokens", "100"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"]
     assert set(found["tasks"]) == {"boolq", "winogrande"}
@@ -258,6 +263,7 @@ def test_float_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
         (["--tasks", "winogrande", "--data-dir", "{tmp}"], "line 1 of"),
         (["--tasks", "arc_easy", "--data-dir", "{tmp}"], "is empty"),
         (["--limit", "0"], "--limit must be 1 or more"),
+        (["--batch-tokens", "0"], "--batch-tokens must be 1 or more"),
     ],
 )
 def test_mistakes(

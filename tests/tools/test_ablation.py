@@ -37,11 +37,10 @@ def test_tables_differ_in_what_they_name() -> None:
         "truncation": (False, True),
         "both": (True, True),
     }
-    klt = next(runs for name, runs in tables["recipes"].items() if name.startswith("klt"))
+    klt = tables["recipes"]["… and clips: preset klt"]
     assert klt["4-4-16 groups of 64"] == preset("klt")
     assert {name: r.a_bits for name, r in klt.items() if "groups" in name} == {
         "4-16-16 groups of 64": 16,
-        "4-8-16 groups of 64": 8,
         "4-4-16 groups of 64": 4,
     }
 
@@ -78,6 +77,26 @@ def test_table4_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert ablation.run(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in work.glob("*.json")} == times
     capsys.readouterr()
+
+
+def test_the_device_side_measures_the_same(tmp_path: Path) -> None:
+    """The simulation that runs where there is a GPU, on this CPU, in two shares."""
+    source = save_model_folder(tmp_path / "tiny", random_llama(12))
+    (tmp_path / "text.txt").write_text(TEXT)
+    found = {}
+    for way, shares in (("_exported", ["0/1"]), ("_simulated", ["0/2", "1/2"])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ablation.Ablation, "_exported", getattr(ablation.Ablation, way))
+            for share in shares:
+                arguments = [str(source), "--text", str(tmp_path / "text.txt"), "--share", share]
+                arguments += ["--calibration", str(tmp_path / "text.txt"), "--only", "table4", "--ks", "9"]
+                arguments += ["--samples", "6", "--sequence-length", "32", "--window", "48", "--windows", "3"]
+                assert ablation.run([*arguments, "--work", str(tmp_path / way)]) == 0
+        found[way] = {path.name: json.loads(path.read_text()) for path in (tmp_path / way).glob("run-*.json")}
+    assert found["_exported"].keys() == found["_simulated"].keys()
+    for name, run in found["_exported"].items():
+        assert found["_simulated"][name]["perplexity"] == pytest.approx(run["perplexity"], rel=5e-3), name
+        assert found["_simulated"][name]["bits"] == run["bits"]
 
 
 def test_a_missing_text_is_one_line(tmp_path: Path) -> None:
