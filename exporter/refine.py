@@ -26,9 +26,10 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.exporter.decoder import Decoder, QuantLinear
 from specquant.exporter.families import Family, family_of
 from specquant.exporter.gptq import QMAX, QMIN, as_float16
+from specquant.exporter.gradients import Divergence, FakeQuantize, StraightThrough
 from specquant.exporter.kv import block_hadamard, matmul_precision
 from specquant.exporter.recipe import Recipe, held_back
-from specquant.exporter.simulate import fake_quantize, simulate
+from specquant.exporter.simulate import simulate
 
 # The learning rate of integers, in units of a scale: one changes when it has moved by a half. Over many steps they move
 # far at any rate, and those that turn back and forth only add noise, so all steps together lead at most this far.
@@ -96,49 +97,16 @@ def _train(teacher: nn.Module, student: nn.Module, tokens: Tensor, recipe: Recip
 def _kl(teacher: nn.Module, student: nn.Module, tokens: Tensor) -> Tensor:
     """Mean over tokens of KL(teacher ‖ student), nats."""
     with torch.no_grad():
-        target = torch.log_softmax(teacher(tokens, use_cache=False).logits.float(), -1).flatten(0, 1)
-    output = torch.log_softmax(student(tokens, use_cache=False).logits.float(), -1).flatten(0, 1)
-    return nn.functional.kl_div(output, target, reduction="batchmean", log_target=True)
+        target = teacher(tokens, use_cache=False).logits.flatten(0, 1)
+    output = student(tokens, use_cache=False).logits.flatten(0, 1)
+    loss: Tensor = Divergence.apply(output, target)
+    return loss
 
 
 @torch.no_grad()
 def _divergence(teacher: nn.Module, student: nn.Module, tokens: Tensor, batch: int) -> float:
     parts = tokens.split(batch)
     return sum(float(_kl(teacher, student, t)) * len(t) for t in parts) / len(tokens)
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """Activations in their levels. The gradient of u [..., N] passes where levels reach it; `clip`, a scalar tensor,
-    learns from what it clips and what it rounds, as a step size does in LSQ (Esser et al. 2020)."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, clip: Tensor, bits: int, group: int) -> Tensor:
-        y = fake_quantize(u, bits, group, clip)
-        ctx.save_for_backward(u, y, clip)
-        ctx.bits, ctx.group = bits, group
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        u, y, clip = ctx.saved_tensors
-        g = u.unflatten(-1, (-1, ctx.group or u.shape[-1]))
-        lo, hi = g.amin(-1, keepdim=True).clamp(max=0) * clip, g.amax(-1, keepdim=True).clamp(min=0) * clip
-        half = (hi - lo) * (0.5 / (2**ctx.bits - 1))
-        inside = ((g >= lo - half) & (g <= hi + half)).view_as(u)
-        moved = torch.where(inside, y - u, y)
-        return gradient * inside, (gradient * moved).sum() / clip, None, None
-
-
-class _StraightThrough(torch.autograd.Function):
-    """A rounding whose gradient is taken to be 1."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
-        return rounding(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 def _rounded(integers: Tensor) -> Tensor:
@@ -191,8 +159,8 @@ class _TrainedStage(nn.Module):
                 if linear.subtract:
                     u = x - low @ self.basis.T
         if linear.act_bits != 16:
-            u = _FakeQuantize.apply(u, self.current_clip(), linear.act_bits, linear.act_group)
-        q = _StraightThrough.apply(self.integers, _rounded)
+            u = FakeQuantize.apply(u, self.current_clip(), linear.act_bits, linear.act_group)
+        q = StraightThrough.apply(self.integers, _rounded)
         scales = self.current_scales()
         y = u @ (q.view(len(scales), -1, q.shape[1]) * scales[:, None]).view_as(q)
         if low is not None:
