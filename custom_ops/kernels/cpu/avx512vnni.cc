@@ -1,4 +1,4 @@
-// AVX512-VNNI: one vector is a whole panel; 8 tokens × 2 panels of sums fill half the registers.
+// AVX512-VNNI: one vector is a whole panel; 8 tokens × 2 panels, or 4 × 4, of sums fill half the registers.
 #include "cpu_features.h"
 #include "ymm.h"
 
@@ -6,7 +6,8 @@ namespace specquant {
 namespace {
 
 struct Zmm {
-  static constexpr int W = 16, kTokens = 8, kPanels = 2, kDecodePanels = 4;
+  static constexpr int W = 16, kTokens = 8;
+  static constexpr int panels(int tokens) { return tokens == 8 ? 2 : 4; }
   using F = __m512;
   using I = __m512i;
 
@@ -30,6 +31,7 @@ struct Zmm {
     I low, high;
   };
   static I splat_int(int32_t value) { return _mm512_set1_epi32(value); }
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static F to_float(I value) { return _mm512_cvtepi32_ps(value); }
   static I load_packed(const uint8_t* from) { return _mm512_loadu_si512(from); }
   static Weights unpack(const uint8_t* from) {
@@ -40,19 +42,22 @@ struct Zmm {
     const auto* four = reinterpret_cast<const FourBytes*>(a);
     return {splat_int(four[0]), splat_int(four[1])};
   }
+  // Assembly, because GCC 12 copies the sums around the intrinsic and spills them.
   static I dot(I sum, Weights w, Activation a) {
-    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w.low, a.low), w.high, a.high);
+    __asm__("vpdpbusd %1, %2, %0" : "+v"(sum) : "v"(a.low), "v"(w.low));
+    __asm__("vpdpbusd %1, %2, %0" : "+v"(sum) : "v"(a.high), "v"(w.high));
+    return sum;
   }
   struct Narrow {
     I lanes;
   };
   static Narrow load_sums(const int16_t* from) {
-    return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+    return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
   }
   static I load_sums(const int32_t* from) { return _mm512_loadu_si512(from); }
-  // start + sums · zero. As pairs of int16: the sum's upper half meets the 0 above zero's low 16 bits.
+  // start + sums · zero. As pairs of int16: zero's upper half meets the 0 above the sum.
   static I start(int32_t start, Narrow sums, int32_t zero) {
-    return _mm512_dpwssd_epi32(splat_int(start), sums.lanes, splat_int(zero & 0xFFFF));
+    return _mm512_dpwssd_epi32(splat_int(start), sums.lanes, splat_int(zero));
   }
   static I start(int32_t start, I sums, int32_t zero) {
     return _mm512_add_epi32(splat_int(start), _mm512_mullo_epi32(sums, splat_int(zero)));

@@ -6,8 +6,11 @@ namespace specquant {
 namespace {
 
 struct AvxVnni : Ymm {
+  // Assembly, because GCC 12 copies the sums around the intrinsic and spills them.
   static I dot(I sum, Weights w, Activation a) {
-    return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(sum, w.low, a.low), w.high, a.high);
+    __asm__("%{vex%} vpdpbusd %1, %2, %0" : "+x"(sum) : "x"(a.low), "x"(w.low));
+    __asm__("%{vex%} vpdpbusd %1, %2, %0" : "+x"(sum) : "x"(a.high), "x"(w.high));
+    return sum;
   }
 };
 

@@ -9,18 +9,19 @@ namespace {
 
 constexpr int64_t kMostFeatures = int64_t(1) << 19;  // the int32 sums stay exact up to here: see check()
 constexpr int64_t kMostOutputs = int64_t(1) << 31;
-constexpr int64_t kPrepareRows = 8;              // tokens a task prepares
-constexpr int64_t kTileRows = 32;                // tokens a task multiplies when panels alone are too few tasks
-constexpr int64_t kTaskBytes = 128 * 1024;       // of weights a task reads, counted once per 8 tokens
+constexpr int64_t kTaskBytes = 96 * 1024;        // of weights a task reads: they stay in cache from tile to tile
+constexpr int64_t kTaskProducts = 8 << 20;       // in a task, unless its smallest tile has more
 constexpr int64_t kChunkBytes = 1024 * 1024;     // of quantised activations at a time, so that they stay in cache
+constexpr int64_t kChunkRows = 1024;
 constexpr int64_t kAlign = 64;
 
 int64_t panels_of(const Problem& p) { return (p.out_features + kPanel - 1) / kPanel; }
 
-// Tokens that are prepared, then multiplied, together: bounds the scratch, whatever T is.
+// Tokens that are prepared, then multiplied, together: bounds the scratch, whatever T is. All chunks are about alike.
 int64_t chunk_rows(const Problem& p) {
-  const int64_t rows = std::clamp<int64_t>(kChunkBytes / p.in_features / 32 * 32, 32, 512);
-  return std::min(rows, p.tokens);
+  const int64_t most = std::clamp<int64_t>(kChunkBytes / p.in_features, 32, kChunkRows);
+  const int64_t chunks = std::max<int64_t>((p.tokens + most - 1) / most, 1);
+  return std::min(round_up((p.tokens + chunks - 1) / chunks, kTileTokens), p.tokens);
 }
 
 struct Arena {
@@ -47,6 +48,9 @@ Activations lay_out(const Problem& p, char* base, char** end) {
   x.scale = arena.take<float>(rows * x.segments);
   x.zero = arena.take<int32_t>(rows * x.segments);
   x.start = arena.take<int32_t>(rows * x.segments);
+  x.centred = p.act_bits < 8;
+  x.tiles = arena.take<int8_t>(rows * x.features);
+  x.steps = arena.take<Step>(rows * x.segments);
   *end = arena.next;
   return x;
 }
@@ -57,19 +61,36 @@ struct Work {
   const Problem& problem;
   const Activations& activations;
   int64_t rows;
-  int64_t tile_rows, tile_panels, tiles_across;  // the grid of the multiplication
+  int64_t tile_rows, tile_panels, tiles_down;  // the grid of the multiplication
 };
+
+// Up to kTileTokens rows from `row` on, quantised, into `tiles` and `steps`.
+void interleave(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
+  const int64_t blocks = round_up(p.in_features, kBlock) / kBlock / x.segments;  // in a segment
+  for (int64_t t = 0; t < rows; ++t) {
+    const int8_t* a = x.a + (row + t) * x.features;
+    int8_t* to = x.tiles + row * x.features + t * kBlock;
+    for (int64_t s = 0; s < x.segments; ++s) {
+      const int64_t at = (row + t) * x.segments + s;
+      const int32_t zero = x.zero[at], moved = x.centred ? zero : 0;
+      for (int64_t k = 0; k < blocks; ++k, a += kBlock, to += rows * kBlock)
+        for (int64_t i = 0; i < kBlock; ++i) to[i] = int8_t(a[i] + moved);
+      x.steps[s * x.rows + row + t] = {x.scale[at], zero - moved, x.start[at] - moved * int32_t(8 * kBlock * blocks)};
+    }
+  }
+}
 
 void prepare_task(void* argument, size_t index) {
   const Work& work = *static_cast<const Work*>(argument);
-  const int64_t row = int64_t(index) * kPrepareRows;
-  work.kernels.prepare(work.problem, work.activations, row, std::min(kPrepareRows, work.rows - row));
+  const int64_t row = int64_t(index) * kTileTokens, rows = std::min(kTileTokens, work.rows - row);
+  work.kernels.prepare(work.problem, work.activations, row, rows);
+  if (work.problem.qweight && work.problem.act_bits < 16) interleave(work.problem, work.activations, row, rows);
 }
 
 void multiply_task(void* argument, size_t index) {
   const Work& work = *static_cast<const Work*>(argument);
-  const int64_t row = int64_t(index) / work.tiles_across * work.tile_rows;
-  const int64_t panel = int64_t(index) % work.tiles_across * work.tile_panels;
+  const int64_t row = int64_t(index) % work.tiles_down * work.tile_rows;
+  const int64_t panel = int64_t(index) / work.tiles_down * work.tile_panels;
   work.kernels.multiply(work.problem, work.activations, row, std::min(work.tile_rows, work.rows - row), panel,
                         std::min(work.tile_panels, panels_of(work.problem) - panel));
 }
@@ -80,6 +101,18 @@ void run(const ThreadPool& pool, void (*task)(void*, size_t), Work& work, int64_
   } else {
     for (int64_t i = 0; i < count; ++i) task(&work, size_t(i));
   }
+}
+
+// The grid: panels as cache holds them, in an even number of tasks; rows by kTaskProducts.
+void cut(Work& work) {
+  const int64_t panels = panels_of(work.problem), blocks = round_up(work.problem.in_features, kBlock) / kBlock;
+  const int64_t least = work.rows < kTileTokens ? 4 : 2, fitting = std::max(kTaskBytes / (kPanel * 4 * blocks), least);
+  int64_t across = (panels + fitting - 1) / fitting;
+  if (across > 1) across = round_up(across, 2);
+  work.tile_panels = round_up((panels + across - 1) / across, least);
+  const int64_t rows = kTaskProducts / (kPanel * kBlock * blocks * work.tile_panels) / kTileTokens * kTileTokens;
+  work.tile_rows = std::max(std::min(work.rows, 4 * kTileTokens), rows);
+  work.tiles_down = (work.rows + work.tile_rows - 1) / work.tile_rows;
 }
 
 void store_low(const Problem& p, const Activations& x, int64_t rows) {
@@ -140,15 +173,13 @@ void matmul(const Kernels& kernels, const Problem& p, const ThreadPool& pool, vo
   if (p.tokens == 0) return;
   char *end, *base = reinterpret_cast<char*>(round_up(int64_t(reinterpret_cast<intptr_t>(scratch)), kAlign));
   Activations x = lay_out(p, base, &end);
-  const int64_t chunk = chunk_rows(p), panels = panels_of(p), panel_bytes = (p.in_features + 7) / 8 * 64;
+  const int64_t chunk = chunk_rows(p);
   for (x.first_token = 0; x.first_token < p.tokens; x.first_token += chunk) {
-    const int64_t rows = std::min(chunk, p.tokens - x.first_token);
-    const int64_t fitting = kTaskBytes / (panel_bytes * ((rows + 7) / 8));
-    Work work{kernels, p, x, rows, rows, std::clamp<int64_t>(fitting / 4 * 4, 4, panels + 3), 0};
-    work.tiles_across = (panels + work.tile_panels - 1) / work.tile_panels;
-    if (work.tiles_across < 16) work.tile_rows = std::min(rows, kTileRows);
-    run(pool, prepare_task, work, (rows + kPrepareRows - 1) / kPrepareRows);
-    run(pool, multiply_task, work, work.tiles_across * ((rows + work.tile_rows - 1) / work.tile_rows));
+    const int64_t rows = x.rows = std::min(chunk, p.tokens - x.first_token);
+    Work work{kernels, p, x, rows, rows, 0, 0};
+    cut(work);
+    run(pool, prepare_task, work, (rows + kTileTokens - 1) / kTileTokens);
+    run(pool, multiply_task, work, work.tiles_down * ((panels_of(p) + work.tile_panels - 1) / work.tile_panels));
     if (p.low) store_low(p, x, rows);
   }
 }

@@ -6,7 +6,8 @@ namespace specquant {
 namespace {
 
 struct Portable {
-  static constexpr int W = 8, kTokens = 2, kPanels = 1, kDecodePanels = 1;
+  static constexpr int W = 8, kTokens = 2;
+  static constexpr int panels(int) { return 1; }
   typedef float F __attribute__((vector_size(32)));
   typedef int32_t I __attribute__((vector_size(32)));
 
@@ -57,6 +58,8 @@ struct Portable {
 
   using Weights = I;                 // as packed
   using Activation = const int8_t*;  // 8 features
+  static I splat_int(int32_t value) { return I{} + value; }
+  static I add(I a, I b) { return a + b; }
   static F to_float(I value) { return __builtin_convertvector(value, F); }
   static I load_packed(const uint8_t* from) {
     I value;

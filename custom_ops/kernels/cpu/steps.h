@@ -7,11 +7,18 @@ namespace specquant {
 
 constexpr int64_t kPanel = 16;  // outputs in a panel of packed weights
 constexpr int64_t kBlock = 8;   // features in a block of it
+constexpr int64_t kTileTokens = 8;  // tokens whose activations are interleaved
 
 // Static: see half.h.
 static inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
+
+// What one segment of a token's activations brings to the product besides the sum of products.
+struct Step {
+  float scale;
+  int32_t zero, start;
+};
 
 // The prepared activations of a run of tokens. Rows are indexed from `first_token` of the problem.
 struct Activations {
@@ -25,6 +32,11 @@ struct Activations {
   float* scale;      // per segment; NaN where the group holds a NaN or an infinity
   int32_t* zero;     // −z per segment, z in the units of a
   int32_t* start;    // −8 Σ a per segment: what the weights' offset of 8 has to be paid back
+  // The same once more, as tiles read it: what several tokens need at once lies together.
+  bool centred;      // zero is 0 everywhere: it has been added to a, which still fits a byte
+  int64_t rows;      // that are there
+  int8_t* tiles;     // [rows / kTileTokens, blocks of features, tokens, kBlock]
+  Step* steps;       // [segments, rows]
 };
 
 // Rows [row, row + rows) of one kv head against cached tokens [first, end). A row is a query: of a token's num_heads /

@@ -4,6 +4,8 @@
 // V is the instruction set: W lanes along outputs, I of int32, F of float32, and the unpacked Weights of 8 features.
 #pragma once
 
+#include <algorithm>
+
 #include "tokens.h"
 
 namespace specquant {
@@ -44,69 +46,95 @@ void weight_streams(const Problem& p, int64_t column, const uint8_t* (&streams)[
 
 // acc = −8 Σ a − z · row_sums for segment s: what the products of stored nibbles, q_w + 8, are added to.
 template <class V, class Sum, int T, int C>
-inline __attribute__((always_inline)) void start_integer(const Problem& p, const Activations& x, int64_t row,
+inline __attribute__((always_inline)) void start_integer(const Problem& p, const Activations& x, const Step* steps,
                                                          int64_t column, int64_t s, typename V::I (&acc)[T][C]) {
-  const auto* row_sums = static_cast<const Sum*>(p.row_sums);
-  Sum spare[V::W];
+  Sum spare[C * V::W];
+  const Sum* row_sums = whole<C * V::W>(static_cast<const Sum*>(p.row_sums), s * p.out_features + column,
+                                        x.segments * p.out_features, spare);
 #pragma GCC unroll 8
   for (int v = 0; v < C; ++v) {
-    const auto sums = V::load_sums(
-        whole<V::W>(row_sums, s * p.out_features + column + v * V::W, x.segments * p.out_features, spare));
+    const auto sums = V::load_sums(row_sums + v * V::W);
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const int64_t at = (row + t) * x.segments + s;
-      acc[t][v] = V::start(x.start[at], sums, x.zero[at]);
-    }
+    for (int t = 0; t < T; ++t) acc[t][v] = V::start(steps[t].start, sums, steps[t].zero);
   }
 }
 
-// acc += Σ nibble · a over `blocks` blocks of 8 features.
+// acc += Σ nibble · a for one block of 8 features; tokens are a block apart.
+template <class V, int T, int C>
+inline __attribute__((always_inline)) void add_block(const uint8_t* (&weights)[C], const int8_t* a,
+                                                     typename V::I (&acc)[T][C]) {
+  typename V::Weights unpacked[C];
+#pragma GCC unroll 8
+  for (int v = 0; v < C; ++v) {
+    unpacked[v] = V::unpack(weights[v]);
+    weights[v] += kPanel * 4;
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const auto activation = V::activation(a + t * kBlock);
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) acc[t][v] = V::dot(acc[t][v], unpacked[v], activation);
+  }
+}
+
+// acc += Σ nibble · a over `blocks` blocks, `stride` bytes of activations apart. Few sums are kept twice, for every
+// other block: the multipliers would wait for one chain of them.
 template <class V, int T, int C>
 inline __attribute__((always_inline)) void add_blocks(const uint8_t* (&weights)[C], const int8_t* a, int64_t stride,
                                                       int64_t blocks, typename V::I (&acc)[T][C]) {
-  for (int64_t k = 0; k < blocks; ++k, a += kBlock) {
-    typename V::Weights unpacked[C];
-#pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) {
-      unpacked[v] = V::unpack(weights[v]);
-      weights[v] += 64;
+  int64_t k = 0;
+  if constexpr (T * C < 8) {
+    typename V::I other[T][C];
+    for (int t = 0; t < T; ++t)
+      for (int v = 0; v < C; ++v) other[t][v] = V::splat_int(0);
+    for (; k + 2 <= blocks; k += 2, a += 2 * stride) {
+      add_block<V, T, C>(weights, a, acc);
+      add_block<V, T, C>(weights, a + stride, other);
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const auto activation = V::activation(a + t * stride);
-#pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) acc[t][v] = V::dot(acc[t][v], unpacked[v], activation);
-    }
+    for (int t = 0; t < T; ++t)
+      for (int v = 0; v < C; ++v) acc[t][v] = V::add(acc[t][v], other[t][v]);
   }
+  for (; k < blocks; ++k, a += stride) add_block<V, T, C>(weights, a, acc);
 }
 
 // sums += Σ_segments s · scales[g] · acc, acc = Σ (q − z) · q_w exactly, because check() bounds N.
 template <class V, int T, int C>
-void add_integer(const Problem& p, const Activations& x, int64_t row, int64_t column, Tile<V, T, C>& sums) {
+void add_integer(const Problem& p, const Activations& x, int64_t row, int64_t column, float* sums) {
   const uint8_t* weights[C];
   weight_streams<V, C>(p, column, weights);
   const int64_t blocks = round_up(p.in_features, kBlock) / kBlock / x.segments;  // in a segment
   const int64_t groups = p.group_size ? p.in_features / p.group_size : 1, segments_in_group = x.segments / groups;
-  for (int64_t s = 0; s < x.segments; ++s) {
+  const int64_t group = row / kTileTokens * kTileTokens;  // of tokens whose activations lie side by side
+  const int64_t stride = std::min(kTileTokens, x.rows - group) * kBlock;
+  const int8_t* a = x.tiles + group * x.features + (row - group) * kBlock;
+  const Step* steps = x.steps + row;
+  for (int64_t s = 0, g = 0, left = segments_in_group; s < x.segments; ++s) {
     typename V::I acc[T][C];
-    if (p.wide_sums) {
-      start_integer<V, int32_t, T, C>(p, x, row, column, s, acc);
+    if (x.centred) {
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) acc[t][v] = V::splat_int(steps[t].start);
+    } else if (p.wide_sums) {
+      start_integer<V, int32_t, T, C>(p, x, steps, column, s, acc);
     } else {
-      start_integer<V, int16_t, T, C>(p, x, row, column, s, acc);
+      start_integer<V, int16_t, T, C>(p, x, steps, column, s, acc);
     }
-    add_blocks<V, T, C>(weights, x.a + row * x.features + s * blocks * kBlock, x.features, blocks, acc);
-    const int64_t scales = s / segments_in_group * p.out_features + column;
+    add_blocks<V, T, C>(weights, a, stride, blocks, acc);
+    uint16_t spare[C * V::W];
+    const uint16_t* scales = whole<C * V::W>(p.scales, g * p.out_features + column, groups * p.out_features, spare);
 #pragma GCC unroll 8
     for (int v = 0; v < C; ++v) {
-      uint16_t spare[V::W];
-      const auto scale = V::half(whole<V::W>(p.scales, scales + v * V::W, groups * p.out_features, spare));
+      const auto scale = V::half(scales + v * V::W);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        float* sum = &sums[t][v * V::W];
-        const auto step = V::splat(x.scale[(row + t) * x.segments + s]) * scale;
-        V::store(sum, V::fma(step, V::to_float(acc[t][v]), V::load(sum)));
+        float* sum = sums + (t * C + v) * V::W;
+        V::store(sum, V::fma(V::splat(steps[t].scale) * scale, V::to_float(acc[t][v]), V::load(sum)));
       }
     }
+    a += blocks * stride;
+    steps += x.rows;
+    if (--left == 0) ++g, left = segments_in_group;
   }
 }
 
@@ -160,7 +188,10 @@ void store_tile(const Problem& p, const Activations& x, int64_t row, int64_t col
   const int64_t left = p.out_features - column, lanes = left < C * V::W ? left : C * V::W;
   for (int t = 0; t < T; ++t) {
     const int64_t at = (x.first_token + row + t) * p.out_features + column;
-    if (p.half) {
+    if (!p.half && left >= C * V::W) {
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v) V::store(static_cast<float*>(p.y) + at + v * V::W, V::load(&sums[t][v * V::W]));
+    } else if (p.half) {
       uint16_t rounded[C * V::W];
       for (int v = 0; v < C; ++v) V::store_half(rounded + v * V::W, V::load(&sums[t][v * V::W]));
       std::memcpy(static_cast<uint16_t*>(p.y) + at, rounded, size_t(lanes) * sizeof(uint16_t));
@@ -170,33 +201,57 @@ void store_tile(const Problem& p, const Activations& x, int64_t row, int64_t col
   }
 }
 
+// One token has to wait for memory. Short panels are read one after another, as one stream; long ones several at once.
+inline bool short_panels(const Problem& p) { return (p.in_features + 7) / 8 * kPanel * 4 < 16 * 1024; }
+
 template <class V, int T, int P>
 void multiply_tile(const Problem& p, const Activations& x, int64_t row, int64_t panel) {
   constexpr int C = P * kPanel / V::W;
   alignas(64) Tile<V, T, C> sums;
   const int64_t column = panel * kPanel;
   start_tile<V, T, C>(p, x, row, column, sums);
-  if (p.qweight && p.act_bits < 16) add_integer<V, T, C>(p, x, row, column, sums);
+  if (p.qweight && p.act_bits < 16) {
+    if (T == 1 && P > 1 && short_panels(p)) {
+      for (int i = 0; i < P; ++i) add_integer<V, T, C / P>(p, x, row, column + i * kPanel, sums[0] + i * kPanel);
+    } else {
+      add_integer<V, T, C>(p, x, row, column, sums[0]);
+    }
+  }
   if (p.qweight && p.act_bits == 16) add_float<V, T, C>(p, x, row, column, sums);
   store_tile<V, T, C>(p, x, row, column, sums);
 }
 
-// Rows in blocks of V::kTokens, then of half as many …; a panel's weights stay in cache from block to block.
-template <class V, int P, int T>
-void multiply_rows(const Problem& p, const Activations& x, int64_t row, int64_t rows, int64_t panel) {
-  for (; rows >= T; row += T, rows -= T) multiply_tile<V, T, P>(p, x, row, panel);
-  if constexpr (T > 1) multiply_rows<V, P, T / 2>(p, x, row, rows, panel);
+// Panels, side by side in y, of T tokens.
+template <class V, int T, int P>
+void multiply_panels(const Problem& p, const Activations& x, int64_t row, int64_t panel, int64_t panels) {
+  for (; panels >= P; panel += P, panels -= P) multiply_tile<V, T, P>(p, x, row, panel);
+  if constexpr (P > 1) multiply_panels<V, T, P / 2>(p, x, row, panel, panels);
+}
+
+// Tiles of T tokens, then of half as many …; panels(T) is more, the fewer the tokens are.
+template <class V, int T>
+void multiply_rows(const Problem& p, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+  for (; rows >= T; row += T, rows -= T) multiply_panels<V, T, V::panels(T)>(p, x, row, panel, panels);
+  if constexpr (T > 1) multiply_rows<V, T / 2>(p, x, row, rows, panel, panels);
+}
+
+// Asks for the scales and sums of some panels: their rows lie too far apart for the hardware to see them coming.
+inline void touch(const Problem& p, const Activations& x, int64_t panel, int64_t panels) {
+  constexpr int64_t line = 32;  // elements of two bytes
+  const int64_t first = panel * kPanel, end = std::min(first + panels * kPanel, p.out_features);
+  const int64_t groups = p.group_size ? p.in_features / p.group_size : 1;
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t i = first; i < end; i += line) __builtin_prefetch(p.scales + g * p.out_features + i, 0, 2);
+  if (x.centred || p.wide_sums) return;
+  const auto* sums = static_cast<const int16_t*>(p.row_sums);
+  for (int64_t s = 0; s < x.segments; ++s)
+    for (int64_t i = first; i < end; i += line) __builtin_prefetch(sums + s * p.out_features + i, 0, 2);
 }
 
 template <class V>
 void multiply(const Problem& p, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
-  if (rows == 1)  // more panels at once: one token alone leaves the multipliers waiting for their own sums
-    for (; panels >= V::kDecodePanels; panel += V::kDecodePanels, panels -= V::kDecodePanels)
-      multiply_rows<V, V::kDecodePanels, 1>(p, x, row, rows, panel);
-  for (; panels >= V::kPanels; panel += V::kPanels, panels -= V::kPanels)
-    multiply_rows<V, V::kPanels, V::kTokens>(p, x, row, rows, panel);
-  if constexpr (V::kPanels > 1)
-    for (; panels > 0; ++panel, --panels) multiply_rows<V, 1, V::kTokens>(p, x, row, rows, panel);
+  if (rows == 1 && p.qweight && p.act_bits < 16 && short_panels(p)) touch(p, x, panel, panels);
+  multiply_rows<V, V::kTokens>(p, x, row, rows, panel, panels);
 }
 
 }  // namespace

@@ -13,7 +13,8 @@ namespace {
 typedef int32_t FourBytes __attribute__((may_alias, aligned(1)));
 
 struct Ymm {
-  static constexpr int W = 8, kTokens = 4, kPanels = 1, kDecodePanels = 4;
+  static constexpr int W = 8, kTokens = 4;
+  static constexpr int panels(int tokens) { return 4 / tokens; }
   using F = __m256;
   using I = __m256i;
 
@@ -70,6 +71,7 @@ struct Ymm {
     I low, high;
   };
   static I splat_int(int32_t value) { return _mm256_set1_epi32(value); }
+  static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static F to_float(I value) { return _mm256_cvtepi32_ps(value); }
   static I load_packed(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
   static Weights unpack(const uint8_t* from) {
@@ -84,12 +86,12 @@ struct Ymm {
     I lanes;
   };
   static Narrow load_sums(const int16_t* from) {
-    return {_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+    return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
   }
   static I load_sums(const int32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
-  // start + sums · zero. As pairs of int16: the sum's upper half meets the 0 above zero's low 16 bits.
+  // start + sums · zero. As pairs of int16: zero's upper half meets the 0 above the sum.
   static I start(int32_t start, Narrow sums, int32_t zero) {
-    return _mm256_add_epi32(splat_int(start), _mm256_madd_epi16(sums.lanes, splat_int(zero & 0xFFFF)));
+    return _mm256_add_epi32(splat_int(start), _mm256_madd_epi16(sums.lanes, splat_int(zero)));
   }
   static I start(int32_t start, I sums, int32_t zero) {
     return _mm256_add_epi32(splat_int(start), _mm256_mullo_epi32(sums, splat_int(zero)));

@@ -1,0 +1,61 @@
+"""Sizes that reach every tile of the INT4 multiply, and its ways of reading short and long panels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from specquant.custom_ops import library, reference
+from specquant.custom_ops.errors import SpecQuantError
+from tests.ops import random_input, random_weights
+
+try:
+    ISAS = [name for name, supported in library.isas().items() if supported]
+except SpecQuantError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [4, 7, 8, 16])
+@pytest.mark.parametrize("n", [192, 2112])
+def test_every_tile(rng: np.random.Generator, isa: str, bits: int, n: int) -> None:
+    """1 to 17 tokens, 1 to 11 panels with a ragged end; 2,112 features are a panel of over 16 KB."""
+    for tokens in (1, 2, 3, 7, 8, 15, 17):
+        m = int(rng.integers(1, 180))
+        group_size, act_group = ((64, 64), (192, 64), (64, 192), (8, 8))[rng.integers(4)]
+        weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, group_size, act_group)
+        x = random_input(rng, (tokens, n))
+        attributes = {"group_size": group_size, "act_bits": bits, "act_group": act_group}
+        y, _ = library.specquant_matmul(x, **weights, **attributes, isa=isa)
+        expected = reference.int4_residual_matmul(x, **weights, **attributes)
+        limit = 1e-5 * float(np.abs(expected).max())
+        np.testing.assert_allclose(y, expected, rtol=0, atol=limit, err_msg=str((tokens, m, attributes)))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [1, 13, 70])
+def test_vector_paths_agree_bit_for_bit(rng: np.random.Generator, bits: int, tokens: int) -> None:
+    """They fuse the same multiply-adds in the same order, whatever their tiles; without a branch nothing else adds."""
+    paths = [name for name in ISAS if name.startswith("avx")]
+    if len(paths) < 2:
+        pytest.skip("this CPU has fewer than two vector paths")
+    weights = random_weights(rng, "Int4ResidualMatMul", 320, 203, 0, 64, 64)
+    x = rng.standard_normal((tokens, 320)).astype(np.float32)
+    first, *others = (
+        library.specquant_matmul(x, **weights, group_size=64, act_bits=bits, act_group=64, isa=isa)[0] for isa in paths
+    )
+    assert np.abs(first).max() > 1
+    for y in others:
+        np.testing.assert_array_equal(y, first)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_many_tokens_in_several_tasks(rng: np.random.Generator, isa: str) -> None:
+    """A token's y does not depend on how many others there are: the grid of tasks leaves nothing out."""
+    weights = random_weights(rng, "Int4ResidualMatMul", 640, 330, 0, 64, 64)
+    x = rng.standard_normal((1300, 640)).astype(np.float32)
+    attributes = {"group_size": 64, "act_bits": 4, "act_group": 64}
+    whole, _ = library.specquant_matmul(x, **weights, **attributes, isa=isa)
+    for row in (0, 7, 8, 645, 655, 656, 1023, 1299):
+        alone, _ = library.specquant_matmul(x[row : row + 1], **weights, **attributes, isa=isa)
+        np.testing.assert_array_equal(whole[row], alone[0])
