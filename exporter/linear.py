@@ -129,7 +129,10 @@ class QuantStage:
             q = gptq.rtn(residual, scales)
         else:
             q = gptq.gptq(residual, moment, scales, recipe.damping)
-            scales = gptq.refit_scales(residual, moment, q, scales, recipe.damping)
+            # Where the strongest directions are still in x, a text's first tokens outweigh all others: what a scale
+            # gains there it takes from them.
+            if recipe.subtract and recipe.basis == "klt":
+                scales = gptq.refit_scales(residual, moment, q, scales, recipe.damping)
         stage = cls(name, weights, q, scales, basis, coef, recipe, error=0.0, hadamard=block)
         clips = recipe.clip_grid[:1] if quick or recipe.a_bits == 16 else recipe.clip_grid
         stage.error, stage.clip = min((stage._output_error(stats.sample, clip), clip) for clip in clips)

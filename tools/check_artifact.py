@@ -23,6 +23,7 @@ import torch
 from specquant.custom_ops.packing import unpack_int4
 from specquant.exporter.decoder import FloatLinear, QuantLinear
 from specquant.exporter.families import family_of
+from specquant.exporter.kv import set_key_offset, use_int4_cache
 from specquant.exporter.simulate import sim_linears
 from specquant.exporter.sources import load_model, resolve
 from specquant.runtime import load
@@ -57,6 +58,9 @@ def simulated(folder: Path, source: str) -> torch.nn.Module:
     def tensor(name: str) -> torch.Tensor:
         return torch.from_numpy(array(name)).float()
 
+    caches = [node for node in graph if node.op_type == "Int4KVAttention"]
+    if caches:
+        use_int4_cache(model)
     base = model.get_submodule(family.decoder)
     base.get_submodule(family.embedding).weight.data = tensor("model.embed_tokens.weight")
     model.get_submodule(family.lm_head).weight.data = tensor(
@@ -66,6 +70,11 @@ def simulated(folder: Path, source: str) -> torch.nn.Module:
     for index, layer in enumerate(base.get_submodule(family.layers).children()):
         for field, path in family.norms.items():
             family.set_norm(layer, path, tensor(f"model.layers.{index}.{field}.weight"))
+        if caches:
+            offset = caches[index].inputs[-1]
+            assert offset is not None
+            assert offset.const_value is not None
+            set_key_offset(layer.get_submodule(family.attention), np.array(offset.const_value.numpy()))
         for stage in family.stages:
             name = f"{family.decoder}.{family.layers}.{index}.{stage.path}"
             parts = {path: layer.get_submodule(path).out_features for path in stage.linears}
