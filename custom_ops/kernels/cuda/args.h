@@ -1,0 +1,83 @@
+// What every kernel of one call is given, and the launches. Kernels index with int where the checks bound it.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "specquant_cuda.h"
+
+namespace specquant_cuda {
+
+constexpr int kPanel = 16;         // outputs in a panel of packed weights
+constexpr int kBlock = 8;          // features in a block of them: 64 bytes for 16 outputs
+constexpr int kStep = 64;          // features that the tensor-core kernels take at a time
+constexpr int kTokenPad = 128;     // tokens in a row of `scale` and `zero` are padded to this
+constexpr int kRankStep = 32;      // rank is padded to this
+constexpr int kFastRank = 64;      // the largest rank of the tensor-core first stage
+constexpr int kDownChunk = 256;    // features of the basis that `down` holds at a time
+constexpr int kDownTokens = 32;    // tokens per block of `down`
+constexpr int kMatvecTokens = 32;  // the most that `matvec` takes
+
+struct Args {
+  int tokens, n, m;              // T, N, M
+  int r, rank, rp;               // columns stored, used, and used padded to kRankStep; rank 0: no branch
+  int kp, tp;                    // N padded to kStep, T padded to kTokenPad
+  int segments, segment;         // S, N / S
+  int weight_group, act_group;   // features per scale, N where the attribute is 0
+  int hadamard, splits, bits;
+  int x_half, y_half, wide_sums;
+  int subtract;                  // only where there is a branch
+  int permuted;                  // levels lie as `gemm` wants them: place_of
+  float clip, level_unit;
+  const void* x;                 // rotated if it is to be
+  const __half* basis;
+  const __half* coef;
+  const uint8_t* qweight;
+  const __half* scales;
+  const void* row_sums;
+  const float* bias;
+  void* y;
+  float* reduced;
+  float* partial;
+  __half* low;
+  float* low_factor;
+  void* levels;
+  float* scale;
+  int* zero;
+};
+
+// How products of levels and weights are summed.
+enum Mode {
+  kFold,      // int32 over 64 features, then float with the scales of the segment they are in
+  kFoldZero,  // the same, with a zero-point
+  kChannel,   // int32 over all features, which are one segment
+  kHalf,      // float16 activations
+};
+
+// First stage.
+cudaError_t rotate(const Args& args, const void* x, int x_half, float* rotated, cudaStream_t stream);
+cudaError_t down(const Args& args, cudaStream_t stream);
+// direct: also the levels, for groups and segments of 64; else `reduced` where subtract is set.
+cudaError_t reduce(const Args& args, bool direct, int multiprocessors, cudaStream_t stream);
+cudaError_t branch_any(const Args& args, cudaStream_t stream);
+// Levels of u, which is x or, float32, `reduced`.
+cudaError_t quantize(const Args& args, const void* u, int u_half, cudaStream_t stream);
+
+// Second stage.
+cudaError_t matvec(const Args& args, Mode mode, cudaStream_t stream);
+cudaError_t gemm(const Args& args, Mode mode, bool large, cudaStream_t stream);
+cudaError_t multiply_any(const Args& args, cudaStream_t stream);
+
+// Where a feature's level lies in its row for `gemm`, which takes 32 features at a time: ldmatrix gives thread t of four
+// the t-th words of 16 bytes, and the thread needs features 8t … 8t + 7.
+__host__ __device__ constexpr int place_of(int feature, bool halves) {
+  const int within = feature % 32, t = within / 8;
+  return feature - within + (halves ? within % 8 / 2 * 8 + 2 * t + within % 2 : within % 8 / 4 * 16 + 4 * t + within % 4);
+}
+
+__host__ __device__ constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+__host__ __device__ constexpr int ceil_div(int value, int unit) { return (value + unit - 1) / unit; }
+
+}  // namespace specquant_cuda

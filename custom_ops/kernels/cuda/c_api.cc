@@ -1,0 +1,153 @@
+// The C API: the current device, checks, and the order of the kernels.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+#include "plan.h"
+
+#define SPECQUANT_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace specquant_cuda;
+
+thread_local char message[256];
+
+const char* failed(const char* what, cudaError_t error) {
+  std::snprintf(message, sizeof message, "%s: %s", what, cudaGetErrorString(error));
+  return message;
+}
+
+// The current device, or why it cannot be used.
+const char* current(Device& device) {
+  int id = 0;
+  cudaError_t error = cudaGetDevice(&id);
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, id);
+  };
+  ask(device.major, cudaDevAttrComputeCapabilityMajor);
+  ask(device.minor, cudaDevAttrComputeCapabilityMinor);
+  ask(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+  if (error != cudaSuccess) return failed("no GPU can be used; check nvidia-smi and the driver, or use the CPU", error);
+  if (device.major < 8) {
+    std::snprintf(message, sizeof message,
+                  "the GPU has compute capability %d.%d and the kernels need 8.0 (Ampere) or later; use the CPU",
+                  device.major, device.minor);
+    return message;
+  }
+  return nullptr;
+}
+
+enum class Path { kMatvec, kGemmSmall, kGemmLarge, kAny };
+
+// The second stage: the one asked for, if it takes the problem, else the fastest that does.
+const char* choose(const Plan& plan, const Device& device, const char* name, Path& path) {
+  const int tokens = plan.args.tokens;
+  const bool matvec = tokens <= plan.matvec_tokens;
+  if (!name || !*name) {
+    const int large_tiles = ceil_div(tokens, 128) * ceil_div(plan.args.m, 256);
+    path = matvec                                           ? Path::kMatvec
+           : !plan.gemm                                     ? Path::kAny
+           : large_tiles * 4 >= device.multiprocessors * 3 ? Path::kGemmLarge
+                                                            : Path::kGemmSmall;
+    return nullptr;
+  }
+  const struct {
+    const char* name;
+    Path path;
+    bool fits;
+  } known[] = {{"matvec", Path::kMatvec, matvec},
+               {"gemm_small", Path::kGemmSmall, plan.gemm},
+               {"gemm_large", Path::kGemmLarge, plan.gemm},
+               {"any", Path::kAny, true}};
+  for (const auto& entry : known) {
+    if (std::strcmp(entry.name, name) != 0) continue;
+    path = entry.path;
+    if (entry.fits) return nullptr;
+    std::snprintf(message, sizeof message, "path %s does not take these sizes; leave the choice to the library", name);
+    return message;
+  }
+  return "path must be matvec, gemm_small, gemm_large or any, or empty";
+}
+
+// First stage: levels and scales, low.
+cudaError_t prepare(const Plan& plan, const SpecquantCudaProblem& problem, const Device& device, float* rotated,
+                    cudaStream_t stream) {
+  const Args& a = plan.args;
+  cudaError_t error = cudaSuccess;
+  const auto run = [&](cudaError_t result) {
+    if (error == cudaSuccess) error = result;
+  };
+  if (a.hadamard) run(rotate(a, problem.x, problem.half, rotated, stream));
+  if (a.rank && !plan.tensor_prepare) run(branch_any(a, stream));
+  if (a.rank && plan.tensor_prepare) run(down(a, stream));
+  if (plan.tensor_prepare && (a.rank || plan.direct)) run(reduce(a, plan.direct, device.multiprocessors, stream));
+  if (plan.direct) return error;
+  const void* u = a.subtract ? a.reduced : a.x;
+  run(quantize(a, u, a.subtract ? 0 : a.x_half, stream));
+  return error;
+}
+
+}  // namespace
+
+SPECQUANT_EXPORT int32_t specquant_cuda_abi(void) { return SPECQUANT_CUDA_ABI; }
+SPECQUANT_EXPORT int64_t specquant_cuda_problem_size(void) { return int64_t(sizeof(SpecquantCudaProblem)); }
+SPECQUANT_EXPORT int64_t specquant_cuda_layout_size(void) { return int64_t(sizeof(SpecquantCudaLayout)); }
+
+SPECQUANT_EXPORT const char* specquant_cuda_device(void) {
+  Device device{};
+  return current(device);
+}
+
+SPECQUANT_EXPORT const char* specquant_cuda_check(const SpecquantCudaProblem* problem) { return check(*problem); }
+
+SPECQUANT_EXPORT const char* specquant_cuda_layout(const SpecquantCudaProblem* problem, SpecquantCudaLayout* layout) {
+  if (const char* wrong = check(*problem)) return wrong;
+  Device device{};
+  if (const char* wrong = current(device)) return wrong;
+  *layout = make_plan(*problem, device).layout;
+  return nullptr;
+}
+
+SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* problem, void* workspace,
+                                                   int64_t workspace_bytes, void* stream, const char* path) {
+  if (const char* wrong = check(*problem)) return wrong;
+  Device device{};
+  if (const char* wrong = current(device)) return wrong;
+  Plan plan = make_plan(*problem, device);
+  Path chosen;
+  if (const char* wrong = choose(plan, device, path, chosen)) return wrong;
+  if (problem->tokens == 0) return nullptr;
+  if (!problem->x || !problem->y) return "x or y is missing";
+  if (!workspace || workspace_bytes < plan.layout.bytes || reinterpret_cast<uintptr_t>(workspace) % 256) {
+    std::snprintf(message, sizeof message, "the workspace must have %lld bytes, aligned to 256",
+                  static_cast<long long>(plan.layout.bytes));
+    return message;
+  }
+
+  Args& a = plan.args;
+  char* base = static_cast<char*>(workspace);
+  const auto at = [base](int64_t offset) { return offset < 0 ? nullptr : base + offset; };
+  float* rotated = reinterpret_cast<float*>(at(plan.layout.rotated));
+  if (a.hadamard) a.x = rotated;
+  a.reduced = reinterpret_cast<float*>(at(plan.layout.reduced));
+  a.partial = reinterpret_cast<float*>(at(plan.layout.partial));
+  a.low = reinterpret_cast<__half*>(at(plan.layout.low));
+  a.low_factor = reinterpret_cast<float*>(at(plan.layout.low_factor));
+  a.levels = at(plan.layout.levels);
+  a.scale = reinterpret_cast<float*>(at(plan.layout.scale));
+  a.zero = reinterpret_cast<int*>(at(plan.layout.zero));
+  a.permuted = chosen == Path::kGemmSmall || chosen == Path::kGemmLarge;
+
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  cudaError_t error = prepare(plan, *problem, device, rotated, on);
+  if (error == cudaSuccess) {
+    switch (chosen) {
+      case Path::kMatvec: error = matvec(a, plan.mode, on); break;
+      case Path::kGemmSmall: error = gemm(a, plan.mode, false, on); break;
+      case Path::kGemmLarge: error = gemm(a, plan.mode, true, on); break;
+      case Path::kAny: error = multiply_any(a, on); break;
+    }
+  }
+  return error == cudaSuccess ? nullptr : failed("a CUDA kernel did not start", error);
+}

@@ -1,0 +1,35 @@
+// Launches of gemm.cuh: one tile for many tokens, one for fewer.
+#include "gemm.cuh"
+
+namespace specquant_cuda {
+namespace {
+
+template <class G, int stages>
+cudaError_t launch(const Args& args, cudaStream_t stream) {
+  const auto kernel = gemm_kernel<G, stages>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kShared);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(ceil_div(args.tokens, G::kTokens), ceil_div(args.m, G::kOutputs));
+  kernel<<<grid, G::kThreads, G::kShared, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <Mode mode>
+cudaError_t launch_tile(const Args& args, bool large, cudaStream_t stream) {
+  constexpr int stages = 4;
+  return large ? launch<Gemm<mode, 4, 2, 4, stages>, stages>(args, stream)   // 128 tokens x 256 outputs
+               : launch<Gemm<mode, 2, 2, 2, stages>, stages>(args, stream);  // 64 tokens x 128 outputs
+}
+
+}  // namespace
+
+cudaError_t gemm(const Args& args, Mode mode, bool large, cudaStream_t stream) {
+  switch (mode) {
+    case kFold: return launch_tile<kFold>(args, large, stream);
+    case kFoldZero: return launch_tile<kFoldZero>(args, large, stream);
+    case kChannel: return launch_tile<kChannel>(args, large, stream);
+    default: return launch_tile<kHalf>(args, large, stream);
+  }
+}
+
+}  // namespace specquant_cuda

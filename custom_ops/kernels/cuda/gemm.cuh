@@ -1,0 +1,391 @@
+// The product of many tokens: Y[T, M] in tiles, int8 (or float16) tensor cores, weights unpacked in registers.
+//
+// A warp owns 16·token_frags tokens and 64 outputs, and takes 64 features at a time from shared memory, which a ring of
+// `stages` slots of cp.async keeps filled. Rows, columns and k of a fragment may mean any token, output and feature, as
+// long as both operands agree; they are chosen so that every load is of 16 bytes, with g = lane / 4 and t = lane % 4:
+//   row g + 8h of fragment f       token 2·token_frags·g + 2f + h
+//   column n of fragment (o, w)    output 32·o + 4n + w: word w of the 16 bytes that hold 4 outputs of a block
+//   k of thread t, step s of 32    features 32s + 8t … 32s + 8t + 7: a block of packed weights
+// The weights are read as they lie in the file: 16 bytes are 8 features of 4 outputs. The first stage has put the
+// activations in the order in which ldmatrix hands them out (args.h, place_of).
+#pragma once
+
+#include "args.h"
+#include "levels.cuh"
+#include "unpack.cuh"
+
+namespace specquant_cuda {
+
+constexpr int kOutputsPerWarp = 64;
+
+template <Mode mode, int token_frags, int warps_t, int warps_o, int stages>
+struct Gemm {
+  static constexpr bool kFolds = mode == kFold || mode == kFoldZero;
+  static constexpr bool kIntegers = mode != kHalf;
+  static constexpr int kThreads = warps_t * warps_o * 32;
+  static constexpr int kTokens = warps_t * token_frags * 16;
+  static constexpr int kOutputs = warps_o * kOutputsPerWarp;
+  static constexpr int kRowBytes = kStep * (kIntegers ? 1 : 2);
+
+  // A slot of the ring.
+  static constexpr int kWeights = kTokens * kRowBytes;
+  static constexpr int kWeightScales = kWeights + kOutputs * kStep / 2;
+  static constexpr int kTokenScales = kWeightScales + (mode == kChannel ? 0 : kOutputs * 2);
+  static constexpr int kZeros = kTokenScales + (kFolds ? kTokens * 4 : 0);
+  static constexpr int kSums = kZeros + (mode == kFoldZero ? kTokens * 4 : 0);
+  static constexpr int kSlot = kSums + (mode == kFoldZero ? kOutputs * 4 : 0);
+  static constexpr int kShared = kSlot * stages;
+
+  const Args& args;
+  uint8_t* shared;
+  int first_token, first_output;              // of the block
+  int thread, g, t, warp_token, warp_output;  // the last two within the block
+  int blocks, panels;
+  const uint8_t* levels;  // of the block's first token
+  const uint8_t* packed;  // of its first panel
+  uint32_t mask;
+  int magic[4];           // 1.5 · 2^23 as a float, four times
+  float acc[2][4][token_frags][4];  // [o][w][f][2h + e]; int32 until the end for kChannel
+
+  __device__ __forceinline__ Gemm(const Args& a, uint8_t* memory)
+      : args(a), shared(memory), first_token(blockIdx.x * kTokens), first_output(blockIdx.y * kOutputs) {
+    thread = threadIdx.x;
+    const int warp = thread / 32, lane = thread % 32;
+    g = lane / 4;
+    t = lane % 4;
+    warp_token = warp % warps_t * token_frags * 16;
+    warp_output = warp / warps_t * kOutputsPerWarp;
+    blocks = ceil_div(args.n, kBlock);
+    panels = ceil_div(args.m, kPanel) - first_output / kPanel;
+    levels = static_cast<const uint8_t*>(args.levels) + static_cast<int64_t>(first_token) * args.kp * (kIntegers ? 1 : 2);
+    packed = args.qweight + static_cast<int64_t>(first_output / kPanel) * blocks * 64;
+    mask = high_nibbles();
+#pragma unroll
+    for (int i = 0; i < 4; ++i)  // hidden from the compiler, which would set the registers anew for every product
+      asm volatile("mov.b32 %0, 0x4B400000;" : "=r"(magic[i]));
+#pragma unroll
+    for (int i = 0; i < 8 * token_frags * 4; ++i)
+      acc[i / (16 * token_frags)][i / (4 * token_frags) % 4][i / 4 % token_frags][i % 4] = 0.0f;
+  }
+
+  __device__ __forceinline__ int token_row(int f, int h) const { return warp_token + 2 * token_frags * g + 2 * f + h; }
+
+  // Starts the copies of features 64·step … into their slot. Nothing past the end of an array is read.
+  __device__ __forceinline__ void fetch(int step) {
+    uint8_t* slot = shared + step % stages * kSlot;
+    constexpr int row_pieces = kRowBytes / 16;
+    const uint8_t* from_levels = levels + step * kRowBytes;
+#pragma unroll
+    for (int i = 0; i < kTokens * row_pieces / kThreads; ++i) {
+      const int piece = thread + i * kThreads, row = piece / row_pieces, column = piece % row_pieces;
+      const int offset = row * args.kp * (kIntegers ? 1 : 2) + column * 16;
+      copy_async(slot + place(row, column), from_levels + offset, first_token + row < args.tokens);
+    }
+    const uint8_t* from_packed = packed + static_cast<int64_t>(step) * (kStep / kBlock * 64);
+#pragma unroll
+    for (int i = 0; i < kOutputs / kPanel * 32 / kThreads; ++i) {
+      const int piece = thread + i * kThreads, panel = piece / 32, block = piece % 32 / 4, quad = piece % 4;
+      const int offset = panel * blocks * 64 + block * 64 + quad * 16;
+      copy_async(slot + weight_place(panel, block, quad), from_packed + offset,
+                 panel < panels && step * (kStep / kBlock) + block < blocks);
+    }
+    if constexpr (mode != kChannel) {
+      if (thread < kOutputs / 8) {
+        const int64_t group = step * kStep / args.weight_group;
+        const int output = first_output + thread * 8;
+        copy_async(slot + kWeightScales + thread * 16, args.scales + group * args.m + output, output < args.m);
+      }
+    }
+    if constexpr (kFolds) {
+      const int64_t segment = step * kStep / args.segment;
+      if (thread < kTokens / 4) {
+        const int64_t from = segment * args.tp + first_token + thread * 4;
+        copy_async(slot + kTokenScales + thread * 16, args.scale + from, true);
+        // The zero-point goes with a segment's first 64 features.
+        if constexpr (mode == kFoldZero)
+          copy_async(slot + kZeros + thread * 16, args.zero + from, step * kStep % args.segment == 0);
+      }
+      if constexpr (mode == kFoldZero) {
+        const int each = args.wide_sums ? 4 : 8, output = first_output + thread * each;
+        const uint8_t* from =
+            static_cast<const uint8_t*>(args.row_sums) + (segment * args.m + output) * (args.wide_sums ? 4 : 2);
+        if (thread < kOutputs / each) copy_async(slot + kSums + thread * 16, from, output < args.m);
+      }
+    }
+  }
+
+  // Where 16 bytes of a token's row go: rows that ldmatrix reads at once lie in different banks.
+  __device__ __forceinline__ static int place(int row, int column) {
+    const int turn = row / (2 * token_frags) % 8;  // g of the row
+    return kIntegers ? (row ^ turn / 4) * kRowBytes + (column ^ turn % 4) * 16 : row * kRowBytes + (column ^ turn) * 16;
+  }
+
+  // Where 16 bytes of packed weights go, likewise.
+  __device__ __forceinline__ static int weight_place(int panel, int block, int quad) {
+    const int line = block / 2;
+    return kWeights + panel * 512 + line * 128 + ((block % 2 * 4 + quad) ^ (2 * line)) * 16;
+  }
+
+  __device__ __forceinline__ uint4 weights(const uint8_t* slot, int o, int s) const {
+    const int panel = warp_output / kPanel + 2 * o + g / 4;
+    return *reinterpret_cast<const uint4*>(slot + weight_place(panel, 4 * s + t, g % 4));
+  }
+
+  // A fragment: 16 tokens, 16-byte columns 2·pair and 2·pair + 1.
+  __device__ __forceinline__ void activations(uint32_t (&a)[4], const uint8_t* slot, int f, int pair) const {
+    const int lane = thread % 32, h = lane / 8 % 2;
+    const int row = warp_token + 2 * token_frags * (lane % 8) + 2 * f + h;
+    load_matrices(a, slot + place(row, 2 * pair + lane / 16));
+  }
+
+  __device__ __forceinline__ void weight_scales(const uint8_t* slot, int o, float (&scale)[8]) const {
+    const int at = (warp_output + 32 * o + 8 * t) * 2;
+    widen(*reinterpret_cast<const uint4*>(slot + kWeightScales + at), scale);
+  }
+
+  __device__ __forceinline__ void multiply(int step) {
+    const uint8_t* slot = shared + step % stages * kSlot;
+    if constexpr (kIntegers) {
+      multiply_integers(slot);
+    } else {
+      multiply_halves(slot);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_integers(const uint8_t* slot) {
+    uint32_t a[token_frags][2][4];  // [f][s]
+#pragma unroll
+    for (int i = 0; i < token_frags * 2; ++i) activations(a[i / 2][i % 2], slot, i / 2, i % 2);
+    float token_scale[token_frags][2];
+    int zero[token_frags][2];
+    if constexpr (kFolds) {
+#pragma unroll
+      for (int i = 0; i < token_frags; i += 2) {  // token rows are neighbours
+        const float4 v = *reinterpret_cast<const float4*>(slot + kTokenScales + token_row(i, 0) * 4);
+        token_scale[i][0] = v.x, token_scale[i][1] = v.y, token_scale[i + 1][0] = v.z, token_scale[i + 1][1] = v.w;
+        if constexpr (mode == kFoldZero) {
+          const int4 z = *reinterpret_cast<const int4*>(slot + kZeros + token_row(i, 0) * 4);
+          zero[i][0] = -16 * z.x, zero[i][1] = -16 * z.y, zero[i + 1][0] = -16 * z.z, zero[i + 1][1] = -16 * z.w;
+        }
+      }
+    }
+#pragma unroll
+    for (int o = 0; o < 2; ++o) {
+      const uint4 raw[2] = {weights(slot, o, 0), weights(slot, o, 1)};
+      float scale[8];
+      int sums[8];
+      if constexpr (kFolds) weight_scales(slot, o, scale);
+      if constexpr (mode == kFoldZero) row_sums(slot, o, sums);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        uint32_t b[2][2];
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          const uint32_t words[4] = {raw[s].x, raw[s].y, raw[s].z, raw[s].w};
+          unpack_s8(words[w], mask, b[s][0], b[s][1]);
+        }
+#pragma unroll
+        for (int f = 0; f < token_frags; ++f) {
+          float(&out)[4] = acc[o][w][f];
+          if constexpr (mode == kChannel) {
+            int sum[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[i] = __float_as_int(out[i]);
+            mma_s8(sum, a[f][0], b[0], sum);
+            mma_s8(sum, a[f][1], b[1], sum);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[i] = __int_as_float(sum[i]);
+          } else {
+            // The sum starts at 1.5 · 2^23 as a float, so that its bits are those of 1.5 · 2^23 + sum.
+            int sum[4];
+            if constexpr (mode == kFoldZero) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) sum[i] = zero[f][i / 2] * sums[i % 2 * 4 + w] + magic[i];
+              mma_s8(sum, a[f][0], b[0], sum);
+            } else {
+              mma_s8(sum, a[f][0], b[0], magic);
+            }
+            mma_s8(sum, a[f][1], b[1], sum);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              // scale has 11 bits, so −magic · scale is exact and the fused result is sum · scale, rounded once.
+              const float s = scale[i % 2 * 4 + w];
+              out[i] = fmaf(fmaf(__int_as_float(sum[i]), s, -kMagic * s), token_scale[f][i / 2], out[i]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void row_sums(const uint8_t* slot, int o, int (&sums)[8]) const {
+    const int output = warp_output + 32 * o + 8 * t;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      sums[i] = args.wide_sums ? reinterpret_cast<const int32_t*>(slot + kSums)[output + i]
+                               : reinterpret_cast<const int16_t*>(slot + kSums)[output + i];
+  }
+
+  __device__ __forceinline__ void multiply_halves(const uint8_t* slot) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      uint32_t a[token_frags][2][4];  // [f][k]
+#pragma unroll
+      for (int i = 0; i < token_frags * 2; ++i) activations(a[i / 2][i % 2], slot, i / 2, 2 * s + i % 2);
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        const uint4 raw = weights(slot, o, s);
+        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+        float scale[8];
+        weight_scales(slot, o, scale);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          uint32_t pairs[4];
+          unpack_half(words[w], pairs);
+          const uint32_t b[2][2] = {{pairs[0], pairs[1]}, {pairs[2], pairs[3]}};
+#pragma unroll
+          for (int f = 0; f < token_frags; ++f) {
+            float part[4] = {};
+            mma_f16(part, a[f][0], b[0]);
+            mma_f16(part, a[f][1], b[1]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[o][w][f][i] = fmaf(part[i], scale[i % 2 * 4 + w], acc[o][w][f][i]);
+          }
+        }
+      }
+    }
+  }
+
+  // kChannel: sums to floats, with the zero-point. kHalf: the factor of the token's activations.
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int f = 0; f < token_frags; ++f)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int token = first_token + token_row(f, h);
+        if (token >= args.tokens) continue;
+        const float scale = args.scale[token];
+        const int zero = mode == kChannel && args.bits == 8 ? args.zero[token] : 0;
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+          const int output = first_output + warp_output + 32 * o + 8 * t;
+          if (output >= args.m) continue;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            float& out = acc[o][i % 4][f][2 * h + i / 4];
+            if constexpr (mode == kHalf) {
+              out *= scale;
+            } else {
+              int sum = __float_as_int(out) >> 4;  // a multiple of 16: the weights were
+              if (zero)
+                sum -= zero * (args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output + i]
+                                              : static_cast<const int16_t*>(args.row_sums)[output + i]);
+              out = scale * __half2float(args.scales[output + i]) * static_cast<float>(sum);
+            }
+          }
+        }
+      }
+  }
+
+  // + low · C, both parts of low on float16 tensor cores. k of thread t: columns 8t … 8t + 7 of 32.
+  __device__ __forceinline__ void add_branch() {
+    for (int i = 0; i < args.rp / kRankStep * 2; ++i) {
+      const int part = i % 2, block = i / 2 * kRankStep;
+      uint32_t low[token_frags][2][4];  // [f][k]
+      float factor[token_frags][2];
+#pragma unroll
+      for (int j = 0; j < token_frags * 2; ++j) {
+        const int f = j / 2, h = j % 2, token = first_token + token_row(f, h);
+        const __half* from = args.low + (static_cast<int64_t>(token) * 2 + part) * args.rp + block + 8 * t;
+        uint4 row = make_uint4(0, 0, 0, 0);
+        if (token < args.tokens) row = *reinterpret_cast<const uint4*>(from);
+        low[f][0][h] = row.x, low[f][0][h + 2] = row.y, low[f][1][h] = row.z, low[f][1][h + 2] = row.w;
+        factor[f][h] = token < args.tokens ? args.low_factor[token] : 0.0f;
+      }
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        const int output = first_output + warp_output + 32 * o + 4 * g;
+        uint2 rows[8];  // 4 outputs of each of this thread's columns
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const int column = block + 8 * t + j;
+          rows[j] = make_uint2(0, 0);
+          if (column < args.rank && output < args.m)
+            rows[j] = __ldg(reinterpret_cast<const uint2*>(args.coef + static_cast<int64_t>(column) * args.m + output));
+        }
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          uint32_t b[2][2];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const uint2 even = rows[2 * j], odd = rows[2 * j + 1];
+            b[j / 2][j % 2] = __byte_perm(w < 2 ? even.x : even.y, w < 2 ? odd.x : odd.y, w % 2 ? 0x7632 : 0x5410);
+          }
+#pragma unroll
+          for (int f = 0; f < token_frags; ++f) {
+            float sum[4] = {};
+            mma_f16(sum, low[f][0], b[0]);
+            mma_f16(sum, low[f][1], b[1]);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) acc[o][w][f][j] = fmaf(sum[j], factor[f][j / 2], acc[o][w][f][j]);
+          }
+        }
+      }
+    }
+  }
+
+  // + bias, and out: 8 neighbouring outputs of a token a thread.
+  __device__ __forceinline__ void store() const {
+#pragma unroll
+    for (int o = 0; o < 2; ++o) {
+      const int output = first_output + warp_output + 32 * o + 8 * t;
+      if (output >= args.m) continue;
+      float bias[8] = {};
+      if (args.bias) load8(bias, args.bias + output, true);
+#pragma unroll
+      for (int f = 0; f < token_frags; ++f)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int token = first_token + token_row(f, h);
+          if (token >= args.tokens) continue;
+          float v[8];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) v[i] = acc[o][i % 4][f][2 * h + i / 4] + bias[i];
+          const int64_t at = static_cast<int64_t>(token) * args.m + output;
+          if (args.y_half) {
+            *reinterpret_cast<uint4*>(static_cast<__half*>(args.y) + at) =
+                make_uint4(bits_of(__floats2half2_rn(v[0], v[1])), bits_of(__floats2half2_rn(v[2], v[3])),
+                           bits_of(__floats2half2_rn(v[4], v[5])), bits_of(__floats2half2_rn(v[6], v[7])));
+          } else {
+            float4* to = reinterpret_cast<float4*>(static_cast<float*>(args.y) + at);
+            to[0] = make_float4(v[0], v[1], v[2], v[3]);
+            to[1] = make_float4(v[4], v[5], v[6], v[7]);
+          }
+        }
+    }
+  }
+};
+
+template <class G, int stages>
+__global__ void __launch_bounds__(G::kThreads) gemm_kernel(const Args args) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  G gemm(args, memory);
+  const int steps = args.kp / kStep;
+#pragma unroll
+  for (int i = 0; i < stages - 1; ++i) {
+    if (i < steps) gemm.fetch(i);
+    commit_async();
+  }
+  for (int step = 0; step < steps; ++step) {
+    wait_async<stages - 2>();
+    __syncthreads();  // this slot is filled, and the one before it is done with
+    if (step + stages - 1 < steps) gemm.fetch(step + stages - 1);
+    commit_async();
+    gemm.multiply(step);
+  }
+  if constexpr (!G::kFolds) gemm.finish();
+  gemm.add_branch();
+  gemm.store();
+}
+
+}  // namespace specquant_cuda

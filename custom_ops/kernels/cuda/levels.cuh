@@ -1,0 +1,89 @@
+// The arithmetic of quantised activations, operation for operation that of reference.py: nothing here may be fused.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace specquant_cuda {
+
+// 1.5 · 2^23: adding it rounds to whole numbers, half to even, and leaves them in the low bits of the float.
+constexpr float kMagic = 12582912.0f;
+
+struct Quantizer {
+  float inverse, zero, scale, qmax;
+
+  // From the smallest and largest value, 0 included; NaN if one of them was.
+  __device__ __forceinline__ Quantizer(float lowest, float highest, float clip, int bits)
+      : qmax(static_cast<float>((1 << bits) - 1)) {
+    const float low = __fmul_rn(clip, lowest);
+    const float range = __fsub_rn(__fmul_rn(clip, highest), low);
+    const bool finite = range <= 3.402823466e38f;
+    const bool used = finite && range >= 1e-30f;
+    inverse = used ? __fdiv_rn(qmax, range) : 0.0f;
+    zero = used ? rintf(__fmul_rn(-low, inverse)) : 0.0f;
+    scale = !finite ? __int_as_float(0x7FC00000) : used ? __fdiv_rn(range, qmax) : 0.0f;
+  }
+
+  // What is subtracted from a level so that it fits a signed byte: all of the zero-point where that is enough.
+  __device__ __forceinline__ float centre(int bits) const { return bits == 8 ? 128.0f : zero; }
+
+  // The level less `centre`, as the low byte. A product too large to round is clipped; NaN (0 · inf) becomes level 0.
+  __device__ __forceinline__ uint32_t byte(float value, float centre) const {
+    const float rounded = __fsub_rn(__fadd_rn(__fmul_rn(value, inverse), kMagic), kMagic);
+    const float level = fminf(fmaxf(__fadd_rn(rounded, zero), 0.0f), qmax);
+    return __float_as_uint(__fadd_rn(__fsub_rn(level, centre), kMagic));
+  }
+};
+
+// The low bytes of four words.
+__device__ __forceinline__ uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// A power of two f with `largest` / f below 2^15, so that float16 holds it, and 1 / f. NaN if largest is not finite.
+__device__ __forceinline__ void half_factor(float largest, float& factor, float& inverse) {
+  if (!(largest <= 3.402823466e38f)) {
+    factor = __int_as_float(0x7FC00000);
+    inverse = 0.0f;
+    return;
+  }
+  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127 - 14;
+  const int bounded = max(exponent, -100);
+  factor = __uint_as_float(static_cast<uint32_t>(bounded + 127) << 23);
+  inverse = __uint_as_float(static_cast<uint32_t>(127 - bounded) << 23);
+}
+
+// value = leading + trailing in float16, to about 22 bits.
+__device__ __forceinline__ void split_half(float value, __half& leading, __half& trailing) {
+  leading = __float2half_rn(value);
+  trailing = __float2half_rn(value - __half2float(leading));
+}
+
+// value = leading + trailing in tf32, which keeps 11 significant bits: cut, since rounding could overflow.
+__device__ __forceinline__ void split_tf32(float value, uint32_t& leading, uint32_t& trailing) {
+  leading = __float_as_uint(value) & 0xFFFFE000u;
+  trailing = __float_as_uint(value - __uint_as_float(leading)) & 0xFFFFE000u;
+}
+
+// Eight features as float, from where `there` says that they are, else zeros. 16-byte aligned.
+__device__ __forceinline__ void load8(float (&v)[8], const __half* from, bool there) {
+  const uint4 raw = there ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __half22float2(half2_of(words[i]));
+    v[2 * i] = pair.x;
+    v[2 * i + 1] = pair.y;
+  }
+}
+
+__device__ __forceinline__ void load8(float (&v)[8], const float* from, bool there) {
+  const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  const float4 a = there ? __ldg(reinterpret_cast<const float4*>(from)) : zero;
+  const float4 b = there ? __ldg(reinterpret_cast<const float4*>(from) + 1) : zero;
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(float v) { return v; }
+
+}  // namespace specquant_cuda

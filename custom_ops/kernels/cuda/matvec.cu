@@ -1,0 +1,297 @@
+// The product of up to 32 tokens, bound by how fast the weights come from memory.
+//
+// A block of threads takes 32 outputs, its warps every eighth step of 64 features each; their sums meet in shared
+// memory. Weights are the rows of a fragment here and tokens its columns, so that one token costs what 8 do. With
+// g = lane / 4 and t = lane % 4, a 16-byte load holds 4 outputs (4g … 4g + 3) of block 4s + t of 8 features; words 0 and
+// 1 are rows g and g + 8 of one fragment, words 2 and 3 of another. Column n is token n.
+#include "args.h"
+#include "levels.cuh"
+#include "unpack.cuh"
+
+namespace specquant_cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kOutputs = 32;
+
+template <Mode mode, int frags>
+struct Matvec {
+  static constexpr int kTokens = frags * 8;
+  // Steps whose loads are under way together: as many as the registers hold.
+  static constexpr int kDepth = mode == kHalf ? (frags == 1 ? 2 : 1) : frags == 4 ? 1 : frags == 2 ? 2 : 4;
+
+  // What a thread reads for one step.
+  struct Step {
+    uint4 weights[2];                                 // blocks t and 4 + t
+    uint4 activations[frags][mode == kHalf ? 2 : 1];  // int8: blocks t and 4 + t side by side
+    uint2 scales;                                     // of outputs 4g … 4g + 3
+    float2 token_scale[frags];                        // of tokens 2t, 2t + 1
+    int2 zero[frags];
+    int sums[4];
+  };
+
+  const Args& args;
+  const int warp, lane, g, t, first_output, blocks;
+  const uint32_t mask;
+  const uint8_t* panel;
+  float acc[2][frags][4];  // [words 0, 1 or 2, 3][f][2h + e]: output 4g + 2·pair + h, token 8f + 2t + e
+
+  __device__ __forceinline__ explicit Matvec(const Args& a)
+      : args(a), warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(lane / 4), t(lane % 4),
+        first_output(blockIdx.x * kOutputs), blocks(ceil_div(a.n, kBlock)), mask(high_nibbles()) {
+    const int panels = ceil_div(args.m, kPanel), wanted = first_output / kPanel + g / 4;
+    panel = args.qweight + static_cast<int64_t>(min(wanted, panels - 1)) * blocks * 64 + g % 4 * 16;
+#pragma unroll
+    for (int i = 0; i < 2 * frags * 4; ++i) acc[i / (frags * 4)][i / 4 % frags][i % 4] = 0.0f;
+  }
+
+  __device__ __forceinline__ bool scaled() const { return first_output + 4 * g < args.m; }
+
+  __device__ __forceinline__ void load(Step& s, int step) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int block = step * (kStep / kBlock) + 4 * i + t;
+      s.weights[i] = block < blocks ? load_stream(panel + static_cast<int64_t>(block) * 64) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int f = 0; f < frags; ++f) {
+      const int token = 8 * f + g;
+      const int64_t at = static_cast<int64_t>(token) * args.kp + step * kStep + 8 * t;
+      const bool there = token < args.tokens;
+      if constexpr (mode == kHalf) {
+        const __half* row = static_cast<const __half*>(args.levels) + at;
+        s.activations[f][0] = there ? *reinterpret_cast<const uint4*>(row) : make_uint4(0, 0, 0, 0);
+        s.activations[f][1] = there ? *reinterpret_cast<const uint4*>(row + 32) : make_uint4(0, 0, 0, 0);
+      } else {
+        const int8_t* row = static_cast<const int8_t*>(args.levels) + at;
+        const uint2 a = there ? *reinterpret_cast<const uint2*>(row) : make_uint2(0, 0);
+        const uint2 b = there ? *reinterpret_cast<const uint2*>(row + 32) : make_uint2(0, 0);
+        s.activations[f][0] = make_uint4(a.x, a.y, b.x, b.y);
+      }
+    }
+    if constexpr (mode != kChannel) {
+      const int64_t group = step * kStep / args.weight_group;
+      const __half* from = args.scales + group * args.m + first_output + 4 * g;
+      s.scales = scaled() ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+    }
+    if constexpr (mode == kFold || mode == kFoldZero) {
+      const int64_t segment = step * kStep / args.segment;
+#pragma unroll
+      for (int f = 0; f < frags; ++f) {
+        const int64_t at = segment * args.tp + 8 * f + 2 * t;
+        s.token_scale[f] = *reinterpret_cast<const float2*>(args.scale + at);
+        if constexpr (mode == kFoldZero) {
+          const bool first = step * kStep % args.segment == 0;  // of its segment: the zero-point goes with it
+          s.zero[f] = first ? *reinterpret_cast<const int2*>(args.zero + at) : make_int2(0, 0);
+        }
+      }
+      if constexpr (mode == kFoldZero) {
+        const int64_t at = segment * args.m + first_output + 4 * g;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          s.sums[i] = !scaled() ? 0
+                      : args.wide_sums ? __ldg(static_cast<const int32_t*>(args.row_sums) + at + i)
+                                       : __ldg(static_cast<const int16_t*>(args.row_sums) + at + i);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add(const Step& s) {
+    const float2 low = __half22float2(half2_of(s.scales.x)), high = __half22float2(half2_of(s.scales.y));
+    const float scale[2][2] = {{low.x, low.y}, {high.x, high.y}};
+    if constexpr (mode == kHalf) {
+      add_halves(s, scale);
+    } else {
+      add_integers(s, scale);
+    }
+  }
+
+  __device__ __forceinline__ void add_integers(const Step& s, const float (&scale)[2][2]) {
+    uint32_t a[2][2][4];  // [pair][i]
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t words[4] = {s.weights[i].x, s.weights[i].y, s.weights[i].z, s.weights[i].w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) unpack_s8(words[w], mask, a[w / 2][i][w % 2], a[w / 2][i][w % 2 + 2]);
+    }
+#pragma unroll
+    for (int f = 0; f < frags; ++f) {
+      const uint4& v = s.activations[f][0];
+      const uint32_t b[2][2] = {{v.x, v.y}, {v.z, v.w}};
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        float(&out)[4] = acc[pair][f];
+        int sum[4];
+        if constexpr (mode == kChannel) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[i] = __float_as_int(out[i]);
+        } else {
+          constexpr int magic = 0x4B400000;  // as in gemm.cuh
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            sum[i] = magic;
+            if constexpr (mode == kFoldZero)
+              sum[i] -= 16 * (i % 2 ? s.zero[f].y : s.zero[f].x) * s.sums[2 * pair + i / 2];
+          }
+        }
+        mma_s8(sum, a[pair][0], b[0], sum);
+        mma_s8(sum, a[pair][1], b[1], sum);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (mode == kChannel) {
+            out[i] = __int_as_float(sum[i]);
+          } else {
+            const float factor = scale[pair][i / 2];
+            out[i] = fmaf(fmaf(__int_as_float(sum[i]), factor, -kMagic * factor),
+                          i % 2 ? s.token_scale[f].y : s.token_scale[f].x, out[i]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_halves(const Step& s, const float (&scale)[2][2]) {
+    float part[2][frags][4] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t words[4] = {s.weights[i].x, s.weights[i].y, s.weights[i].z, s.weights[i].w};
+      uint32_t a[2][2][4];  // [pair][k]: features 4k … 4k + 3 of the block
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        uint32_t pairs[4];
+        unpack_half(words[w], pairs);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          a[w / 2][k][w % 2] = pairs[2 * k];
+          a[w / 2][k][w % 2 + 2] = pairs[2 * k + 1];
+        }
+      }
+#pragma unroll
+      for (int f = 0; f < frags; ++f) {
+        const uint4& v = s.activations[f][i];
+        const uint32_t b[2][2] = {{v.x, v.y}, {v.z, v.w}};
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) mma_f16(part[pair][f], a[pair][k], b[k]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * frags * 4; ++i) {
+      const int pair = i / (frags * 4), f = i / 4 % frags, j = i % 4;
+      acc[pair][f][j] = fmaf(part[pair][f][j], scale[pair][j / 2], acc[pair][f][j]);
+    }
+  }
+
+  // This warp's share of low · C: output `lane`, columns warp, warp + 8, …
+  __device__ __forceinline__ void branch(float* shares) const {
+    float sum[kTokens] = {};
+    const int output = first_output + lane;
+    for (int column = warp; column < args.rank; column += kWarps) {
+      const float c = output < args.m ? __half2float(args.coef[static_cast<int64_t>(column) * args.m + output]) : 0.0f;
+#pragma unroll
+      for (int token = 0; token < kTokens; ++token) {
+        if (token >= args.tokens) break;
+        const __half* low = args.low + static_cast<int64_t>(token) * 2 * args.rp + column;
+        sum[token] = fmaf(__half2float(low[0]) + __half2float(low[args.rp]), c, sum[token]);
+      }
+    }
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      const float factor = token < args.tokens && args.rank ? args.low_factor[token] : 0.0f;
+      shares[token * kOutputs + lane] = args.rank ? sum[token] * factor : 0.0f;
+    }
+  }
+};
+
+template <Mode mode, int frags>
+__global__ void __launch_bounds__(kWarps * 32) matvec_kernel(const Args args) {
+  using M = Matvec<mode, frags>;
+  __shared__ float4 shares4[kWarps][M::kTokens * kOutputs / 4];  // kChannel: int32
+  __shared__ float branch[mode == kChannel ? kWarps : 1][M::kTokens * kOutputs];
+  M work(args);
+  float* shares = reinterpret_cast<float*>(shares4[work.warp]);
+  const int steps = args.kp / kStep;
+
+  for (int step = work.warp; step < steps; step += kWarps * M::kDepth) {
+    typename M::Step loaded[M::kDepth];
+#pragma unroll
+    for (int i = 0; i < M::kDepth; ++i)
+      if (step + i * kWarps < steps) work.load(loaded[i], step + i * kWarps);
+#pragma unroll
+    for (int i = 0; i < M::kDepth; ++i)
+      if (step + i * kWarps < steps) work.add(loaded[i]);
+  }
+
+  if constexpr (mode == kChannel) {
+    work.branch(branch[work.warp]);
+  } else {
+    work.branch(shares);
+    __syncwarp();
+  }
+#pragma unroll
+  for (int i = 0; i < frags * 2; ++i) {
+    const int f = i / 2, e = i % 2, token = 8 * f + 2 * work.t + e;
+    float4& to = shares4[work.warp][token * (kOutputs / 4) + work.g];
+    float4 v = make_float4(work.acc[0][f][e], work.acc[0][f][2 + e], work.acc[1][f][e], work.acc[1][f][2 + e]);
+    if constexpr (mode != kChannel) {
+      const float factor = mode == kHalf && token < args.tokens ? args.scale[token] : 1.0f;
+      v = make_float4(fmaf(v.x, factor, to.x), fmaf(v.y, factor, to.y), fmaf(v.z, factor, to.z), fmaf(v.w, factor, to.w));
+    }
+    to = v;
+  }
+  __syncthreads();
+
+  for (int i = threadIdx.x; i < min(M::kTokens, args.tokens) * kOutputs; i += kWarps * 32) {
+    const int token = i / kOutputs, output = work.first_output + i % kOutputs;
+    if (output >= args.m) continue;
+    float y = 0.0f;
+    if constexpr (mode == kChannel) {
+      int sum = 0;
+      for (int w = 0; w < kWarps; ++w) {
+        sum += reinterpret_cast<const int*>(shares4[w])[i];
+        y += branch[w][i];
+      }
+      sum >>= 4;  // a multiple of 16: the weights were
+      if (args.bits == 8)
+        sum -= args.zero[token] * (args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output]
+                                                  : static_cast<const int16_t*>(args.row_sums)[output]);
+      y += args.scale[token] * __half2float(args.scales[output]) * static_cast<float>(sum);
+    } else {
+      for (int w = 0; w < kWarps; ++w) y += reinterpret_cast<const float*>(shares4[w])[i];
+    }
+    if (args.bias) y += args.bias[output];
+    const int64_t at = static_cast<int64_t>(token) * args.m + output;
+    if (args.y_half) {
+      static_cast<__half*>(args.y)[at] = __float2half_rn(y);
+    } else {
+      static_cast<float*>(args.y)[at] = y;
+    }
+  }
+}
+
+template <Mode mode>
+void launch(const Args& args, cudaStream_t stream) {
+  const int blocks = ceil_div(args.m, kOutputs), threads = kWarps * 32;
+  if (args.tokens <= 8) {
+    matvec_kernel<mode, 1><<<blocks, threads, 0, stream>>>(args);
+  } else if (args.tokens <= 16) {
+    matvec_kernel<mode, 2><<<blocks, threads, 0, stream>>>(args);
+  } else if constexpr (mode != kChannel) {
+    matvec_kernel<mode, 4><<<blocks, threads, 0, stream>>>(args);
+  }
+}
+
+}  // namespace
+
+cudaError_t matvec(const Args& args, Mode mode, cudaStream_t stream) {
+  switch (mode) {
+    case kFold: launch<kFold>(args, stream); break;
+    case kFoldZero: launch<kFoldZero>(args, stream); break;
+    case kChannel: launch<kChannel>(args, stream); break;
+    default: launch<kHalf>(args, stream); break;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace specquant_cuda

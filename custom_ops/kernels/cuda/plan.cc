@@ -1,0 +1,112 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace specquant_cuda {
+namespace {
+
+constexpr int64_t kMostFeatures = int64_t(1) << 19;  // int32 sums stay exact: (15 + 8) · 128 · 2^19 < 2^31
+constexpr int64_t kMostOutputs = int64_t(1) << 22;
+constexpr int64_t kMostTokens = int64_t(1) << 22;
+constexpr int64_t kMostColumns = 4096;
+constexpr int64_t kMostHadamard = 4096;
+constexpr int64_t kChannelFeatures = 131071;  // 16 · 8 · 128 · N stays below 2^31
+constexpr int64_t kSplits = 16;
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+bool divides(int64_t group, int64_t n) { return group == 0 || (group > 0 && group % kBlock == 0 && n % group == 0); }
+
+// Byte offsets of the workspace, one array after another.
+struct Arena {
+  int64_t end = 0;
+  int64_t take(bool wanted, int64_t bytes) {
+    if (!wanted) return -1;
+    const int64_t at = end;
+    end += round_up(bytes, 256);
+    return at;
+  }
+};
+
+}  // namespace
+
+const char* check(const SpecquantCudaProblem& p) {
+  if (p.in_features < 1 || p.in_features > kMostFeatures) return "in-features must be 1 to 524288";
+  if (p.out_features < 1 || p.out_features > kMostOutputs) return "out-features must be 1 to 4194304";
+  if (p.tokens < 0 || p.tokens > kMostTokens) return "the number of tokens must be 0 to 4194304";
+  if (!p.qweight || !p.scales || !p.row_sums) return "qweight, scales or row_sums are missing";
+  if (p.hadamard && (p.hadamard < kBlock || p.hadamard > kMostHadamard || (p.hadamard & (p.hadamard - 1)) ||
+                     p.in_features % p.hadamard))
+    return "hadamard must be 0, or a power of two from 8 to 4096 that divides in-features";
+  if (p.basis_rank < 0 || p.basis_rank > std::min(p.in_features, kMostColumns))
+    return "the basis must have 0 to in-features columns, at most 4096";
+  if (p.rank < 0 || p.rank > p.basis_rank) return "rank must be 0 to the columns of the basis";
+  if (p.basis ? p.basis_rank && !p.coef : p.basis_rank != 0) return "basis and coef must both be there, or neither";
+  if (p.act_bits != 16 && (p.act_bits < 2 || p.act_bits > 8)) return "act_bits must be 2 to 8, or 16";
+  if (!(p.act_clip > 0.0f && p.act_clip <= 1.0f)) return "act_clip must be more than 0, and at most 1";
+  if (!divides(p.group_size, p.in_features) || !divides(p.act_group, p.in_features))
+    return "group_size and act_group must be 0, or a divisor of in-features that 8 divides";
+  const auto [small, large] = std::minmax(p.group_size, p.act_group);
+  if (small && large % small) return "one of group_size and act_group must divide the other";
+  for (const int32_t flag : {p.subtract, p.half, p.wide_sums})
+    if (flag != 0 && flag != 1) return "subtract, half and wide_sums must be 0 or 1";
+  if (reinterpret_cast<uintptr_t>(p.qweight) % 4) return "qweight must be aligned to 4 bytes";
+  return nullptr;
+}
+
+Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
+  Plan plan{};
+  Args& a = plan.args;
+  a.tokens = int(p.tokens), a.n = int(p.in_features), a.m = int(p.out_features);
+  a.r = int(p.basis_rank), a.rank = int(p.rank), a.rp = int(round_up(p.rank, kRankStep));
+  a.kp = int(round_up(a.n, kStep)), a.tp = int(round_up(a.tokens, kTokenPad));
+  a.weight_group = p.group_size ? int(p.group_size) : a.n;
+  a.act_group = p.act_group ? int(p.act_group) : a.n;
+  a.bits = p.act_bits;
+  const bool halves = a.bits == 16;
+  a.segment = halves ? a.weight_group : std::min(a.weight_group, a.act_group);
+  a.segments = a.n / a.segment;
+  a.hadamard = int(p.hadamard);
+  a.x_half = p.half && !a.hadamard, a.y_half = p.half, a.wide_sums = p.wide_sums;
+  a.subtract = p.subtract && a.rank;
+  a.clip = p.act_clip;
+  a.basis = static_cast<const __half*>(p.basis), a.coef = static_cast<const __half*>(p.coef);
+  a.qweight = static_cast<const uint8_t*>(p.qweight), a.scales = static_cast<const __half*>(p.scales);
+  a.row_sums = p.row_sums, a.bias = p.bias;
+  a.x = p.x, a.y = p.y;
+
+  plan.mode = halves ? kHalf : a.segments == 1 ? kChannel : a.bits == 8 ? kFoldZero : kFold;
+  a.level_unit = plan.mode == kFold || plan.mode == kFoldZero ? 0.0625f : 1.0f;
+
+  const bool vectors = a.m % 8 == 0 && aligned(p.qweight) && aligned(p.scales) && aligned(p.row_sums) &&
+                       aligned(p.bias) && aligned(p.coef) && aligned(p.y);
+  const bool whole_steps = a.segment % kStep == 0 || a.segments == 1;
+  // Of a longer segment, 16 · zero · sum leaves the range in which 1.5 · 2^23 + an integer is exact.
+  const bool zeros_fit = plan.mode != kFoldZero || a.segment <= 2 * kStep;
+  const bool sums_fit = plan.mode != kChannel || a.n <= kChannelFeatures;
+  plan.gemm = vectors && whole_steps && zeros_fit && sums_fit;
+  plan.matvec_tokens = !plan.gemm ? 0 : plan.mode == kChannel ? kMatvecTokens / 2 : kMatvecTokens;
+
+  plan.tensor_prepare = a.n % kBlock == 0 && a.r <= kFastRank && (a.hadamard || aligned(p.x)) && aligned(p.basis);
+  plan.direct = plan.tensor_prepare && !halves && a.segment == kStep && a.act_group == kStep;
+  const int tiles = ceil_div(std::max(a.tokens, 1), kDownTokens), chunks = ceil_div(a.n, kDownChunk);
+  a.splits = int(std::clamp<int64_t>(ceil_div(4 * device.multiprocessors, tiles), 1, std::min<int64_t>(chunks, kSplits)));
+
+  SpecquantCudaLayout& at = plan.layout;
+  const int64_t elements = p.tokens * a.n, rows = halves ? 1 : a.segments;
+  Arena arena;
+  at.rotated = arena.take(a.hadamard, elements * 4);
+  at.reduced = arena.take(a.subtract && !plan.direct, elements * 4);
+  at.partial = arena.take(a.rank && plan.tensor_prepare, int64_t(a.splits) * a.tokens * a.rp * 4);
+  at.low = arena.take(a.rank, p.tokens * 2 * a.rp * 2);
+  at.low_factor = arena.take(a.rank, p.tokens * 4);
+  at.levels = arena.take(true, p.tokens * a.kp * (halves ? 2 : 1));
+  at.scale = arena.take(true, rows * a.tp * 4);
+  at.zero = arena.take(a.bits == 8, rows * a.tp * 4);
+  at.bytes = arena.end;
+  at.tokens_padded = a.tp, at.features_padded = a.kp, at.rank_padded = a.rp;
+  at.segments = rows, at.splits = a.splits, at.level_unit = a.level_unit;
+  return plan;
+}
+
+}  // namespace specquant_cuda

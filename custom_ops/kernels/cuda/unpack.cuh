@@ -1,0 +1,46 @@
+// A word of packed weights: 8 features of one output. Byte i holds feature i in its low nibble, 4 + i in its high one,
+// each as q + 8.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace specquant_cuda {
+
+// 0xF0F0F0F0 in a register whose value the compiler does not know: of the two constants below an instruction holds one.
+__device__ __forceinline__ uint32_t high_nibbles() {
+  uint32_t mask;
+  asm volatile("mov.b32 %0, 0xF0F0F0F0;" : "=r"(mask));
+  return mask;
+}
+
+// 16 · q as signed bytes, features 0..3 and 4..7.
+__device__ __forceinline__ void unpack_s8(uint32_t word, uint32_t mask, uint32_t& first, uint32_t& second) {
+  first = ((word << 4) & mask) ^ 0x80808080u;
+  second = (word & mask) ^ 0x80808080u;
+}
+
+// q as float16, features 0, 1 | 2, 3 | 4, 5 | 6, 7. 0x6400 is 1024, whose last place is 1.
+__device__ __forceinline__ void unpack_half(uint32_t word, uint32_t (&pairs)[4]) {
+  const __half2 low_offset = half2_of(0x64086408u);   // 1024 + 8
+  const __half2 high_scale = half2_of(0x2C002C00u);   // 1/16
+  const __half2 high_offset = half2_of(0xD480D480u);  // −(1024 / 16 + 8)
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t bytes = __byte_perm(word, 0, i ? 0x4342 : 0x4140);
+    pairs[i] = bits_of(__hsub2(half2_of((bytes & 0x000F000Fu) | 0x64006400u), low_offset));
+    pairs[2 + i] = bits_of(__hfma2(half2_of((bytes & 0x00F000F0u) | 0x64006400u), high_scale, high_offset));
+  }
+}
+
+// Eight float16 as float.
+__device__ __forceinline__ void widen(const uint4& raw, float (&v)[8]) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __half22float2(half2_of(words[i]));
+    v[2 * i] = pair.x;
+    v[2 * i + 1] = pair.y;
+  }
+}
+
+}  // namespace specquant_cuda

@@ -1,0 +1,192 @@
+"""The CUDA kernels of the op set without ONNX Runtime (kernels/cuda/specquant_cuda.h): ctypes on arrays of the GPU.
+
+Arrays may come from any library that offers `__cuda_array_interface__` (torch, CuPy): nothing is copied or allocated
+here. docs/cuda.md says what the kernels take and how. ctypes and NumPy only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.packing import segment_length
+
+ABI = 1  # SPECQUANT_CUDA_ABI
+FILE = "libspecquant_cuda.so"
+PATHS = ("matvec", "gemm_small", "gemm_large", "any")  # kernels of the second stage
+REBUILD = "install nvcc of CUDA 12.8 or later and run `pip install --force-reinstall .`, or use the CPU"
+
+_SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group", "hadamard")
+_FLAGS = ("act_bits", "subtract", "half", "wide_sums")
+_POINTERS = ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias", "y")
+_OFFSETS = ("rotated", "reduced", "partial", "low", "low_factor", "levels", "scale", "zero", "bytes")
+_PADDED = ("tokens_padded", "features_padded", "rank_padded", "segments", "splits")
+
+
+class _Problem(ctypes.Structure):
+    """`SpecquantCudaProblem`, field for field."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in _SIZES]
+        + [(name, ctypes.c_int32) for name in _FLAGS]
+        + [("act_clip", ctypes.c_float)]
+        + [(name, ctypes.c_void_p) for name in _POINTERS]
+    )
+
+
+class Layout(ctypes.Structure):
+    """`SpecquantCudaLayout`: sizes, and byte offsets of what the first stage leaves behind (−1: not there)."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in (*_OFFSETS, *_PADDED)] + [("level_unit", ctypes.c_float)]
+
+
+def library_path() -> Path:
+    """The compiled library: SPECQUANT_CUDA_LIBRARY if it is set, else the file installed beside this module.
+
+    Raises SpecQuantError if there is no such file.
+    """
+    named = os.environ.get("SPECQUANT_CUDA_LIBRARY")
+    path = Path(named) if named else Path(str(resources.files("specquant.custom_ops").joinpath(FILE)))
+    if not path.is_file():
+        if named:
+            raise SpecQuantError(f"SPECQUANT_CUDA_LIBRARY names {path}, which is not there; correct or unset it")
+        raise SpecQuantError(f"this installation has no CUDA kernels ({path}); {REBUILD}")
+    return path
+
+
+@cache
+def loaded() -> ctypes.CDLL:
+    """The compiled library, its functions typed. Raises SpecQuantError if it is missing or does not fit."""
+    path = library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+        library.specquant_cuda_problem_size.restype = ctypes.c_int64
+        library.specquant_cuda_layout_size.restype = ctypes.c_int64
+        found = (
+            library.specquant_cuda_abi(),
+            library.specquant_cuda_problem_size(),
+            library.specquant_cuda_layout_size(),
+        )
+    except OSError as error:
+        raise SpecQuantError(f"{path} does not load ({str(error).splitlines()[0]}); {REBUILD}") from None
+    except AttributeError:
+        raise SpecQuantError(f"{path} is not SpecQuant's CUDA library; {REBUILD}") from None
+    if found != (ABI, ctypes.sizeof(_Problem), ctypes.sizeof(Layout)):
+        raise SpecQuantError(f"{path} has ABI {found[0]}, this package needs {ABI}; {REBUILD}")
+    problem, layout = ctypes.POINTER(_Problem), ctypes.POINTER(Layout)
+    signatures = {
+        "specquant_cuda_device": [],
+        "specquant_cuda_check": [problem],
+        "specquant_cuda_layout": [problem, layout],
+        "specquant_cuda_matmul": [problem, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p],
+    }
+    for name, arguments in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = ctypes.c_char_p, arguments
+    return library
+
+
+def check_device() -> None:
+    """Raise SpecQuantError, with what to do, unless the current GPU can run the kernels."""
+    _raise(loaded().specquant_cuda_device())
+
+
+def _raise(error: bytes | None) -> None:
+    if error:
+        raise SpecQuantError(error.decode())
+
+
+def _address(name: str, array: Any, shape: tuple[int, ...], dtypes: tuple[type[np.generic], ...]) -> int | None:
+    """Where an array of the GPU lies; None for None. Raises SpecQuantError if it is not one, or of another kind."""
+    if array is None:
+        return None
+    view = getattr(array, "__cuda_array_interface__", None)
+    if view is None:
+        raise SpecQuantError(f"{name} does not lie on the GPU; give a CUDA array of torch or CuPy")
+    found, dtype, strides = tuple(view["shape"]), np.dtype(view["typestr"]), view.get("strides")
+    if found != shape or dtype not in dtypes:
+        wanted = " or ".join(np.dtype(kind).name for kind in dtypes)
+        raise SpecQuantError(f"{name} is {dtype} {list(found)}; it should be {wanted} {list(shape)}")
+    steps = [dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    if strides and math.prod(shape) and any(s != w for s, w, n in zip(strides, steps, shape, strict=True) if n > 1):
+        raise SpecQuantError(f"{name} is not contiguous; give a contiguous copy")
+    return int(view["data"][0]) or None
+
+
+def _dtype(name: str, array: Any) -> np.dtype[Any]:
+    view = getattr(array, "__cuda_array_interface__", None)
+    if view is None:
+        raise SpecQuantError(f"{name} does not lie on the GPU; give a CUDA array of torch or CuPy")
+    return np.dtype(view["typestr"])
+
+
+def _problem(
+    x: Any,
+    y: Any,
+    *,
+    qweight: Any,
+    scales: Any,
+    row_sums: Any,
+    bias: Any = None,
+    basis: Any = None,
+    coef: Any = None,
+    rank: int | None = None,
+    group_size: int = 0,
+    act_bits: int = 16,
+    act_group: int = 0,
+    subtract: int = 0,
+    act_clip: float = 1.0,
+    hadamard: int = 0,
+) -> _Problem:
+    kind = _dtype("x", x)
+    if kind not in (np.float32, np.float16):
+        raise SpecQuantError(f"x is {kind}; give float32 or float16")
+    (tokens, n), m = x.shape, scales.shape[1]
+    r = 0 if basis is None else basis.shape[1]
+    segment = segment_length(n, group_size, act_group)
+    addresses = {
+        "x": _address("x", x, (tokens, n), (kind.type,)),
+        "basis": _address("basis", basis, (n, r), (np.float16,)),
+        "coef": _address("coef", coef, (r, m), (np.float16,)),
+        "qweight": _address("qweight", qweight, (-(-m // 16), -(-n // 8), 64), (np.int8,)),
+        "scales": _address("scales", scales, (n // (group_size or n), m), (np.float16,)),
+        "row_sums": _address("row_sums", row_sums, (n // segment, m), (np.int16, np.int32)),
+        "bias": _address("bias", bias, (m,), (np.float32,)),
+        "y": _address("y", y, (tokens, m), (kind.type,)),
+    }
+    sizes = (tokens, n, m, r, r if rank is None else rank, group_size, act_group, hadamard)
+    flags = (act_bits, subtract, kind == np.float16, _dtype("row_sums", row_sums) == np.int32)
+    return _Problem(*sizes, *flags, act_clip, *(addresses[name] for name in _POINTERS))
+
+
+def layout(x: Any, **operands: Any) -> Layout:
+    """The workspace that `matmul` needs for these operands (all of its, but y and workspace), on the current GPU.
+
+    Raises SpecQuantError if sizes or attributes disagree, or there is no GPU that fits.
+    """
+    problem, found = _problem(x, None, **operands), Layout()
+    _raise(loaded().specquant_cuda_layout(ctypes.byref(problem), ctypes.byref(found)))
+    return found
+
+
+def matmul(x: Any, y: Any, workspace: Any, *, stream: int = 0, path: str | None = None, **operands: Any) -> None:
+    """y [T, M] = `SpecQuantMatMul` of x [T, N] (float32 or float16, y the same), in order on the CUDA stream.
+
+    Operands are the op's inputs and attributes by name (docs/ops.md), arrays on the GPU; without basis and coef it is
+    `Int4ResidualMatMul`. rank None: all columns. workspace: int8, `layout(...).bytes` long, aligned to 256 bytes; the
+    call does not wait for the GPU, so it must live on. path: one of PATHS, None for the fastest that takes the sizes.
+    Raises SpecQuantError if sizes or attributes disagree, or a kernel does not start.
+    """
+    problem = _problem(x, y, **operands)
+    size = math.prod(workspace.shape)
+    place = _address("workspace", workspace, (size,), (np.int8, np.uint8))
+    name = path.encode() if path else None
+    _raise(loaded().specquant_cuda_matmul(ctypes.byref(problem), place, size, stream, name))

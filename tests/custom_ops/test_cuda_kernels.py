@@ -1,0 +1,347 @@
+"""The CUDA kernels, every path forced, against the reference: on a GPU, or compiled for the CPU (docs/cuda.md)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from specquant.custom_ops import library_cuda, reference
+from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
+from tests.ops import Arrays, random_input, random_weights
+
+POISON = 0xC5
+
+
+class HostArray:
+    """Memory of the host that says it is a GPU's: for kernels compiled to run on the CPU."""
+
+    def __init__(self, array: NDArray[Any], offset: int = 0) -> None:
+        whole = np.full(array.nbytes + 256 + offset, POISON, np.uint8)
+        start = -whole.ctypes.data % 256 + offset
+        self.array = whole[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        self.array[...] = array
+        self.shape = array.shape
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return self.array.__array_interface__
+
+    def numpy(self) -> NDArray[Any]:
+        return self.array.copy()
+
+
+class Driver:
+    """What the tests need of the CUDA driver, on the context that the kernels use too."""
+
+    def __init__(self) -> None:
+        self.cuda = ctypes.CDLL("libcuda.so.1")
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self.call("cuInit", 0)
+        self.call("cuDeviceGet", ctypes.byref(device), 0)
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self.call("cuCtxSetCurrent", context)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        error = getattr(self.cuda, name)(*arguments)
+        if error:
+            raise OSError(f"{name} says {error}")
+
+    def allocate(self, size: int) -> int:
+        place = ctypes.c_uint64()
+        self.call("cuMemAlloc_v2", ctypes.byref(place), ctypes.c_size_t(max(size, 1)))
+        return place.value
+
+
+class GpuArray:
+    """The same on a GPU, `offset` bytes off an aligned address."""
+
+    driver: Driver
+
+    def __init__(self, array: NDArray[Any], offset: int = 0) -> None:
+        array = np.ascontiguousarray(array)
+        self.shape, self.dtype, self.nbytes = array.shape, array.dtype, array.nbytes
+        self.place = self.driver.allocate(array.nbytes + offset)
+        self.first = self.place + offset
+        if array.size:
+            source = ctypes.c_void_p(array.ctypes.data)
+            self.driver.call("cuMemcpyHtoD_v2", ctypes.c_uint64(self.first), source, ctypes.c_size_t(array.nbytes))
+
+    def __del__(self) -> None:
+        self.driver.call("cuMemFree_v2", ctypes.c_uint64(self.place))  # waits for the GPU
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": (self.first, False), "version": 3}
+
+    def numpy(self) -> NDArray[Any]:
+        array: NDArray[Any] = np.empty(self.shape, self.dtype)
+        if array.size:
+            to = ctypes.c_void_p(array.ctypes.data)
+            self.driver.call("cuMemcpyDtoH_v2", to, ctypes.c_uint64(self.first), ctypes.c_size_t(self.nbytes))
+        return array
+
+
+EMULATED = os.environ.get("SPECQUANT_CUDA_EMULATED") == "1"
+try:
+    if not EMULATED:
+        GpuArray.driver = Driver()
+    library_cuda.check_device()
+except (OSError, SpecQuantError) as missing:
+    pytest.skip(f"no GPU, or no kernels for it: {missing}", allow_module_level=True)
+DeviceArray: Any = HostArray if EMULATED else GpuArray
+
+# (group_size, act_group, features): segments of 64, 128 and of all features, and some that only `any` takes.
+TENSOR_GROUPS = [(64, 64, 256), (64, 64, 64), (64, 0, 192), (0, 64, 320), (128, 128, 384), (0, 0, 320), (0, 0, 72)]
+OTHER_GROUPS = [(0, 0, 37), (8, 0, 40), (0, 8, 64), (8, 24, 72), (32, 64, 128), (64, 32, 192), (16, 16, 48)]
+TOKENS = [1, 3, 8, 9, 17, 33, 130]
+
+
+class Call:
+    """A call of the library: its arrays, the workspace, and what came of it."""
+
+    def __init__(
+        self,
+        x: NDArray[Any],
+        weights: Arrays,
+        path: str | None = None,
+        offsets: dict[str, int] | None = None,
+        **rest: Any,
+    ) -> None:
+        offsets = offsets or {}
+        operands: dict[str, Any] = {k: DeviceArray(v, offsets.get(k, 0)) for k, v in weights.items() if k != "rank"}
+        if "rank" in weights:
+            operands["rank"] = int(weights["rank"][0])
+        self.x = DeviceArray(x, offsets.get("x", 0))
+        self.layout = library_cuda.layout(self.x, **operands, **rest)
+        self.space = DeviceArray(np.full(self.layout.bytes, POISON, np.uint8))
+        m = weights["scales"].shape[1]
+        # A row more, which nobody may write.
+        y = DeviceArray(np.full((len(x) + 1, m), np.nan, x.dtype), offsets.get("y", 0))
+        view = _Rows(y, len(x))
+        library_cuda.matmul(self.x, view, self.space, path=path, **operands, **rest)
+        whole = y.numpy()
+        assert np.isnan(whole[len(x) :]).all(), "wrote past the end of y"
+        self.y = whole[: len(x)]
+
+    def read(self, name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+        """An array of the workspace."""
+        start = getattr(self.layout, name)
+        assert start >= 0
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return self.space.numpy()[start : start + size].view(dtype).reshape(shape)
+
+
+class _Rows:
+    """The first rows of an array."""
+
+    def __init__(self, array: Any, rows: int) -> None:
+        self.shape = (rows, *array.shape[1:])
+        self.__cuda_array_interface__ = {**array.__cuda_array_interface__, "shape": self.shape, "strides": None}
+
+
+def paths(tokens: int, groups: tuple[int, int, int], bits: int, m: int = 8) -> list[str | None]:
+    """The paths that take these sizes; None, the library's own choice, always."""
+    segment = segment_length(groups[2], *groups[:2])
+    whole = segment == groups[2]
+    if m % 8 or (segment % 64 and not whole):
+        return [None, "any"]
+    limit = 16 if bits < 16 and whole else 32
+    return [None, "any", "gemm_small", "gemm_large", *(["matvec"] if tokens <= limit else [])]
+
+
+def case(rng: np.random.Generator, index: int) -> tuple[int, tuple[int, int, int]]:
+    """Tokens and groups: every one of the groups in turn."""
+    groups = [*TENSOR_GROUPS, *OTHER_GROUPS]
+    return int(rng.choice(TOKENS)), groups[index % len(groups)]
+
+
+COUNT = len(TENSOR_GROUPS) + len(OTHER_GROUPS)
+
+
+@pytest.mark.parametrize("index", range(COUNT))
+def test_integers_are_exact(rng: np.random.Generator, index: int) -> None:
+    """Whole numbers, scales that are powers of two: a sum that is off by one shows."""
+    tokens, groups = case(rng, index)
+    group_size, act_group, n = groups
+    bits, m = int(rng.choice([2, 3, 4, 7, 8])), int(rng.choice([8, 24, 136, 264, 7]))
+    qmax = 2**bits - 1
+    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, group_size, act_group)
+    weights["scales"] = (2.0 ** rng.integers(-3, 4, weights["scales"].shape)).astype(np.float16)
+    weights["bias"] = rng.integers(-99, 99, m).astype(np.float32)
+    low = -(qmax // 2)
+    x = rng.integers(low, low + qmax + 1, (tokens, n)).astype(np.float32)
+    x[:, :: act_group or n], x[:, 1 :: act_group or n] = low, low + qmax  # so that every scale is 1
+    attributes: dict[str, Any] = {"group_size": group_size, "act_bits": bits, "act_group": act_group}
+    expected = reference.int4_residual_matmul(x, **weights, **attributes)
+    for path in paths(tokens, groups, bits, m):
+        y = Call(x, weights, path, **attributes).y
+        np.testing.assert_array_equal(y, expected, f"{path} T={tokens} M={m} {groups} bits={bits}")
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("index", range(COUNT))
+def test_matmul_equals_reference(rng: np.random.Generator, index: int, bits: int) -> None:
+    tokens, groups = case(rng, index)
+    group_size, act_group, n = groups
+    m, kind = int(rng.choice([8, 40, 136, 264, 19])), rng.choice([np.float32, np.float16])
+    r = int(min(n, rng.choice([0, 1, 24, 31, 32, 33, 63, 64, 70])))
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, group_size, act_group)
+    weights["rank"] = np.array([rng.integers(0, r + 1) if rng.random() < 0.5 else r])
+    x = random_input(rng, (tokens, n), kind)
+    attributes: dict[str, Any] = {"group_size": group_size, "act_bits": bits, "act_group": act_group}
+    attributes |= {"subtract": int(rng.integers(2)), "act_clip": float(rng.choice([1.0, 0.75]))}
+    # In blocks of 64 the transform of multiples of 1/8 is exact: 1/√64 is a power of two.
+    attributes["hadamard"] = 64 if n % 64 == 0 and rng.random() < 0.3 else 0
+    expected = reference.specquant_matmul(x.astype(np.float32), **weights, **attributes)
+    size = max(float(np.abs(expected).max()), 1.0)
+    tolerance = 1e-5 if kind == np.float32 and bits != 16 else 1e-3
+    for path in paths(tokens, groups, bits, m):
+        y = Call(x, weights, path, **attributes).y
+        assert y.dtype == kind
+        text = f"{path} T={tokens} M={m} r={r} {weights['rank']} {groups} {attributes}"
+        np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=tolerance * size, err_msg=text)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
+@pytest.mark.parametrize(("group_size", "act_group", "n"), [(64, 64, 192), (0, 0, 72), (32, 16, 96), (64, 128, 256)])
+def test_levels_are_exact(rng: np.random.Generator, bits: int, group_size: int, act_group: int, n: int) -> None:
+    """Levels, scales and zero-points of any activations, down to the last bit."""
+    weights = random_weights(rng, "Int4ResidualMatMul", n, 8, 0, group_size, act_group)
+    x = (rng.standard_normal((21, n)) * 10.0 ** rng.integers(-9, 9, (21, n))).astype(np.float32)
+    x[0], x[1], x[2], x[3] = 0, 1e-33, -np.abs(x[3]), np.abs(x[4])
+    clip = float(rng.choice([1.0, 0.9, 0.3]))
+    attributes: dict[str, Any] = {"group_size": group_size, "act_bits": bits, "act_group": act_group, "act_clip": clip}
+    call = Call(x, weights, "any", **attributes)
+    q, scale, zero = reference.quantize_activation(x, bits, act_group, clip)
+    at, length = call.layout, act_group or n
+    stored = call.read("levels", np.int8, (21, at.features_padded))[:, :n].astype(np.int32)
+    offset = np.full_like(zero, 128) if bits == 8 else zero
+    np.testing.assert_array_equal(stored, q - np.repeat(offset, length, axis=-1))
+    scales = call.read("scale", np.float32, (at.segments, at.tokens_padded))[:, :21].T / np.float32(at.level_unit)
+    np.testing.assert_array_equal(scales, np.repeat(scale, at.segments // scale.shape[-1], axis=-1))
+    if bits == 8:
+        zeros = call.read("zero", np.int32, (at.segments, at.tokens_padded))[:, :21].T + 128
+        np.testing.assert_array_equal(zeros, np.repeat(zero, at.segments // zero.shape[-1], axis=-1))
+
+
+@pytest.mark.parametrize("block", [8, 16, 32, 128, 512])
+def test_rotation_is_exact(rng: np.random.Generator, block: int) -> None:
+    n = block * int(rng.integers(1, 4))
+    weights = random_weights(rng, "Int4ResidualMatMul", n, 8, 0, 0, 0)
+    x = rng.standard_normal((5, n)).astype(rng.choice([np.float32, np.float16]))
+    call = Call(x, weights, act_bits=8, hadamard=block)
+    np.testing.assert_array_equal(call.read("rotated", np.float32, (5, n)), reference.block_hadamard(x, block))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_branch_of_any_numbers(rng: np.random.Generator, kind: Any, tokens: int) -> None:
+    """low and what is left of x, on numbers that no order of summation gets exactly."""
+    n, m, r = 576, 64, 31
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, 64, 0)
+    weights["basis"] = np.linalg.qr(rng.standard_normal((n, r)))[0].astype(np.float16)
+    x = rng.standard_normal((tokens, n)).astype(kind)
+    x[:, ::97] *= 60
+    call = Call(x, weights, group_size=64, subtract=1, act_bits=16)
+    low = x.astype(np.float64) @ weights["basis"].astype(np.float64)
+    parts = call.read("low", np.float16, (tokens, 2, call.layout.rank_padded)).astype(np.float64).sum(1)
+    found = parts[:, :r] * call.read("low_factor", np.float32, (tokens, 1))
+    np.testing.assert_allclose(found, low, rtol=0, atol=2e-6 * np.abs(low).max())
+    left = x.astype(np.float64) - low @ weights["basis"].astype(np.float64).T
+    np.testing.assert_allclose(call.read("reduced", np.float32, (tokens, n)), left, rtol=0, atol=2e-6 * np.abs(x).max())
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("groups", [(64, 64, 128), (0, 0, 128), (8, 16, 48)])
+def test_extreme_values(rng: np.random.Generator, bits: int, groups: tuple[int, int, int]) -> None:
+    """Zeros, huge and tiny numbers: as the reference. NaN and infinities: NaN, in their own token only."""
+    group_size, act_group, n = groups
+    weights = random_weights(rng, "SpecQuantMatMul", n, 24, 8, group_size, act_group)
+    attributes: dict[str, Any] = {"group_size": group_size, "act_bits": bits, "act_group": act_group, "subtract": 1}
+    x = random_input(rng, (12, n))
+    x[1], x[2], x[3] = 0, x[2] * np.float32(2.0**100), x[3] * np.float32(2.0**-60)
+    x[5, 3], x[7, 9], x[8, 0] = np.nan, np.inf, -np.inf
+    bad = [5, 7, 8]
+    good = [i for i in range(len(x)) if i not in bad]
+    with np.errstate(all="ignore"):
+        expected = reference.specquant_matmul(x, **weights, **attributes)
+    size = np.abs(expected[good]).max(axis=1, keepdims=True) + 1e-30
+    for path in paths(len(x), groups, bits, 24):
+        y = Call(x, weights, path, **attributes).y
+        assert not np.isfinite(y[bad]).any(), path
+        if bits < 16:
+            assert np.isnan(y[bad]).all(), path
+        np.testing.assert_allclose(y[good] / size, expected[good] / size, rtol=0, atol=1e-3, err_msg=str(path))
+
+
+@pytest.mark.parametrize(("n", "bits"), [(8192, 8), (4104, 4), (16384, 2)])
+def test_long_segments_of_the_largest_values(rng: np.random.Generator, n: int, bits: int) -> None:
+    """All weights −8 and activations at both ends: sums too large for int16, row sums in int32."""
+    qmax, m = 2**bits - 1, 24
+    q = np.full((n, m), -8, np.int8)
+    q[rng.integers(n, size=5)] = 7
+    x = np.full((3, n), qmax, np.float32)
+    x[:, rng.integers(n, size=9)] = 0
+    x[1] = -x[1]
+    sums = row_sums(q, segment_length(n, 0, 0))
+    assert sums.dtype == np.int32
+    scales = np.full((1, m), 0.5, np.float16)
+    weights = {"qweight": pack_int4(q), "scales": scales, "row_sums": sums, "bias": np.zeros(m, np.float32)}
+    expected = (x.astype(np.int64) @ q.astype(np.int64) * 0.5).astype(np.float32)
+    for path in ("any", "gemm_small", "gemm_large", "matvec"):
+        np.testing.assert_array_equal(Call(x, weights, path, act_bits=bits).y, expected, path)
+
+
+def test_no_tokens(rng: np.random.Generator) -> None:
+    weights = random_weights(rng, "SpecQuantMatMul", 64, 8, 5, 64, 64)
+    y = Call(np.empty((0, 64), np.float32), weights, group_size=64, act_bits=4, act_group=64).y
+    assert y.shape == (0, 8)
+
+
+def test_arrays_off_their_alignment(rng: np.random.Generator) -> None:
+    """Addresses that vector loads cannot take: the library must see it and go another way."""
+    weights = random_weights(rng, "SpecQuantMatMul", 128, 16, 8, 64, 64)
+    x = random_input(rng, (9, 128), np.float16)
+    attributes: dict[str, Any] = {"group_size": 64, "act_bits": 4, "act_group": 64, "subtract": 1}
+    expected = reference.specquant_matmul(x.astype(np.float32), **weights, **attributes)
+    size = float(np.abs(expected).max())
+    for name in ("x", "basis", "coef", "scales", "row_sums", "bias", "qweight", "y"):
+        y = Call(x, weights, offsets={name: 4}, **attributes).y
+        np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=1e-3 * size, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"group_size": 48}, "group_size 48"),
+        ({"act_bits": 9}, "act_bits must be 2 to 8"),
+        ({"act_clip": 0.0}, "act_clip"),
+        ({"hadamard": 48}, "hadamard must be"),
+        ({"rank": 9}, "rank must be"),
+        ({"path": "fast"}, "path must be"),
+        ({"path": "matvec", "group_size": 8, "act_group": 8}, "does not take these sizes"),
+    ],
+)
+def test_what_is_refused(rng: np.random.Generator, change: dict[str, Any], words: str) -> None:
+    attributes: dict[str, Any] = {"group_size": 64, "act_bits": 4, "act_group": 64} | change
+    small = attributes["group_size"] == 8
+    weights = random_weights(rng, "SpecQuantMatMul", 128, 8, 8, 8 if small else 64, 8 if small else 64)
+    if "rank" in attributes:
+        weights["rank"] = np.array([attributes.pop("rank")])
+    with pytest.raises(SpecQuantError, match=words):
+        Call(random_input(rng, (2, 128)), weights, **attributes)
+
+
+def test_arrays_of_the_host_are_refused(rng: np.random.Generator) -> None:
+    weights = {k: DeviceArray(v) for k, v in random_weights(rng, "Int4ResidualMatMul", 64, 8, 0).items()}
+    with pytest.raises(SpecQuantError, match="x does not lie on the GPU"):
+        library_cuda.layout(random_input(rng, (2, 64)), **weights)
+    x = DeviceArray(random_input(rng, (2, 64)))
+    with pytest.raises(SpecQuantError, match=r"scales is float32 \[1, 8\]; it should be float16"):
+        library_cuda.layout(x, **(weights | {"scales": DeviceArray(np.ones((1, 8), np.float32))}))

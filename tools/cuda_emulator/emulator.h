@@ -1,0 +1,151 @@
+// A GPU's threads on a CPU, one fiber each, so that the CUDA kernels can be tested where there is no GPU.
+//
+// A block's threads run in turn and in random order until they meet at a barrier; operations of a warp (mma, shuffles,
+// ldmatrix) happen when the last of its 32 lanes arrives. Copies to shared memory land at their wait and not before.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include <ucontext.h>
+
+using std::max;
+using std::min;
+
+namespace emulator {
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool there;
+};
+
+struct Fiber {
+  std::vector<Copy> pending;
+  std::vector<std::vector<Copy>> groups;
+  ucontext_t context;
+  std::vector<char> stack;
+  bool done;
+  uint3 thread;
+  int warp, lane;
+};
+
+// What the lanes of a warp brought to an operation, and where each wants its result.
+struct Meeting {
+  int arrived = 0;
+  long generation = 0;
+  void* in[32];
+  void* out[32];
+};
+
+extern uint3 block;
+extern dim3 block_size, grid_size;
+extern char* shared;
+extern Fiber* self;
+extern std::vector<Meeting> warps;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "CUDA emulator: %s\n", what);
+  std::abort();
+}
+
+void yield();
+void sync_threads();
+void launch(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body);
+
+// Every lane brings `in` and `out`; the last one runs work(in[32], out[32]).
+template <class Work>
+void together(void* in, void* out, Work work) {
+  Meeting& warp = warps[self->warp];
+  const long generation = warp.generation;
+  warp.in[self->lane] = in;
+  warp.out[self->lane] = out;
+  if (++warp.arrived == 32) {
+    work(warp.in, warp.out);
+    warp.arrived = 0;
+    ++warp.generation;
+  } else {
+    while (warp.generation == generation) yield();
+  }
+}
+
+template <class To, class From>
+To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof result);
+  return result;
+}
+
+}  // namespace emulator
+
+#undef __global__
+#undef __device__
+#undef __forceinline__
+#undef __shared__
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define threadIdx (emulator::self->thread)
+#define blockIdx emulator::block
+#define blockDim emulator::block_size
+#define gridDim emulator::grid_size
+#define __syncthreads emulator::sync_threads
+#define EMULATED_SHARED(type, name) type* name = reinterpret_cast<type*>(emulator::shared)
+
+inline void __syncwarp() {
+  emulator::together(nullptr, nullptr, [](void**, void**) {});
+}
+
+inline float __shfl_xor_sync(unsigned, float value, int distance) {
+  float result;
+  emulator::together(&value, &result, [distance](void** in, void** out) {
+    for (int i = 0; i < 32; ++i) *static_cast<float*>(out[i]) = *static_cast<float*>(in[i ^ distance]);
+  });
+  return result;
+}
+
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}
+inline float __int_as_float(int v) { return emulator::bits_as<float>(v); }
+inline float __uint_as_float(unsigned v) { return emulator::bits_as<float>(v); }
+inline int __float_as_int(float v) { return emulator::bits_as<int>(v); }
+inline unsigned __float_as_uint(float v) { return emulator::bits_as<unsigned>(v); }
+
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t both = uint64_t(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return result;
+}
+
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 4; ++i) sum += int(int8_t(a >> 8 * i)) * int(int8_t(b >> 8 * i));
+  return sum;
+}
+
+inline __half2 emulated_hfma2(__half2 a, __half2 b, __half2 c) {
+  const float2 x = __half22float2(a), y = __half22float2(b), z = __half22float2(c);
+  return __floats2half2_rn(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
+}
+#define __hfma2 emulated_hfma2

@@ -1,0 +1,111 @@
+// The instructions of kernels/cuda/ptx.cuh by their definition in the PTX manual, lane by lane.
+#pragma once
+
+#include "emulator.h"
+
+namespace specquant_cuda {
+
+inline float half_of(uint32_t word, int which) {
+  __half_raw raw;
+  raw.x = static_cast<unsigned short>(word >> 16 * which);
+  return __half2float(__half(raw));
+}
+inline float tf32_of(uint32_t word) { return emulator::bits_as<float>(word & 0xFFFFE000u); }
+
+struct Operands {
+  const uint32_t* a;
+  const uint32_t* b;
+};
+
+// d = A · B + d, both gathered from the lanes: A [16, K] from 4 registers, B [K, 8] from 2, `each` values a register,
+// K = 8 · each, value(word, i) the i-th of a word.
+template <int each, class Value, class Sum, class Wide, class Read>
+void multiply_add(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Wide, Read read) {
+  Operands operands{a, b};
+  emulator::together(&operands, d, [read](void** in, void** out) {
+    constexpr int K = 8 * each;
+    static Value A[16][K], B[K][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const Operands& from = *static_cast<Operands*>(in[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < each; ++i) {
+        for (int j = 0; j < 4; ++j) A[g + j % 2 * 8][j / 2 * 4 * each + each * t + i] = read(from.a[j], i);
+        for (int j = 0; j < 2; ++j) B[j * 4 * each + each * t + i][g] = read(from.b[j], i);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int j = 0; j < 4; ++j) {
+        Sum& result = static_cast<Sum*>(out[lane])[j];
+        Wide sum = result;
+        for (int k = 0; k < K; ++k) sum += Wide(A[lane / 4 + j / 2 * 8][k]) * B[k][lane % 4 * 2 + j % 2];
+        result = Sum(sum);
+      }
+  });
+}
+
+inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int (&c)[4]) {
+  const int start[4] = {c[0], c[1], c[2], c[3]};
+  std::memcpy(d, start, sizeof d);
+  multiply_add<4, int8_t>(d, a, b, int(), [](uint32_t word, int i) { return int8_t(word >> 8 * i); });
+}
+
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_add<2, float>(d, a, b, double(), [](uint32_t word, int i) { return half_of(word, i); });
+}
+
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_add<1, float>(d, a, b, double(), [](uint32_t word, int) { return tf32_of(word); });
+}
+
+// Aborts on a bank conflict, too.
+inline void load_matrices(uint32_t (&d)[4], const void* shared) {
+  emulator::together(const_cast<void*>(shared), d, [](void** in, void** out) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i)
+        static_cast<uint32_t*>(out[lane])[i] = static_cast<const uint32_t*>(in[8 * i + lane / 4])[lane % 4];
+    for (int i = 0; i < 4; ++i) {
+      int banks = 0;
+      for (int row = 0; row < 8; ++row)
+        banks |= 1 << (static_cast<const char*>(in[8 * i + row]) - emulator::shared) / 16 % 8;
+      if (banks != 255) emulator::fail("ldmatrix with a bank conflict");
+    }
+  });
+}
+
+inline void copy_async(void* shared, const void* global, bool there) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || (there && reinterpret_cast<uintptr_t>(global) % 16))
+    emulator::fail("cp.async of a misaligned address");
+  emulator::self->pending.push_back({shared, global, there});
+}
+
+inline void commit_async() {
+  emulator::self->groups.push_back(std::move(emulator::self->pending));
+  emulator::self->pending.clear();
+}
+
+template <int pending>
+void wait_async() {
+  auto& groups = emulator::self->groups;
+  while (int(groups.size()) > pending) {
+    for (const emulator::Copy& copy : groups.front()) {
+      if (copy.there) {
+        std::memcpy(copy.to, copy.from, 16);
+      } else {
+        std::memset(copy.to, 0, 16);
+      }
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+inline uint4 load_stream(const void* global) {
+  if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("a misaligned load of 16 bytes");
+  return *static_cast<const uint4*>(global);
+}
+
+inline float min_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b); }
+inline float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
+inline uint32_t bits_of(__half2 v) { return emulator::bits_as<uint32_t>(v); }
+inline __half2 half2_of(uint32_t v) { return emulator::bits_as<__half2>(v); }
+
+}  // namespace specquant_cuda
