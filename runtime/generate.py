@@ -177,12 +177,7 @@ class Model:
             return
         clock.start()
         sequences = self._backend.sequences(len(answers))
-        last = []
-        for row, answer in enumerate(answers):
-            for block in sequences.prefill(row, answer.ids):
-                logits = block
-            last.append(logits[-1].copy())
-        logits = np.stack(last)
+        logits = np.stack([sequences.prefill_last(row, answer.ids) for row, answer in enumerate(answers)])
         ends = set(self.manifest.model.eos_token_ids)
         active = list(answers)  # active[row] is the answer in that row of `sequences`
         while True:

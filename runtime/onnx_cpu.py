@@ -29,12 +29,14 @@ class OnnxCpu:
         self.model = model
         self.context = context
         self.dtype: np.dtype[np.floating] = np.dtype(model.float_type)
-        self.block = max(1, min(_MAX_BLOCK, _MAX_LOGITS // model.vocab_size))
+        self.block = max(1, min(_MAX_BLOCK, _MAX_LOGITS // model.vocab_size))  # of prefill with all its logits
         self.session = _open(folder, threads, custom_ops)
         names = {item.name for item in self.session.get_overridable_initializers()}
         if rank is not None and "rank" not in names:
             raise SpecQuantError(f"{folder / 'model.onnx'} has no `rank` to set: re-export the model")
         self.rank = None if rank is None else np.array([rank], np.int64)
+        if "logits_to_keep" not in names:
+            raise SpecQuantError(f"{folder / 'model.onnx'} has no `logits_to_keep`: re-export the model")
         _check_graph(folder, self.session, model)
 
     def sequences(self, rows: int) -> OnnxSequences:
@@ -63,14 +65,21 @@ class OnnxSequences:
         self._step: _Binding | None = None  # of decode: kept while rows and buffers stay
 
     def prefill(self, row: int, ids: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+        yield from self._prefill(row, ids, self._backend.block, 0)
+
+    def prefill_last(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        for logits in self._prefill(row, ids, _MAX_BLOCK, 1):
+            last = logits[-1]
+        return last.copy()
+
+    def _prefill(self, row: int, ids: NDArray[np.int64], block: int, keep: int) -> Iterator[NDArray[np.float32]]:
         cache = self._cache
         if cache.reserve(int(cache.lengths[row]) + len(ids)):
             self._step = None
-        for start in range(0, len(ids), self._backend.block):
-            block = ids[start : start + self._backend.block]
-            binding = _Binding(self._backend, cache, slice(row, row + 1), len(block))
-            logits = binding.run(block[None], cache.lengths[row : row + 1])[0]
-            cache.lengths[row] += len(block)
+        for part in (ids[start : start + block] for start in range(0, len(ids), block)):
+            binding = _Binding(self._backend, cache, slice(row, row + 1), len(part), keep)
+            logits = binding.run(part[None], cache.lengths[row : row + 1])[0]
+            cache.lengths[row] += len(part)
             yield logits
 
     def decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -91,23 +100,28 @@ class OnnxSequences:
 
 
 class _Binding:
-    """The graph's inputs and outputs bound to fixed memory, for `tokens` new tokens in each of some rows.
+    """The graph's inputs and outputs bound to fixed memory, for `tokens` new tokens in each of some rows, with logits
+    of the last `keep` of them, or of all for 0.
 
     Everything but the mask keeps its shape from step to step, so a step binds one thing.
     """
 
-    def __init__(self, backend: OnnxCpu, cache: KVCache, rows: slice, tokens: int) -> None:
+    def __init__(self, backend: OnnxCpu, cache: KVCache, rows: slice, tokens: int, keep: int = 0) -> None:
         count = rows.stop - rows.start
         self._session = backend.session
         self._binding = self._session.io_binding()
         self._ids = np.empty((count, tokens), np.int64)
         self._positions = np.empty((count, tokens), np.int64)
-        self._logits: NDArray[np.floating] = np.empty((count, tokens, backend.model.vocab_size), backend.dtype)
+        shape = (count, keep or tokens, backend.model.vocab_size)
+        self._logits: NDArray[np.floating] = np.empty(shape, backend.dtype)
+        self._keep = np.array([keep], np.int64)
         self._kept = [buffer[rows] for buffer in cache.buffers]  # views, alive while they are bound
         self._rank = backend.rank
         self._mask: NDArray[np.int64]
         self._input("input_ids", self._ids)
         self._input("position_ids", self._positions)
+        if keep:
+            self._input("logits_to_keep", self._keep)
         if self._rank is not None:
             self._input("rank", self._rank)
         for index, buffer in enumerate(self._kept):
@@ -117,7 +131,7 @@ class _Binding:
         self._output("logits", self._logits)
 
     def run(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits [rows, tokens, vocab] of `ids` [rows, tokens], after `lengths` [rows] tokens in the cache."""
+        """Logits [rows, kept, vocab] of `ids` [rows, tokens], after `lengths` [rows] tokens in the cache."""
         tokens = ids.shape[1]
         self._ids[:] = ids
         self._positions[:] = lengths[:, None] + np.arange(tokens)

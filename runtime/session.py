@@ -25,6 +25,9 @@ class Sequences(Protocol):
     def prefill(self, row: int, ids: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
         """Append `ids` [T] to one row; yields its logits in order, blocks [t, vocab] valid until the next."""
 
+    def prefill_last(self, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append `ids` [T], T > 0, to one row; the last one's logits [vocab]."""
+
     def decode(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Append one token to each row, ids [rows]; logits [rows, vocab], valid until the next call."""
 

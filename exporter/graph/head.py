@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from specquant.exporter.graph.writer import GraphWriter
 
+_END = np.iinfo(np.int64).max
+
 
 def embed(
     graph: GraphWriter, input_ids: ir.Value, embedding: NDArray[np.float32], scale: float
@@ -23,8 +25,15 @@ def embed(
     return rows, table
 
 
+def last_positions(graph: GraphWriter, x: ir.Value, keep: ir.Value, hidden: int) -> ir.Value:
+    """The last `keep` i64[1] positions of x [batch, sequence, hidden], or all of them for 0."""
+    end, axis = (graph.tensor(f"logits_to_keep.{n}", np.array([v], np.int64)) for n, v in (("end", _END), ("axis", 1)))
+    start = graph.op("Neg", [keep], "logits_to_keep.start", (1,), ir.DataType.INT64)
+    return graph.op("Slice", [x, start, end, axis], "logits_to_keep.slice", ("batch", "kept", hidden))
+
+
 def lm_head(graph: GraphWriter, x: ir.Value, table: ir.Value, logits: ir.Value) -> None:
-    """Write logits [batch, sequence, vocab] = x · tableᵀ; x [batch, sequence, hidden], table [vocab, hidden].
+    """Write logits [batch, kept, vocab] = x · tableᵀ; x [batch, kept, hidden], table [vocab, hidden].
 
     FusedMatMul reads a tied table as it lies. MatMul would fold a transposed copy of it, and Gemm, being 2-D,
     needs a Reshape that copies all logits.

@@ -9,7 +9,7 @@ from specquant.custom_ops.functions import OPSET, function_protos
 from specquant.custom_ops.schema import DOMAIN, VERSION
 from specquant.exporter.decoder import Decoder, DecoderLayer, QuantLinear
 from specquant.exporter.graph.attention import AttentionInputs, attention, attention_inputs
-from specquant.exporter.graph.head import embed, lm_head
+from specquant.exporter.graph.head import embed, last_positions, lm_head
 from specquant.exporter.graph.kv_attention import cache_row
 from specquant.exporter.graph.linear import linear
 from specquant.exporter.graph.mlp import gated_mlp
@@ -33,13 +33,15 @@ def build_model(decoder: Decoder, float_type: FloatType, metadata: dict[str, str
     position_ids = ir.val("position_ids", I64, ("batch", "sequence"))
     past = [_cache(decoder, graph, f"past_key_values.{i}", "past_sequence") for i in range(config.num_layers)]
     present = [_cache(decoder, graph, f"present.{i}", "total_sequence") for i in range(config.num_layers)]
-    logits = ir.val("logits", graph.float_type, ("batch", "sequence", config.vocab_size))
+    logits = ir.val("logits", graph.float_type, ("batch", "kept", config.vocab_size))
     rank = _rank(decoder, graph)
+    keep = graph.tensor("logits_to_keep", np.zeros(1, np.int64))
 
     shared = attention_inputs(graph, attention_mask, position_ids, decoder.rope_cos, decoder.rope_sin)
     x, table = embed(graph, input_ids, decoder.embedding, config.embedding_scale)
     for i, layer in enumerate(decoder.layers):
         x = _block(graph, x, decoder, layer, f"model.layers.{i}", past[i], present[i], shared, rank)
+    x = last_positions(graph, x, keep, config.hidden_size)
     x = rms_norm(graph, x, decoder.final_norm, config.rms_norm_eps, "model.norm")
     if decoder.lm_head is not None:
         table = graph.floats("lm_head.weight", decoder.lm_head)
@@ -51,7 +53,7 @@ def build_model(decoder: Decoder, float_type: FloatType, metadata: dict[str, str
     opsets = {"": OPSET, "com.microsoft": 1} | ({DOMAIN: VERSION} if used else {})
     return ir.Model(
         ir.Graph(
-            inputs + ([rank] if rank else []),
+            [*inputs, keep, *([rank] if rank else [])],
             outputs,
             nodes=graph.nodes,
             initializers=graph.initializers,

@@ -84,6 +84,22 @@ def test_steps_and_blocks_equal_one_pass(float_model: Model, rng: np.random.Gene
         backend.block = kept
 
 
+@pytest.mark.parametrize("block", [7, 512])
+def test_the_last_logits_of_a_prompt(
+    float_model: Model, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """In rows of different length, with blocks shorter than the prompt or not, and what comes after them."""
+    monkeypatch.setattr("specquant.runtime.onnx_cpu._MAX_BLOCK", block)
+    prompts = [rng.integers(3, 320, length) for length in (30, 1, 8)]
+    sequences = float_model._backend.sequences(3)
+    last = [sequences.prefill_last(row, ids) for row, ids in enumerate(prompts)]
+    after = sequences.decode(np.array([5, 6, 7])).copy()
+    for row, ids in enumerate(prompts):
+        whole = float_model.logits(np.append(ids, 5 + row))
+        np.testing.assert_allclose(last[row], whole[-2], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(after[row], whole[-1], rtol=1e-4, atol=1e-4)
+
+
 def test_a_cache_that_grows(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = model.generate_batch(PROMPTS, max_new_tokens=40)
     monkeypatch.setattr("specquant.runtime.cache._FIRST_CAPACITY", 4)

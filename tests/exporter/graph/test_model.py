@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from specquant.custom_ops.errors import SpecQuantError
@@ -42,21 +43,36 @@ def test_signature_and_checker(
         "attention_mask": ["batch", "total_sequence"],
         "position_ids": ["batch", "sequence"],
         **{f"past_key_values.{name}": ["batch", 2, "past_sequence", 16] for name in caches},
+        "logits_to_keep": [1],
         **({"rank": [1]} if quantised else {}),
     }
     assert {value.name: dims(value) for value in model.graph.input} == expected
     assert {value.name: dims(value) for value in model.graph.output} == {
-        "logits": ["batch", "sequence", 128],
+        "logits": ["batch", "kept", 128],
         **{f"present.{name}": ["batch", 2, "total_sequence", 16] for name in caches},
     }
     kind = onnx.TensorProto.FLOAT if float_type == "float32" else onnx.TensorProto.FLOAT16
     kinds = {value.name: value.type.tensor_type.elem_type for value in [*model.graph.input, *model.graph.output]}
     assert {name for name, value in kinds.items() if value == kind} == {
-        name for name in kinds if name.startswith(("past", "present", "logits"))
+        name for name in kinds if name.startswith(("past", "present")) or name == "logits"
     }
     assert {prop.key: prop.value for prop in model.metadata_props} == {"specquant.recipe": "a recipe"}
     known = {value.name for value in [*model.graph.value_info, *model.graph.output]}
     assert {name for node in model.graph.node for name in node.output} <= known
+
+
+def test_logits_of_the_last_positions(rng: np.random.Generator, tmp_path: Path) -> None:
+    _, decoder = tiny_llama(int(rng.integers(2**31)))
+    save_model(build_model(decoder, "float32", {}), tmp_path)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids = rng.integers(0, 128, (1, 9))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(9)[None]}
+    feeds |= {i.name: np.zeros((1, 2, 0, 16), np.float32) for i in session.get_inputs() if i.name.startswith("past")}
+    (whole,) = session.run(["logits"], feeds)
+    assert whole.shape == (1, 9, 128)
+    for keep in (0, 1, 4, 9, 100):
+        (kept,) = session.run(["logits"], feeds | {"logits_to_keep": np.array([keep])})
+        np.testing.assert_allclose(kept, whole[:, -keep:], rtol=1e-5, atol=1e-5)
 
 
 def test_only_functions_that_are_called_are_attached(rng: np.random.Generator) -> None:
