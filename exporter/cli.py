@@ -24,9 +24,9 @@ EPILOG = """examples:
   specquant export sample -o x --print-recipe > recipe.yaml       (then edit it, and: --recipe recipe.yaml)
 
 presets:
-  klt    4-bit weights and activations in groups of 64; a 16-bit branch along the 32 directions of the activations
-         that carry most energy, which are taken out before the activations are quantised. The default: the most
-         accurate.
+  klt    4-bit weights and activations in groups of 64, rotated by Hadamard transforms; a 16-bit branch along the 32
+         directions of the activations that carry most energy, which are taken out before the activations are
+         quantised. The default: the most accurate.
   paper  SpecQuant as published: Fourier basis with 16 frequencies, one scale per output channel and per token.
 
 W-A bits say how weights and activations are stored: 4-4 (default), 4-8 (--a-bits 8: more accurate), 4-16.
@@ -40,6 +40,7 @@ _FIELDS: dict[str, tuple[str, Any, str]] = {
     "--k": ("k", int, "frequencies (dft, rank 2k - 1) or directions (klt, rank k) of the branch"),
     "--group-size": ("group_size", int, "input features that share a weight scale; 0: per channel"),
     "--act-group": ("act_group", int, "input features that share an activation scale; 0: per token"),
+    "--hadamard": ("hadamard", int, "largest block of the Hadamard transform of activations; 0: none"),
     "--budget": (
         "budget",
         str,

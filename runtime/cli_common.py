@@ -93,8 +93,10 @@ class Progress:
         if not quiet and not self._plain:
             from tqdm import tqdm
 
-            # delay: a step that takes no two seconds shows no bar
-            self._bar = tqdm(desc=label, total=total, unit=unit, unit_scale=unit_scale, delay=1, leave=False)
+            # delay: a step that takes no two seconds shows no bar. disable: TQDM_DISABLE is for the bars of libraries.
+            self._bar = tqdm(
+                desc=label, total=total, unit=unit, unit_scale=unit_scale, delay=1, leave=False, disable=False
+            )
 
     def update(self, amount: int) -> None:
         self._done += amount
