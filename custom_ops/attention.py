@@ -56,17 +56,20 @@ def int4_kv_attention(
     local_window_size: int = -1,
     scale: float = 0.0,
     hadamard: int = 0,
+    clip: float = 1.0,
 ) -> tuple[Float, NDArray[np.int8], NDArray[np.int8]]:
     """`Int4KVAttention`: append k and v to the packed cache, then y = softmax(scale · q k̂ᵀ) v̂ over what is in it.
 
     Keys are cached as H (rotary(k) − key_offset), and met by H rotary(q): with an orthonormal H that is every score but
-    a term that all keys of a query share. scale 0 is 1 / √d.
+    a term that all keys of a query share. scale 0 is 1 / √d; clip as in `kv_rows.quantize_rows`.
 
     qkv [B, S, (H + 2K) · d], past_key and past_value int8 [B, K, P, E], seqlens_k [B], total_sequence_length [],
     position_ids [B, S], cos and sin [C, R], key_offset [K, d] → y [B, S, H · d], present_key and present_value int8
     [B, K, T, E], of which rows from seqlens_k + 1 on are zero here and undefined in a kernel. Raises SpecQuantError if
     sizes disagree.
     """
+    if not 0 < clip <= 1:
+        raise SpecQuantError(f"clip is {clip}; use more than 0, and at most 1")
     batch, sequence, width = qkv.shape
     d = width // (num_heads + 2 * kv_num_heads)
     capacity = max(past_key.shape[2], int(total_sequence_length))
@@ -86,7 +89,7 @@ def int4_kv_attention(
         start = max(0, total - sequence)  # where the new tokens go
         for cache, past, new in zip(present, (past_key, past_value), (k, v), strict=True):
             cache[b, :, :start] = past[b, :, :start]
-            cache[b, :, start:total] = pack_rows(new[b, :, : total - start])
+            cache[b, :, start:total] = pack_rows(new[b, :, : total - start], clip)
         keys, values = (np.repeat(unpack_rows(c[b, :, :total]), num_heads // kv_num_heads, axis=0) for c in present)
         for t in range(total - start):
             seen = slice(max(0, start + t + 1 - local_window_size) if local_window_size > 0 else 0, start + t + 1)

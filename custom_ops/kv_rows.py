@@ -28,16 +28,21 @@ def row_bytes(head_dim: int) -> int:
     return head_dim // 2 + PARAMETERS
 
 
-def quantize_rows(x: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+def quantize_rows(
+    x: NDArray[np.float32], clip: float = 1.0
+) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
     """x [..., d] → q uint8 [..., d] in 0…15, scale and low float16 [..., 1], so that x ≈ low + scale · q.
 
-    low = min x and scale = (max x − min x) / 15, both rounded to float16 first; q = clip(rint((x − low) / scale), 0,
-    15), and 0 where scale is 0. Where float16 holds neither, or x a NaN or an infinity, scale and low are NaN, q is 0.
+    The levels span the middle `clip` of the range: with cut = (max x − min x) (1 − clip) / 2, low = min x + cut and
+    scale = (max x − min x − 2 cut) / 15, both rounded to float16 first; q = clip(rint((x − low) / scale), 0, 15), and 0
+    where scale is 0. Where float16 holds neither, or x a NaN or an infinity, scale and low are NaN, q is 0.
     """
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         lo, hi = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
-        scale = ((hi - lo) / LEVELS).astype(np.float16)
-        low = lo.astype(np.float16) + np.float16(0)  # −0 becomes 0
+        span = hi - lo
+        cut = span * (np.float32(0.5) * (np.float32(1) - np.float32(clip)))
+        scale = ((span - (cut + cut)) / LEVELS).astype(np.float16)
+        low = (lo + cut).astype(np.float16) + np.float16(0)  # −0 becomes 0
         finite = np.isfinite(scale) & np.isfinite(low)
         inverse = np.where(scale > 0, np.float32(1) / scale.astype(np.float32), np.float32(0))
         q = np.where(finite, np.clip(np.rint((x - low.astype(np.float32)) * inverse), 0, LEVELS), np.float32(0))
@@ -45,11 +50,11 @@ def quantize_rows(x: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np
     return q.astype(np.uint8), np.where(finite, scale, nan), np.where(finite, low, nan)
 
 
-def pack_rows(x: NDArray[np.float32]) -> NDArray[np.int8]:
+def pack_rows(x: NDArray[np.float32], clip: float = 1.0) -> NDArray[np.int8]:
     """Quantise and pack x [..., d] → int8 [..., d/2 + 4]. Raises SpecQuantError as `row_bytes`."""
     row_bytes(x.shape[-1])
     half = x.shape[-1] // 2
-    q, scale, low = quantize_rows(x)
+    q, scale, low = quantize_rows(x, clip)
     nibbles = q[..., :half] | q[..., half:] << 4
     parameters = np.concatenate([scale, low], axis=-1).astype("<f2").view(np.uint8)
     return np.concatenate([nibbles, parameters], axis=-1).view(np.int8)

@@ -24,7 +24,7 @@ class _Attention(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_int64) for name in _SIZES]
         + [(name, ctypes.c_int32) for name in ("hadamard", "half")]
-        + [("scale", ctypes.c_float)]
+        + [(name, ctypes.c_float) for name in ("scale", "clip")]
         + [(name, ctypes.c_void_p) for name in _POINTERS]
     )
 
@@ -45,6 +45,7 @@ def int4_kv_attention(
     local_window_size: int = -1,
     scale: float = 0.0,
     hadamard: int = 0,
+    clip: float = 1.0,
     in_place: bool = False,
     isa: str | None = None,
 ) -> tuple[NDArray[Any], NDArray[np.int8], NDArray[np.int8]]:
@@ -80,7 +81,7 @@ def int4_kv_attention(
     operands |= {"present_key": present[0], "present_value": present[1], "y": y}
     problem = _Attention(
         batch, sequence, past_rows, rows, num_heads, kv_num_heads, head_dim, context, columns, local_window_size,
-        hadamard, qkv.dtype == np.float16, scale, *(library.address(operands[name]) for name in _POINTERS),
+        hadamard, qkv.dtype == np.float16, scale, clip, *(library.address(operands[name]) for name in _POINTERS),
     )  # fmt: skip
     error = library.loaded().specquant_attend(ctypes.byref(problem), None if isa is None else isa.encode())
     if error:

@@ -88,6 +88,7 @@ _ATTENTION_ATTRIBUTES = (
     Attribute("local_window_size", -1, "Tokens that a query sees, itself included; -1: all before it."),
     Attribute("scale", 0.0, "What q · k is multiplied by; 0: 1 / √d."),
     Attribute("hadamard", 0, "1: queries and keys are rotated by a Hadamard matrix before the cache."),
+    Attribute("clip", 1.0, "Share of a cached row's range that its levels span, in (0, 1]."),
 )
 
 OPS = {

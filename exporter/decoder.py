@@ -75,6 +75,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0  # what rows of the embedding are multiplied by, though not as the head reads them
     activation: Literal["silu", "gelu_tanh"] = "silu"
     kv_bits: int = 16  # of the KV cache: 4, or 16 for the graph's float type
+    kv_clip: float = 1.0  # share of a cached row's range that its 4-bit levels span
 
 
 @dataclass(frozen=True)

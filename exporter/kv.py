@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,9 @@ def matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def fake_quantize_rows(x: Tensor) -> Tensor:
-    """Each row of x [..., d] in 4 bits and back, float32: low + scale · q as in custom_ops/kv_rows.py.
+def fake_quantize_rows(x: Tensor, clip: float = 1.0) -> Tensor:
+    """Each row of x [..., d] in 4 bits and back: low + scale · q, levels over the middle `clip` of its range, as
+    in custom_ops/kv_rows.py.
 
     A row that float16 cannot span, or with a NaN or an infinity, is NaN. Gradients pass straight through.
     """
@@ -70,22 +72,25 @@ def fake_quantize_rows(x: Tensor) -> Tensor:
     with torch.no_grad():
         lo, hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         levels = torch.tensor(float(LEVELS), device=x.device)  # a Python number would become a reciprocal
-        scale, low = ((hi - lo) / levels).half().float(), lo.half().float()
+        span = hi - lo
+        cut = span * (0.5 * (1 - torch.tensor(clip, device=x.device)))
+        scale, low = ((span - (cut + cut)) / levels).half().float(), (lo + cut).half().float()
         inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
         q = ((x - low) * inverse).round().clamp(0, LEVELS)
         y = torch.where(scale.isfinite() & low.isfinite(), low + scale * q, torch.full_like(x, torch.nan))
     return x + (y - x).detach() if x.requires_grad else y
 
 
-def use_int4_cache(model: nn.Module) -> None:
+def use_int4_cache(model: nn.Module, clip: float) -> None:
     """Let every attention of a transformers model see keys (after RoPE) and values as the 4-bit cache holds them.
 
     An attention without a key offset measures it: the mean key of its first call, all tokens but each sequence's
     first, whose keys are like no others.
     """
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    name = f"{NAME}_{clip}"
+    AttentionInterface.register(name, partial(_attention, clip=clip))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)  # type: ignore[operator]
 
 
 def set_key_offset(attention: nn.Module, offset: NDArray[np.float32] | None) -> None:
@@ -100,7 +105,13 @@ def key_offset(attention: nn.Module) -> NDArray[np.float32] | None:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    clip: float,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """query [batch, heads, tokens, d], key and value [batch, kv_heads, past + tokens, d]."""
     dtype = query.dtype
@@ -110,6 +121,6 @@ def _attention(
     key = key - getattr(module, _OFFSET)[:, None].to(key.device)
     if rotates_keys(key.shape[-1]):
         query, key = hadamard(query), hadamard(key)
-    key, value = fake_quantize_rows(key).to(dtype), fake_quantize_rows(value).to(dtype)
+    key, value = (fake_quantize_rows(x, clip).to(dtype) for x in (key, value))
     output: tuple[Tensor, None] = sdpa_attention_forward(module, query.to(dtype), key, value, attention_mask, **options)
     return output

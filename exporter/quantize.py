@@ -55,7 +55,9 @@ def quantize(
     layers = list(base.get_submodule(family.layers).children())
     if recipe.kv_bits == 4:
         row_bytes(config.head_dim)
-        use_int4_cache(model)  # what comes after the attention is calibrated on what the cache makes of it
+        use_int4_cache(
+            model, recipe.kv_clip
+        )  # what comes after the attention is calibrated on what the cache makes of it
     calibrated = recipe.needs_calibration
     if calibrated and tokens is None:
         raise ValueError("a quantising recipe needs calibration tokens")
@@ -96,7 +98,7 @@ def quantize(
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     cos, sin = _stored_rotary_tables(base, family, text, config.context_length)
     return Decoder(
-        config=replace(config, kv_bits=recipe.kv_bits),
+        config=replace(config, kv_bits=recipe.kv_bits, kv_clip=recipe.kv_clip),
         embedding=embedding.cpu().numpy(),
         layers=done,
         final_norm=final_norm.cpu().numpy(),

@@ -51,6 +51,7 @@ class Recipe:
     w_bits: int = 4
     a_bits: int = 4
     kv_bits: int = 16
+    kv_clip: float = 0.93  # share of a cached row's range that its 4-bit levels span
     basis: str = "klt"
     k: int = 32
     subtract: bool = True  # s of the method: the activation's own low-rank part is removed before it is quantised
@@ -99,6 +100,8 @@ class Recipe:
             raise SpecQuantError(f"recipe: sequence_length {self.sequence_length} is too short; use 16 or more")
         if not 0 < self.damping <= 1:
             raise SpecQuantError(f"recipe: damping {self.damping} is not in (0, 1]; 0.01 is usual")
+        if not 0 < self.kv_clip <= 1:
+            raise SpecQuantError(f"recipe: kv_clip {self.kv_clip} is not in (0, 1]; 0.93 is usual")
         if not 0 < self.refine_lr < 1:
             raise SpecQuantError(f"recipe: refine_lr {self.refine_lr} is not in (0, 1); 0.001 is usual")
         if self.refine_steps and self.samples - held_back(self.samples) < self.refine_batch:

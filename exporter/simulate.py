@@ -113,7 +113,7 @@ def simulate(model: nn.Module, family: Family, decoder: Decoder) -> nn.Module:
         if decoder.config.kv_bits == 4:
             set_key_offset(layer.get_submodule(family.attention), numbers.key_offset)
     if decoder.config.kv_bits == 4:
-        use_int4_cache(model)
+        use_int4_cache(model, decoder.config.kv_clip)
     return model.eval()
 
 

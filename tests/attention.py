@@ -46,6 +46,7 @@ def random_call(
     head_dim: int = 64,
     window: int = -1,
     hadamard: int = 0,
+    clip: float = 1.0,
     spare: int = 0,
     rotary: int | None = None,
     scale: float = 0.0,
@@ -78,8 +79,13 @@ def random_call(
         "sin": np.sin(angles).astype(np.float32),
         "key_offset": rng.standard_normal((kv_heads, head_dim)).astype(np.float32),
     }
-    attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "local_window_size": window, "hadamard": hadamard}
-    attributes["scale"] = scale
+    attributes: dict[str, Any] = {
+        "num_heads": heads,
+        "kv_num_heads": kv_heads,
+        "local_window_size": window,
+        "hadamard": hadamard,
+    }
+    attributes |= {"scale": scale, "clip": clip}
     return Call(inputs, attributes, np.array(past))
 
 

@@ -60,7 +60,7 @@ def simulated(folder: Path, source: str) -> torch.nn.Module:
 
     caches = [node for node in graph if node.op_type == "Int4KVAttention"]
     if caches:
-        use_int4_cache(model)
+        use_int4_cache(model, float(caches[0].attributes["clip"].value))
     base = model.get_submodule(family.decoder)
     base.get_submodule(family.embedding).weight.data = tensor("model.embed_tokens.weight")
     model.get_submodule(family.lm_head).weight.data = tensor(

@@ -16,6 +16,7 @@ class AttentionKernel : public Kernel {
     attributes_.window = attribute(info, "local_window_size", int64_t(-1));
     attributes_.hadamard = attribute(info, "hadamard", int64_t(0)) != 0;
     attributes_.scale = attribute(info, "scale", 0.0f);
+    attributes_.clip = attribute(info, "clip", 1.0f);
     for (const int64_t heads : {attributes_.num_heads, attributes_.kv_num_heads})
       if (heads < 1 || heads > 1 << 16) throw std::runtime_error("num_heads and kv_num_heads must be 1 to 65536");
   }

@@ -48,6 +48,7 @@ def int4_kv_attention(
         local_window_size=layer.window or -1,
         scale=config.attention_scale,
         hadamard=int(rotates_keys(config.head_dim)),
+        clip=config.kv_clip,
     )
     return output
 

@@ -49,9 +49,8 @@ def isa(request: pytest.FixtureRequest) -> str:
 def call_of(rng: np.random.Generator, kind: str) -> Call:
     past, new, options = CALLS[kind]
     head_dim = options.get("head_dim", 64)
-    return random_call(
-        rng, past, new, hadamard=int(rng.integers(2)) if head_dim & (head_dim - 1) == 0 else 0, **options
-    )
+    hadamard = int(rng.integers(2)) if head_dim & (head_dim - 1) == 0 else 0
+    return random_call(rng, past, new, hadamard=hadamard, clip=float(rng.choice([1.0, 0.93, 0.5])), **options)
 
 
 def check(call: Call, outputs: list[NDArray[Any]]) -> None:
@@ -83,6 +82,17 @@ def test_rows_are_rounded_to_the_nearest_of_16_levels(rng: np.random.Generator, 
     assert (np.abs(unpack_rows(rows) - x) <= bound).all()
     q, scale, low = quantize_rows(x)
     np.testing.assert_array_equal(unpack_rows(rows), low.astype(np.float32) + scale.astype(np.float32) * q)
+
+
+def test_clipped_rows_have_finer_levels(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((50, 48)).astype(np.float32)
+    lo, span = x.min(-1, keepdims=True), np.ptp(x, axis=-1, keepdims=True)
+    _, scale, low = quantize_rows(x, 0.8)
+    np.testing.assert_allclose(scale, 0.8 * span / 15, rtol=1e-3)
+    np.testing.assert_allclose(low, lo + 0.1 * span, rtol=2e-3, atol=1e-3)
+    y = unpack_rows(pack_rows(x, 0.8))
+    inside = (x > lo + 0.1 * span) & (x < lo + 0.9 * span)
+    assert (np.abs(y - x) <= np.where(inside, 0.51 * scale, 0.11 * span) + 2e-3).all()
 
 
 def test_levels_that_fit_come_back_exactly(rng: np.random.Generator) -> None:
@@ -234,6 +244,8 @@ def test_a_value_that_is_not_finite_reaches_those_who_see_it(rng: np.random.Gene
         ({"cos": np.ones((40, 9)), "sin": np.ones((40, 9))}, {}, "head_dim / 2 columns"),
         ({"key_offset": np.ones((2, 8))}, {}, "key_offset is"),
         ({}, {"hadamard": 1}, "power of two"),
+        ({}, {"clip": 0.0}, "clip"),
+        ({}, {"clip": 1.5}, "clip"),
         ({}, {"num_heads": 8, "kv_num_heads": 1}, "past_key is"),
     ],
 )

@@ -138,6 +138,7 @@ const char* check(const Attention& a) {
   if (a.present_rows < a.past_rows) return "the cache cannot shrink";
   if (a.present_rows > a.past_rows + a.sequence) return "total_sequence_length exceeds the cache and the new tokens";
   if (2 * a.rotary > a.head_dim) return "cos and sin have more than head_dim / 2 columns";
+  if (!(a.clip > 0.0f && a.clip <= 1.0f)) return "clip must be more than 0, and at most 1";
   if (a.hadamard && (a.head_dim & (a.head_dim - 1))) return "hadamard needs a head_dim that is a power of two";
   if (!a.qkv || !a.past_key || !a.past_value || !a.seqlens_k || !a.position_ids || !a.cos || !a.sin || !a.key_offset)
     return "an input is missing";

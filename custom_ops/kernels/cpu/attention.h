@@ -27,6 +27,7 @@ struct Attention {
   int32_t hadamard;          // 1: queries and keys pass a Hadamard transform; d is a power of two
   int32_t half;              // 1: qkv and y are float16; 0: float32
   float scale;               // what q · k is multiplied by; 0: 1 / sqrt(d)
+  float clip;                // share of a cached row's range that its levels span, in (0, 1]
   const void* qkv;           // [B, S, (H + 2K) · d]
   const uint8_t* past_key;   // [B, K, P, E]
   const uint8_t* past_value;

@@ -49,10 +49,11 @@ inline void place(const Attention& a, int64_t b, int64_t token, const float* off
   if (a.hadamard) walsh_hadamard(x, a.head_dim);
 }
 
-// q = clip(rint((x − low) / scale), 0, 15) in nibbles, then scale and low as float16. A row that float16 cannot span,
+// q = clip(rint((x − low) / scale), 0, 15) in nibbles, then scale and low as float16, over the middle `clip` of the
+// range. A row that float16 cannot span,
 // or that holds a NaN or an infinity, gets NaN for both.
 template <class E>
-void pack_row(const float* x, int64_t d, uint8_t* to) {
+void pack_row(const float* x, int64_t d, float clip, uint8_t* to) {
   using F = typename E::F;
   F least = E::load(x), most = least, poison = E::splat(0.0f);
   for (int64_t i = 0; i < d; i += 8) {
@@ -61,8 +62,8 @@ void pack_row(const float* x, int64_t d, uint8_t* to) {
     most = E::max(most, value);
     poison = poison + (value - value);  // 0 if finite, else NaN
   }
-  const float lo = E::smallest(least), hi = E::largest(most);
-  uint16_t scale_half = float_to_half((hi - lo) / 15.0f), low_half = float_to_half(lo);
+  const float lo = E::smallest(least), span = E::largest(most) - lo, cut = span * (0.5f * (1.0f - clip));
+  uint16_t scale_half = float_to_half((span - (cut + cut)) / 15.0f), low_half = float_to_half(lo + cut);
   if (low_half == 0x8000) low_half = 0;  // −0
   const bool sound = !E::any_nan(poison) && (scale_half & 0x7C00) != 0x7C00 && (low_half & 0x7C00) != 0x7C00;
   if (!sound) scale_half = low_half = 0x7E00;
@@ -95,9 +96,9 @@ void append(const Attention& a, int64_t b, int64_t kv_head, int64_t token, int64
   for (int64_t t = token; t < end; ++t) {
     read_head(a, b, t, a.num_heads + kv_head, x);
     place(a, b, t, a.key_offset + kv_head * a.head_dim, x);
-    pack_row<E>(x, a.head_dim, key + (before + t) * bytes);
+    pack_row<E>(x, a.head_dim, a.clip, key + (before + t) * bytes);
     read_head(a, b, t, a.num_heads + a.kv_num_heads + kv_head, x);
-    pack_row<E>(x, a.head_dim, value + (before + t) * bytes);
+    pack_row<E>(x, a.head_dim, a.clip, value + (before + t) * bytes);
   }
 }
 
