@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,15 +71,6 @@ class FloatStage:
         return FloatLinear(self.name, w.parts, w.matrix.cpu().numpy(), None if w.bias is None else w.bias.cpu().numpy())
 
 
-def features(x: Tensor, basis: Tensor | None, recipe: Recipe, clip: float) -> Tensor:
-    """Z = [Q(u), low]: x̂H [T, N] -> [T, N + r]."""
-    if basis is None:
-        return fake_quantize(x, recipe.a_bits, recipe.act_group, clip)
-    low = x @ basis
-    u = x - low @ basis.T if recipe.subtract else x
-    return torch.cat([fake_quantize(u, recipe.a_bits, recipe.act_group, clip), low], 1)
-
-
 @dataclass
 class QuantStage:
     """A quantised stage; every tensor already holds a value that its storage type can (float16 scales and branch)."""
@@ -129,22 +120,25 @@ class QuantStage:
             q = gptq.rtn(residual, scales)
         else:
             q = gptq.gptq(residual, moment, scales, recipe.damping)
-            # Where the strongest directions are still in x, a text's first tokens outweigh all others: what a scale
-            # gains there it takes from them.
             if recipe.subtract and recipe.basis == "klt":
                 scales = gptq.refit_scales(residual, moment, q, scales, recipe.damping)
         stage = cls(name, weights, q, scales, basis, coef, recipe, error=0.0, hadamard=block)
         clips = recipe.clip_grid[:1] if quick or recipe.a_bits == 16 else recipe.clip_grid
-        stage.error, stage.clip = min((stage._output_error(stats.sample, clip), clip) for clip in clips)
+        stage.error, stage.clip = min(zip(stage._output_errors(stats.sample, clips), clips, strict=True))
         return stage
 
-    def _output_error(self, x: Tensor, clip: float) -> float:
-        """‖y − ŷ‖² / ‖y‖² over a sample of inputs x̂H [S, N]."""
-        exact = x @ self.weights.matrix
-        z = features(x, self.basis, self.recipe, clip)
+    def _output_errors(self, x: Tensor, clips: Sequence[float]) -> list[float]:
+        """‖y − ŷ‖² / ‖y‖² over a sample of inputs x̂H [S, N], for each share of the range."""
+        bits, group = self.recipe.a_bits, self.recipe.act_group
+        rest = x @ self.weights.matrix  # what the residual should give
+        size, u = rest.square().sum().clamp(min=1e-30), x
+        if self.basis is not None and self.coef is not None:
+            low = x @ self.basis
+            rest = rest - low @ self.coef
+            if self.recipe.subtract:
+                u = x - low @ self.basis.T
         residual = self.q * gptq.expand(self.scales, len(self.q))
-        y = z @ (residual if self.coef is None else torch.cat([residual, self.coef]))
-        return float((exact - y).square().sum() / exact.square().sum().clamp(min=1e-30))
+        return [float((rest - fake_quantize(u, bits, group, clip) @ residual).square().sum() / size) for clip in clips]
 
     def scale_last_outputs(self, factors: Tensor) -> None:
         """Multiply the last output channels: exact for the integers, one rounding for the float16 values."""

@@ -61,7 +61,7 @@ class Recipe:
     clip_grid: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # shares of an activation group's range
     smooth: bool = True
     smooth_by: str = "rms"  # what counts as the size of an input channel: its root mean square, or its largest value
-    smooth_grid: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    smooth_grid: tuple[float, ...] = (0.3, 0.5, 0.7)
     budget: str = "uniform"  # metric of Eq. 12 / Table 5 that spreads the k frequencies over output channels
     budget_alpha: float = 1.0  # temperature of its softmax
     rounding: str = "gptq"
