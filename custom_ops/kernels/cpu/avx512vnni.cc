@@ -1,88 +1,9 @@
-// AVX512-VNNI: one vector is a whole panel; 8 tokens × 2 panels, or 4 × 4, of sums fill half the registers.
+// AVX512-VNNI: 8 tokens × 2 panels, or 4 × 4, of sums fill half the registers.
 #include "cpu_features.h"
-#include "ymm.h"
+#include "zmm.h"
 
 namespace specquant {
 namespace {
-
-struct Zmm {
-  static constexpr int W = 16, kTokens = 8;
-  static constexpr int panels(int tokens) { return tokens == 8 ? 2 : 4; }
-  using F = __m512;
-  using I = __m512i;
-
-  static F splat(float value) { return _mm512_set1_ps(value); }
-  static F load(const float* from) { return _mm512_loadu_ps(from); }
-  static void store(float* to, F value) { _mm512_storeu_ps(to, value); }
-  static F half(const uint16_t* from) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  }
-  static void store_half(uint16_t* to, F value) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-  }
-  static F fma(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
-  static F max(F a, F b) { return _mm512_max_ps(a, b); }
-  static F round(F value) { return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-
-  struct Weights {
-    I low, high;
-  };
-  struct Activation {
-    I low, high;
-  };
-  static I splat_int(int32_t value) { return _mm512_set1_epi32(value); }
-  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
-  static F to_float(I value) { return _mm512_cvtepi32_ps(value); }
-  static I load_packed(const uint8_t* from) { return _mm512_loadu_si512(from); }
-  static Weights unpack(const uint8_t* from) {
-    const I packed = load_packed(from), mask = _mm512_set1_epi8(15);
-    return {_mm512_and_si512(packed, mask), _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask)};
-  }
-  static Activation activation(const int8_t* a) {
-    const auto* four = reinterpret_cast<const FourBytes*>(a);
-    return {splat_int(four[0]), splat_int(four[1])};
-  }
-  // Assembly, because GCC 12 copies the sums around the intrinsic and spills them.
-  static I dot(I sum, Weights w, Activation a) {
-    __asm__("vpdpbusd %1, %2, %0" : "+v"(sum) : "v"(a.low), "v"(w.low));
-    __asm__("vpdpbusd %1, %2, %0" : "+v"(sum) : "v"(a.high), "v"(w.high));
-    return sum;
-  }
-  struct Narrow {
-    I lanes;
-  };
-  static Narrow load_sums(const int16_t* from) {
-    return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
-  }
-  static I load_sums(const int32_t* from) { return _mm512_loadu_si512(from); }
-  // start + sums · zero. As pairs of int16: zero's upper half meets the 0 above the sum.
-  static I start(int32_t start, Narrow sums, int32_t zero) {
-    return _mm512_dpwssd_epi32(splat_int(start), sums.lanes, splat_int(zero));
-  }
-  static I start(int32_t start, I sums, int32_t zero) {
-    return _mm512_add_epi32(splat_int(start), _mm512_mullo_epi32(sums, splat_int(zero)));
-  }
-  // A table of 16 floats indexed by the lane's low 4 bits; the bits above are ignored.
-  static F lowest_nibble(I packed) {
-    return _mm512_permutexvar_ps(packed, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
-  }
-  static I next_nibble(I packed) { return _mm512_srli_epi32(packed, 4); }
-
-  static I gather(const uint8_t* from, int64_t stride) {
-    const I lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_i32gather_epi32(_mm512_mullo_epi32(lanes, splat_int(int32_t(stride))), from, 1);
-  }
-  static I bytes(const uint8_t* from) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  }
-  static void halves(I packed, F& low, F& high) {
-    low = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(packed));
-    high = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(packed, 16)));
-  }
-  static F power_of_two(F value, F n, F x) {
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-87.0f), _CMP_NLT_UQ), value, n);
-  }
-};
 
 // 16 lanes of features need a row whose halves are multiples of 16.
 void attend_some(const Attention& attention, const QueryTile& tile, const Partial& out) {
