@@ -49,7 +49,7 @@ class Recipe:
 
     name: str = "klt"
     w_bits: int = 4
-    a_bits: int = 4
+    a_bits: int = 8
     kv_bits: int = 16
     kv_clip: float = 0.93  # share of a cached row's range that its 4-bit levels span
     basis: str = "klt"
@@ -251,11 +251,15 @@ def _check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 
 PRESETS: dict[str, Recipe] = {
-    # Ours, and the default because it is the most accurate: data-driven basis, removed from the activation.
+    # Ours, and the default because it is the most accurate: data-driven basis, removed from the activation. 8-bit
+    # activations are as fast as 4-bit ones on CPUs and on Hopper, and lose 0.1 of perplexity where those lose 1.5.
     "klt": Recipe(),
+    # The same taught by the float model afterwards: for a GPU, and a calibration text of 2 MB.
+    "refined": Recipe(name="refined", samples=440, sequence_length=1024, refine_steps=300, refine_batch=8),
     # The paper's: Fourier basis, 16 frequencies, one scale per output channel and per token.
     "paper": Recipe(
         name="paper",
+        a_bits=4,
         basis="dft",
         k=16,
         subtract=False,
@@ -266,6 +270,9 @@ PRESETS: dict[str, Recipe] = {
         smooth_by="max",
         smooth_grid=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
         budget="act",
+        # A text's first token is hundreds of times the others' size: in short samples it weighs too much.
+        samples=32,
+        sequence_length=1024,
     ),
 }
 

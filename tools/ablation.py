@@ -228,7 +228,7 @@ def section(ablation: Ablation, name: str, rows: dict[str, Runs], command: str) 
             line.append("–" if any_result is None else f"{any_result['bits']['linear_bits_per_weight']:.2f}")
             times = ablation.found(runs["4-4-16 per channel"], "latency")
             latency = latency or times is not None
-            line += [f"{times['prefill_ms']:.0f}", f"{times['decode_ms']:.2f}"] if times else ["–", "–"]
+            line += [f"{times['prefill_ms']:.3g}", f"{times['decode_ms']:.3g}"] if times else ["–", "–"]
         cells.append(line)
     if all(cell == "–" for line in cells for cell in line[1:]):
         return None

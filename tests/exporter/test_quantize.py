@@ -102,7 +102,7 @@ def test_what_is_reported(llama: LlamaForCausalLM, tokens: torch.Tensor) -> None
 
 def test_overrides_hold_for_their_stage(llama: LlamaForCausalLM, tokens: torch.Tensor) -> None:
     overrides = {
-        "down_proj": {"a_bits": 8, "group_size": 0, "basis": "none", "subtract": False},
+        "down_proj": {"a_bits": 5, "group_size": 0, "basis": "none", "subtract": False},
         "o_proj": {"w_bits": 16, "a_bits": 16},
     }
     decoder = quantize(llama, Recipe(k=5, group_size=8, act_group=8, overrides=overrides), tokens)
@@ -110,8 +110,8 @@ def test_overrides_hold_for_their_stage(llama: LlamaForCausalLM, tokens: torch.T
         assert isinstance(layer.o, FloatLinear)
         assert isinstance(layer.down, QuantLinear)
         assert isinstance(layer.qkv, QuantLinear)
-        assert (layer.down.act_bits, layer.down.group_size, layer.down.basis) == (8, 0, None)
-        assert (layer.qkv.act_bits, layer.qkv.group_size) == (4, 8)
+        assert (layer.down.act_bits, layer.down.group_size, layer.down.basis) == (5, 0, None)
+        assert (layer.qkv.act_bits, layer.qkv.group_size) == (Recipe().a_bits, 8)
 
 
 def test_a_shorter_context(llama: LlamaForCausalLM) -> None:
