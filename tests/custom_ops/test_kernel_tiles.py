@@ -32,11 +32,28 @@ def test_every_tile(rng: np.random.Generator, isa: str, bits: int, n: int) -> No
         np.testing.assert_allclose(y, expected, rtol=0, atol=limit, err_msg=str((tokens, m, attributes)))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("groups", [(0, 0), (704, 704), (352, 704), (0, 264), (1056, 0)])
+def test_long_segments(rng: np.random.Generator, isa: str, bits: int, groups: tuple[int, int]) -> None:
+    """256 features and more a segment, as one pass of AMX tiles; 2,112 are more than are unpacked at a time."""
+    group_size, act_group = groups
+    for tokens in (8, 9, 16, 31, 33, 300):
+        m = int(rng.integers(1, 180))
+        weights = random_weights(rng, "Int4ResidualMatMul", 2112, m, 0, group_size, act_group)
+        x = random_input(rng, (tokens, 2112))
+        attributes = {"group_size": group_size, "act_bits": bits, "act_group": act_group}
+        y, _ = library.specquant_matmul(x, **weights, **attributes, isa=isa)
+        expected = reference.int4_residual_matmul(x, **weights, **attributes)
+        limit = 1e-5 * float(np.abs(expected).max())
+        np.testing.assert_allclose(y, expected, rtol=0, atol=limit, err_msg=str((tokens, m)))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("tokens", [1, 13, 70])
 def test_vector_paths_agree_bit_for_bit(rng: np.random.Generator, bits: int, tokens: int) -> None:
     """They fuse the same multiply-adds in the same order, whatever their tiles; without a branch nothing else adds."""
-    paths = [name for name in ISAS if name.startswith("avx")]
+    paths = [name for name in ISAS if name.startswith(("avx", "amx"))]
     if len(paths) < 2:
         pytest.skip("this CPU has fewer than two vector paths")
     weights = random_weights(rng, "Int4ResidualMatMul", 320, 203, 0, 64, 64)

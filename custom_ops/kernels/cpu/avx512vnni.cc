@@ -16,7 +16,8 @@ void attend_some(const Attention& attention, const QueryTile& tile, const Partia
 
 }  // namespace
 
-const Kernels kAvx512Vnni{"avx512vnni",  cpu_has_avx512vnni, quantize_row<Ymm>, prepare<Zmm, Ymm>,
-                          multiply<Zmm>, kMostTileRows,      append<Ymm>,       attend_some};
+const Kernels kAvx512Vnni{"avx512vnni",  cpu_has_avx512vnni, quantize_row<Ymm>, prepare<Zmm, Ymm>, interleave,
+                          multiply<Zmm>, kTaskProducts,      kMostTileRows,     append<Ymm>,        attend_some,
+                          peak<Zmm, true>};
 
 }  // namespace specquant

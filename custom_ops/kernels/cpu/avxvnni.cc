@@ -16,7 +16,8 @@ struct AvxVnni : Ymm {
 
 }  // namespace
 
-const Kernels kAvxVnni{"avxvnni", cpu_has_avxvnni, quantize_row<Ymm>, prepare<AvxVnni, Ymm>,
-                       multiply<AvxVnni>, 4, append<Ymm>, attend_tile<Ymm, 4>};
+const Kernels kAvxVnni{"avxvnni",     cpu_has_avxvnni,   quantize_row<Ymm>, prepare<AvxVnni, Ymm>,
+                       interleave,    multiply<AvxVnni>, kTaskProducts,     4,
+                       append<Ymm>,   attend_tile<Ymm, 4>, peak<AvxVnni, true>};
 
 }  // namespace specquant

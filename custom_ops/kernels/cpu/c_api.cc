@@ -85,3 +85,24 @@ SPECQUANT_EXPORT const char* specquant_quantize(const float* u, int64_t n, int32
   std::memcpy(q, levels.get(), size_t(n));
   return nullptr;
 }
+
+// Multiplies and adds bytes as fast as `isa` (null: the fastest) can, on this thread: the operations that it did, or
+// −1 if this CPU lacks it. The time is the caller's to take.
+SPECQUANT_EXPORT int64_t specquant_peak(int64_t steps, const char* isa) {
+  const specquant::Kernels* kernels = specquant::select(isa, message, sizeof message);
+  return kernels ? kernels->peak(steps) : -1;
+}
+
+// Reads `count` words on this thread, as four streams side by side; their sum.
+SPECQUANT_EXPORT uint64_t specquant_read(const uint64_t* words, int64_t count) {
+  constexpr int kStreams = 4, kLine = 8;
+  uint64_t sums[kStreams][kLine] = {};
+  const int64_t length = count / kStreams / kLine * kLine;
+  for (int64_t i = 0; i < length; i += kLine)
+    for (int s = 0; s < kStreams; ++s)
+      for (int j = 0; j < kLine; ++j) sums[s][j] += words[s * length + i + j];
+  uint64_t all = 0;
+  for (const auto& stream : sums)
+    for (const uint64_t sum : stream) all += sum;
+  return all;
+}

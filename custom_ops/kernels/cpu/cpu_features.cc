@@ -4,12 +4,26 @@
 #include <cpuid.h>
 
 #include <cstdint>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace specquant {
 namespace {
 
+// Linux saves the 8 KB of tiles only for a process that asked for them.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 struct Features {
-  bool avx2 = false, avxvnni = false, avx512vnni = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
 
   Features() {
     uint32_t a, b, c, d;
@@ -24,6 +38,7 @@ struct Features {
     avx2 = b >> 5 & 1;
     const bool avx512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);  // F, DQ, BW, VL
     avx512vnni = avx2 && avx512 && (c >> 11 & 1) && (saved & 0xE0) == 0xE0;               // opmask and zmm
+    amx = avx512vnni && (d >> 24 & 1) && (d >> 25 & 1) && (saved >> 17 & 3) == 3 && may_use_tiles();
     if (most_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avxvnni = avx2 && (a >> 4 & 1);
   }
 };
@@ -37,6 +52,7 @@ const Features& features() {
 
 bool cpu_has_avx2() { return features().avx2; }
 bool cpu_has_avxvnni() { return features().avxvnni; }
+bool cpu_has_amx() { return features().amx; }
 bool cpu_has_avx512vnni() { return features().avx512vnni; }
 
 }  // namespace specquant

@@ -6,5 +6,6 @@ namespace specquant {
 bool cpu_has_avx2();        // with FMA and F16C
 bool cpu_has_avxvnni();     // and AVX-VNNI
 bool cpu_has_avx512vnni();  // F, BW, DQ, VL and VNNI on top of AVX2
+bool cpu_has_amx();         // AMX-INT8 on top of that, and this process may use it: asks the system on the first call
 
 }  // namespace specquant

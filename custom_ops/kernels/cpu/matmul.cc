@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t kMostFeatures = int64_t(1) << 19;  // the int32 sums stay exact up to here: see check()
 constexpr int64_t kMostOutputs = int64_t(1) << 31;
 constexpr int64_t kTaskBytes = 96 * 1024;        // of weights a task reads: they stay in cache from tile to tile
-constexpr int64_t kTaskProducts = 8 << 20;       // in a task, unless its smallest tile has more
 constexpr int64_t kChunkBytes = 1024 * 1024;     // of quantised activations at a time, so that they stay in cache
 constexpr int64_t kChunkRows = 1024;
 constexpr int64_t kAlign = 64;
@@ -64,27 +63,12 @@ struct Work {
   int64_t tile_rows, tile_panels, tiles_down;  // the grid of the multiplication
 };
 
-// Up to kTileTokens rows from `row` on, quantised, into `tiles` and `steps`.
-void interleave(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
-  const int64_t blocks = round_up(p.in_features, kBlock) / kBlock / x.segments;  // in a segment
-  for (int64_t t = 0; t < rows; ++t) {
-    const int8_t* a = x.a + (row + t) * x.features;
-    int8_t* to = x.tiles + row * x.features + t * kBlock;
-    for (int64_t s = 0; s < x.segments; ++s) {
-      const int64_t at = (row + t) * x.segments + s;
-      const int32_t zero = x.zero[at], moved = x.centred ? zero : 0;
-      for (int64_t k = 0; k < blocks; ++k, a += kBlock, to += rows * kBlock)
-        for (int64_t i = 0; i < kBlock; ++i) to[i] = int8_t(a[i] + moved);
-      x.steps[s * x.rows + row + t] = {x.scale[at], zero - moved, x.start[at] - moved * int32_t(8 * kBlock * blocks)};
-    }
-  }
-}
-
 void prepare_task(void* argument, size_t index) {
   const Work& work = *static_cast<const Work*>(argument);
   const int64_t row = int64_t(index) * kTileTokens, rows = std::min(kTileTokens, work.rows - row);
   work.kernels.prepare(work.problem, work.activations, row, rows);
-  if (work.problem.qweight && work.problem.act_bits < 16) interleave(work.problem, work.activations, row, rows);
+  if (work.problem.qweight && work.problem.act_bits < 16)
+    work.kernels.arrange(work.problem, work.activations, row, rows);
 }
 
 void multiply_task(void* argument, size_t index) {
@@ -103,14 +87,15 @@ void run(const ThreadPool& pool, void (*task)(void*, size_t), Work& work, int64_
   }
 }
 
-// The grid: panels as cache holds them, in an even number of tasks; rows by kTaskProducts.
+// The grid: panels as cache holds them, in an even number of tasks; rows by their products.
 void cut(Work& work) {
   const int64_t panels = panels_of(work.problem), blocks = round_up(work.problem.in_features, kBlock) / kBlock;
   const int64_t least = work.rows < kTileTokens ? 4 : 2, fitting = std::max(kTaskBytes / (kPanel * 4 * blocks), least);
   int64_t across = (panels + fitting - 1) / fitting;
   if (across > 1) across = round_up(across, 2);
   work.tile_panels = round_up((panels + across - 1) / across, least);
-  const int64_t rows = kTaskProducts / (kPanel * kBlock * blocks * work.tile_panels) / kTileTokens * kTileTokens;
+  const int64_t products = kPanel * kBlock * blocks * work.tile_panels;  // of a token
+  const int64_t rows = work.kernels.task_products / products / kTileTokens * kTileTokens;
   work.tile_rows = std::max(std::min(work.rows, 4 * kTileTokens), rows);
   work.tiles_down = (work.rows + work.tile_rows - 1) / work.tile_rows;
 }
@@ -129,6 +114,21 @@ void store_low(const Problem& p, const Activations& x, int64_t rows) {
 }
 
 }  // namespace
+
+void interleave(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
+  const int64_t blocks = round_up(p.in_features, kBlock) / kBlock / x.segments;  // in a segment
+  for (int64_t t = 0; t < rows; ++t) {
+    const int8_t* a = x.a + (row + t) * x.features;
+    int8_t* to = x.tiles + row * x.features + t * kBlock;
+    for (int64_t s = 0; s < x.segments; ++s) {
+      const int64_t at = (row + t) * x.segments + s;
+      const int32_t zero = x.zero[at], moved = x.centred ? zero : 0;
+      for (int64_t k = 0; k < blocks; ++k, a += kBlock, to += rows * kBlock)
+        for (int64_t i = 0; i < kBlock; ++i) to[i] = int8_t(a[i] + moved);
+      x.steps[s * x.rows + row + t] = {x.scale[at], zero - moved, x.start[at] - moved * int32_t(8 * kBlock * blocks)};
+    }
+  }
+}
 
 int64_t segment_length(const Problem& p) {
   if (p.group_size && p.act_group) return std::min(p.group_size, p.act_group);

@@ -1,6 +1,6 @@
 // Any architecture: the same steps on 8 lanes of the compiler's generic vectors, no instruction set asked for.
 #include "attend.h"
-#include "tiles.h"
+#include "limits.h"
 
 namespace specquant {
 namespace {
@@ -114,7 +114,8 @@ bool any_cpu() { return true; }
 
 }  // namespace
 
-const Kernels kScalar{"scalar", any_cpu, quantize_row<Portable>, prepare<Portable, Portable>,
-                      multiply<Portable>, 2, append<Portable>, attend_tile<Portable, 2>};
+const Kernels kScalar{"scalar",   any_cpu,            quantize_row<Portable>, prepare<Portable, Portable>,
+                      interleave, multiply<Portable>, kTaskProducts,          2,
+                      append<Portable>, attend_tile<Portable, 2>, peak<Portable>};
 
 }  // namespace specquant

@@ -17,6 +17,9 @@ const Kernels* const kCompiled[] = {
 #ifdef SPECQUANT_AVX512VNNI
     &kAvx512Vnni,
 #endif
+#ifdef SPECQUANT_AMX
+    &kAmx,
+#endif
     nullptr,
 };
 

@@ -8,6 +8,7 @@ namespace specquant {
 constexpr int64_t kPanel = 16;  // outputs in a panel of packed weights
 constexpr int64_t kBlock = 8;   // features in a block of it
 constexpr int64_t kTileTokens = 8;  // tokens whose activations are interleaved
+constexpr int64_t kTaskProducts = 8 << 20;  // Kernels::task_products where the byte dot product is a vector's
 
 // Static: see half.h.
 static inline int64_t round_up(int64_t value, int64_t multiple) {
@@ -65,15 +66,22 @@ struct Kernels {
                    int32_t* zero_point);
   // Rows [row, row + rows) of the activations, from x.
   void (*prepare)(const Problem& problem, const Activations& activations, int64_t row, int64_t rows);
+  // Those rows, at most kTileTokens and all of them prepared, as `multiply` reads them: `interleave`, or its own way.
+  void (*arrange)(const Problem& problem, const Activations& activations, int64_t row, int64_t rows);
   // y of those rows and of panels [panel, panel + panels).
   void (*multiply)(const Problem& problem, const Activations& activations, int64_t row, int64_t rows, int64_t panel,
                    int64_t panels);
+  int64_t task_products;  // multiplications that a call of `multiply` should have, unless its smallest tile has more
   int64_t tile_rows;  // of `attend`, at most kMostTileRows
   // The cache of a kv head: the past if it lies elsewhere (with the first token), and new tokens [token, end).
   void (*append)(const Attention& attention, int64_t batch, int64_t kv_head, int64_t token, int64_t end);
   void (*attend)(const Attention& attention, const QueryTile& tile, const Partial& out);
+  int64_t (*peak)(int64_t steps);  // limits.h
 };
 
-extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512Vnni;  // each in its own file, where the compiler has it
+// Up to kTileTokens quantised rows from `row` on into `tiles` and `steps`.
+void interleave(const Problem& problem, const Activations& activations, int64_t row, int64_t rows);
+
+extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kAmx;  // each in its own file, where the compiler has it
 
 }  // namespace specquant

@@ -4,7 +4,7 @@
 #include <immintrin.h>
 
 #include "attend.h"
-#include "tiles.h"
+#include "limits.h"
 
 namespace specquant {
 namespace {
