@@ -18,12 +18,14 @@ COMMANDS = {
     "generate": ("specquant.runtime.cli_generate", "continue a prompt, or answer one message"),
     "chat": ("specquant.runtime.cli_chat", "talk to a model"),
     "eval": ("specquant.runtime.cli_eval", "measure a model: perplexity, zero-shot tasks, or against another"),
+    "bench": ("specquant.runtime.cli_bench", "time prefill and decode, beside the limits of this machine"),
     "inspect": ("specquant.runtime.cli_inspect", "print what an exported model is"),
 }
 EPILOG = """examples:
   specquant export sample -o build/smollm2
   specquant generate build/smollm2 --chat "What is the capital of France?"
   specquant eval ppl build/smollm2 --text wiki.test.raw
+  specquant bench build/smollm2
   specquant inspect build/smollm2
 
 exit codes: 0 done, 1 it failed on its own, 2 a mistake in what was asked, 130 interrupted
