@@ -27,24 +27,28 @@ _PARTIAL = "partial"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota used up, more than the file system can hold
 
 
-def check_target(target: Path, force: bool) -> None:
-    """Raises SpecQuantError if `target` is taken (unless `force`), or its place cannot be written."""
+def check_target(target: Path, force: bool, manifest: str = MANIFEST, what: str = "exported model") -> None:
+    """Raises SpecQuantError if `target` is taken (unless `force`), or its place cannot be written.
+
+    manifest: the file without which it is not `what`, and is not replaced.
+    """
     if target.exists() and not force:
         raise SpecQuantError(f"{target} exists; use --force to replace it, or another -o")
-    if force and target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
-        raise SpecQuantError(f"{target} exists and is not an exported model; --force replaces only exported models")
+    if force and target.exists() and not (target / manifest).is_file() and (target.is_file() or any(target.iterdir())):
+        raise SpecQuantError(f"{target} exists and is not an {what}; --force replaces only {what}s")
     place = next(p for p in target.absolute().parents if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise SpecQuantError(f"{target}: {place} cannot be written to; choose another -o")
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path, force: bool) -> Iterator[Path]:
+def whole_folder(target: Path, force: bool, manifest: str = MANIFEST, what: str = "exported model") -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place at the end of the block, and is gone if that fails.
 
-    Until that moment an old `target` stays as it is: on Linux the two are exchanged in one step.
+    Until that moment an old `target` stays as it is: on Linux the two are exchanged in one step. manifest and what:
+    see `check_target`.
     """
-    check_target(target, force)
+    check_target(target, force, manifest, what)
     target = target.absolute()
     _remove_abandoned(target)
     work = target.parent / f".{target.name}.{_PARTIAL}-{os.getpid()}"

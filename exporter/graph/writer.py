@@ -52,11 +52,11 @@ class GraphWriter:
 
     def tensor(self, name: str, array: NDArray[Any]) -> ir.Value:
         """An initialiser that holds the array itself, not a copy."""
-        return self._initializer(ir.tensor(array, name=name))
+        return self.initializer(ir.tensor(array, name=name))
 
     def lazy(self, name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], NDArray[Any]]) -> ir.Value:
         """An initialiser computed only when it is written, so that the model is not in memory twice."""
-        return self._initializer(ir.LazyTensor(lambda: ir.tensor(make()), dtype, ir.Shape(shape), name=name))
+        return self.initializer(ir.LazyTensor(lambda: ir.tensor(make()), dtype, ir.Shape(shape), name=name))
 
     def floats(self, name: str, array: NDArray[np.float32]) -> ir.Value:
         """An initialiser of the graph's float type. Raises SpecQuantError if a value does not fit float16."""
@@ -67,7 +67,8 @@ class GraphWriter:
             raise SpecQuantError(f"{name} has values beyond {limit:.0f}, float16's largest; export in float32")
         return self.lazy(name, ir.DataType.FLOAT16, array.shape, lambda: array.astype(np.float16))
 
-    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+    def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """An initialiser that is `tensor`, under its name."""
         value = ir.val(tensor.name, const_value=tensor)
         self.initializers.append(value)
         return value

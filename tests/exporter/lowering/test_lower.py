@@ -1,0 +1,213 @@
+"""The lowered graph, run by ONNX Runtime's own CPU kernels, against the artifact's graph with our ops as functions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+
+from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.onnx_binding import register_schemas
+from specquant.exporter.decoder import Decoder, Linear, QuantLinear
+from specquant.exporter.graph import build_model, save_model
+from specquant.exporter.graph.writer import FloatType
+from specquant.exporter.lowering import lower
+from tests.exporter.graph.running import Running
+from tests.tiny import MODELS, float_decoder, quantised_decoder, tiny_llama, tiny_model
+
+CAPACITY = 40
+
+
+class Lowered:
+    """The lowered graph of the artifact in `folder` in a session, with its cache of CAPACITY tokens a row."""
+
+    def __init__(self, folder: Path, decoder: Decoder, rank: int | None = None) -> None:
+        (folder / "lowered").mkdir()
+        save_model(lower(folder, "portable", CAPACITY, rank), folder / "lowered")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3  # it warns that TensorScatter copies
+        # Else it rounds activations to int8 where it fuses DequantizeLinear and MatMul.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        path = str(folder / "lowered" / "model.onnx")
+        onnx.checker.check_model(path)
+        self.session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
+        self.config = decoder.config
+        self.cache: dict[str, NDArray[Any]] = {}
+        self.tokens = np.zeros(0, np.int64)
+
+    def step(self, input_ids: NDArray[np.int64], new_tokens: list[int], keep: int = 0) -> NDArray[Any]:
+        """As Running.step; keep: logits of so many last positions, 0 for all."""
+        batch, sequence = input_ids.shape
+        inputs = {value.name: value for value in self.session.get_inputs()}
+        if not self.cache:
+            shape = (batch, self.config.num_kv_heads, CAPACITY, self.config.head_dim)
+            kind = np.float16 if "float16" in inputs["past_key_values.0.key"].type else np.float32
+            # What a cache holds beyond a row's tokens is never used, but must be finite: 0 · inf is NaN.
+            self.cache = {name: np.full(shape, 7, kind) for name in inputs if name.startswith("past")}
+            self.tokens = np.zeros(batch, np.int64)
+        positions = self.tokens[:, None] + np.arange(sequence)
+        self.tokens = self.tokens + new_tokens
+        mask = np.arange(self.tokens.max())[None] < self.tokens[:, None]
+        feeds = {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "position_ids": positions}
+        feeds["logits_to_keep"] = np.array([keep])
+        logits, *present = self.session.run(None, feeds | self.cache)
+        self.cache = dict(zip(self.cache, present, strict=True))
+        return logits
+
+
+def difference(
+    rng: np.random.Generator,
+    decoder: Decoder,
+    folder: Path,
+    float_type: FloatType = "float32",
+    rank: int | None = None,
+) -> float:
+    """Largest difference in logits, over the largest logit, of a prefill, a block after it and two single steps."""
+    original = Running(decoder, folder, float_type, **({} if rank is None else {"rank": np.array([rank])}))
+    lowered = Lowered(folder, decoder, rank)
+    ids = rng.integers(3, 128, 20)
+    pieces = [ids[:11], ids[11:18], ids[18:19], ids[19:]]
+    expected, actual = (
+        np.concatenate([running.step(piece[None], [len(piece)])[0] for piece in pieces]).astype(np.float32)
+        for running in (original, lowered)
+    )
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def changed(decoder: Decoder, **fields: Any) -> Decoder:
+    """`decoder` with these fields in all its quantised linears."""
+
+    def one(entry: Linear) -> Linear:
+        return replace(entry, **fields) if isinstance(entry, QuantLinear) else entry
+
+    names = ("qkv", "o", "gate_up", "down")
+    return replace(decoder, layers=[replace(x, **{n: one(getattr(x, n)) for n in names}) for x in decoder.layers])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_in_floating_point(rng: np.random.Generator, tmp_path: Path, name: str) -> None:
+    decoder = float_decoder(tiny_model(name, int(rng.integers(2**31))))
+    assert difference(rng, decoder, tmp_path) < 1e-4
+
+
+@pytest.mark.parametrize("group_size", [0, 8])
+@pytest.mark.parametrize(("rank", "subtract"), [(0, False), (5, False), (5, True)])
+@pytest.mark.parametrize("hadamard", [0, 8])
+def test_quantised_weights(
+    rng: np.random.Generator, tmp_path: Path, group_size: int, rank: int, subtract: bool, hadamard: int
+) -> None:
+    _, decoder = tiny_llama(int(rng.integers(2**31)), bias=True)
+    decoder = quantised_decoder(decoder, rng, 16, group_size, 0, rank, subtract)
+    assert difference(rng, changed(decoder, hadamard=hadamard), tmp_path) < 1e-4
+
+
+def test_quantised_activations_become_floats(rng: np.random.Generator, tmp_path: Path) -> None:
+    """8-bit activations are close to none; the lowered graph is that of the same weights with 16-bit ones."""
+    _, decoder = tiny_llama(int(rng.integers(2**31)))
+    decoder = quantised_decoder(decoder, rng, 8, 8, 8, 5, True)
+    save_model(build_model(decoder, "float32", {}), tmp_path)
+    eight = Lowered(tmp_path, decoder)
+    (tmp_path / "16").mkdir()
+    sixteen = Running(changed(decoder, act_bits=16, act_group=0), tmp_path / "16")
+    ids = rng.integers(3, 128, (1, 16))
+    actual, expected = eight.step(ids, [16]), sixteen.step(ids, [16])
+    assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_lower_rank(rng: np.random.Generator, tmp_path: Path, rank: int) -> None:
+    _, decoder = tiny_llama(int(rng.integers(2**31)))
+    decoder = quantised_decoder(decoder, rng, 16, 8, 0, 5, True)
+    assert difference(rng, decoder, tmp_path, rank=rank) < 1e-4
+
+
+def test_float16(rng: np.random.Generator, tmp_path: Path) -> None:
+    _, decoder = tiny_llama(int(rng.integers(2**31)), bias=True)
+    decoder = quantised_decoder(decoder, rng, 16, 8, 0, 5, True)
+    assert difference(rng, decoder, tmp_path, "float16") < 3e-2
+
+
+def test_a_4_bit_cache_becomes_a_float_one(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Its key offset and Hadamard matrix change no score: the logits are those of the model with a float cache."""
+    _, decoder = tiny_llama(int(rng.integers(2**31)))
+    offsets = rng.standard_normal((len(decoder.layers), 2, 16)).astype(np.float32)
+    layers = [replace(layer, key_offset=offset) for layer, offset in zip(decoder.layers, offsets, strict=True)]
+    packed = replace(decoder, layers=layers, config=replace(decoder.config, kv_bits=4))
+    save_model(build_model(packed, "float32", {}), tmp_path)
+    lowered = Lowered(tmp_path, decoder)
+    (tmp_path / "float").mkdir()
+    original = Running(decoder, tmp_path / "float")
+    ids = rng.integers(3, 128, (1, 12))
+    for piece in (ids[:, :9], ids[:, 9:10], ids[:, 10:]):
+        actual, expected = (running.step(piece, [piece.shape[1]]) for running in (lowered, original))
+        assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
+    with pytest.raises(SpecQuantError, match="--profile portable"):
+        lower(tmp_path, "custom", CAPACITY)
+
+
+def test_rows_of_unequal_length(rng: np.random.Generator, tmp_path: Path) -> None:
+    decoder = float_decoder(tiny_model("mistral", int(rng.integers(2**31))))
+    original = Running(decoder, tmp_path)
+    lowered = Lowered(tmp_path, decoder)
+    steps = [(rng.integers(3, 128, (2, 13)), [13, 6]), *((rng.integers(3, 128, (2, 1)), [1, 1]) for _ in range(3))]
+    for ids, new in steps:
+        actual, expected = lowered.step(ids, new), original.step(ids, new)
+        for row, count in enumerate(new):
+            assert np.abs(actual - expected)[row, :count].max() < 1e-4 * np.abs(expected).max()
+
+
+def test_logits_to_keep(rng: np.random.Generator, tmp_path: Path) -> None:
+    decoder = float_decoder(tiny_model("llama", int(rng.integers(2**31))))
+    save_model(build_model(decoder, "float32", {}), tmp_path)
+    lowered, ids = Lowered(tmp_path, decoder), rng.integers(3, 128, (1, 9))
+    whole = lowered.step(ids, [9])
+    lowered.cache = {}
+    kept = lowered.step(ids, [9], keep=2)
+    assert kept.shape == (1, 2, 128)
+    np.testing.assert_allclose(kept, whole[:, -2:], rtol=1e-4, atol=1e-4)
+
+
+def test_weights_stay_four_bits_and_a_tied_table_is_stored_once(rng: np.random.Generator, tmp_path: Path) -> None:
+    _, decoder = tiny_llama(int(rng.integers(2**31)), tied=True)
+    decoder = quantised_decoder(decoder, rng, 16, 8, 0, 5, True)
+    save_model(build_model(decoder, "float32", {}), tmp_path)
+    model = lower(tmp_path, "portable", CAPACITY)
+    assert {node.domain for node in model.graph} == {""}
+    kinds = [value.const_value.dtype for value in model.graph.initializers.values()]
+    quantised = sum(isinstance(x, QuantLinear) for layer in decoder.layers for x in layer.linears)
+    assert kinds.count(ir.DataType.INT4) == quantised == 7
+    tables = [v for v in model.graph.initializers.values() if tuple(v.const_value.shape) == decoder.embedding.shape]
+    assert len(tables) == 1
+
+
+def test_the_custom_profile_keeps_our_ops(rng: np.random.Generator, tmp_path: Path) -> None:
+    _, decoder = tiny_llama(int(rng.integers(2**31)))
+    decoder = quantised_decoder(decoder, rng, 8, 8, 8, 5, True)
+    save_model(build_model(decoder, "float32", {}), tmp_path)
+    model = lower(tmp_path, "custom", CAPACITY, rank=3)
+    ours = [node for node in model.graph if node.domain == "specquant"]
+    assert len(ours) == 7
+    for node in ours:
+        arrays = {str(v.name).rsplit(".", 1)[1]: v.const_value.numpy() for v in node.inputs[1:] if v is not None}
+        assert arrays["row_sums"].dtype == np.int32  # TensorRT has no int16
+        assert arrays["basis"].shape[1] == arrays["coef"].shape[0] == arrays["rank"][0] == 3
+        assert arrays["qweight"].dtype == np.int8
+    (tmp_path / "custom").mkdir()
+    save_model(model, tmp_path / "custom")
+    register_schemas()
+    onnx.checker.check_model(str(tmp_path / "custom" / "model.onnx"), full_check=True)
+
+
+def test_a_damaged_graph(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(SpecQuantError, match=r"cannot be read .*: re-export the model"):
+        lower(tmp_path, "portable", CAPACITY)
