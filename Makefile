@@ -40,9 +40,9 @@ $(STAMP): pyproject.toml constraints.txt $(SOURCES) | $(BIN)/python
 	$(PIP) --progress-bar on -c constraints.txt -e '.[cpu,export]'
 	touch $@
 
-# All that the tests use, those of zero-shot tasks and plots included.
+# All that the tests use, those of zero-shot tasks, plots and engines included.
 $(DEV): pyproject.toml constraints.txt $(SOURCES) | $(BIN)/python
-	$(PIP) --progress-bar on -c constraints.txt -e '.[cpu,export,eval,dev]'
+	$(PIP) --progress-bar on -c constraints.txt -e '.[cpu,export,eval,tensorrt-rtx,dev]'
 	touch $(STAMP) $@
 
 clean:

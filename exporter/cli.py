@@ -113,7 +113,7 @@ def recipe_of(args: argparse.Namespace) -> Any:
     return replace(base, **changes)
 
 
-class _Steps:
+class Steps:
     """Shows export's report: one line a step, a bar where a step counts."""
 
     def __init__(self, quiet: bool) -> None:
@@ -128,7 +128,7 @@ class _Steps:
             if not self.quiet:
                 print(f"{what} …", file=sys.stderr, flush=True)
             if total > 1:
-                self.bar = Progress(what, total, "steps" if what == "refining" else "blocks", self.quiet)
+                self.bar = Progress(what, total, "blocks" if what == "quantising" else "steps", self.quiet)
         if self.bar:
             self.bar.update(done - self.shown)
             self.shown = done
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
             raise SpecQuantError("--threads must be 1 or more")
         torch.set_num_threads(args.threads)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for Ctrl-C
-    steps, since = _Steps(args.quiet), time.perf_counter()
+    steps, since = Steps(args.quiet), time.perf_counter()
     try:
         manifest = export(
             args.source,

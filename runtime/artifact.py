@@ -30,7 +30,8 @@ ReadBytes = Callable[[int], None]  # told how many more bytes have been hashed
 class ModelInfo:
     """The sizes of the decoder, in elements. float_type is `float32` or `float16`: the type of logits and KV cache.
 
-    kv_bits 4: the cache is packed, rows of head_dim / 2 + 4 bytes (docs/ops.md).
+    kv_bits 4: the cache is packed, rows of head_dim / 2 + 4 bytes (docs/ops.md). head_bits: of the head, 16 being
+    float_type.
     """
 
     family: str
@@ -47,6 +48,7 @@ class ModelInfo:
     bos_token_id: int | None = None
     tied_embeddings: bool = False
     kv_bits: int = 16
+    head_bits: int = 16
 
     @property
     def cache_row(self) -> tuple[int, np.dtype[Any]]:
@@ -142,7 +144,7 @@ def open_artifact(folder: str | Path, verify: bool = False, progress: ReadBytes 
             raise SpecQuantError(
                 f"{path} is {state} ({size:,} bytes, {info.size:,} expected): copy it again or re-export the model"
             )
-        if verify and _sha256(path, progress) != info.sha256:
+        if verify and sha256_of(path, progress) != info.sha256:
             raise SpecQuantError(
                 f"{path} was changed after the export (its sha256 differs): copy it again or re-export the model"
             )
@@ -185,7 +187,7 @@ def _read_manifest(folder: Path) -> Manifest:
             f"{path} has format {version} and this version reads up to {FORMAT}: pip install --upgrade specquant"
         )
     try:
-        manifest = _typed(content, Manifest, "")
+        manifest = typed(content, Manifest, "")
     except ValueError as error:
         raise SpecQuantError(f"{path} is not a valid manifest ({error}): re-export the model") from None
     _check_values(manifest, path)
@@ -223,7 +225,7 @@ def _check_values(manifest: Manifest, path: Path) -> None:
         )
 
 
-def _typed(value: Any, kind: Any, where: str) -> Any:
+def typed(value: Any, kind: Any, where: str) -> Any:
     """`value`, from JSON, as `kind`: a dataclass, dict, list, union or scalar. ValueError says where it is not one."""
     if kind is Any:
         return value
@@ -231,11 +233,11 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         return _typed_fields(value, kind, where)
     origin, arguments = get_origin(kind), get_args(kind)
     if NoneType in arguments:  # X | None
-        return None if value is None else _typed(value, arguments[0], where)
+        return None if value is None else typed(value, arguments[0], where)
     if origin is dict and isinstance(value, dict):
-        return {key: _typed(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+        return {key: typed(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if origin is list and isinstance(value, list):
-        return [_typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value)]
+        return [typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value)]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if origin is None and type(value) is kind:
@@ -250,13 +252,14 @@ def _typed_fields(value: Any, kind: type[T], where: str) -> T:
     arguments = {}
     for item in fields(kind):  # type: ignore[arg-type]
         if item.name in value:
-            arguments[item.name] = _typed(value[item.name], hints[item.name], f"{where}.{item.name}")
+            arguments[item.name] = typed(value[item.name], hints[item.name], f"{where}.{item.name}")
         elif item.default is MISSING and item.default_factory is MISSING:
             raise ValueError(f"{where}.{item.name} is missing".lstrip("."))
     return kind(**arguments)
 
 
-def _sha256(path: Path, progress: ReadBytes | None) -> str:
+def sha256_of(path: Path, progress: ReadBytes | None = None) -> str:
+    """64 hexadecimal digits; progress is told the bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

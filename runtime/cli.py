@@ -15,6 +15,7 @@ from specquant.runtime.stats import version
 # its own and their EPILOG.
 COMMANDS = {
     "export": ("specquant.exporter.cli", "quantise a model and write its folder (needs the extra `export`)"),
+    "build": ("specquant.exporter.cli_build", "build a TensorRT engine of an exported model"),
     "generate": ("specquant.runtime.cli_generate", "continue a prompt, or answer one message"),
     "chat": ("specquant.runtime.cli_chat", "talk to a model"),
     "eval": ("specquant.runtime.cli_eval", "measure a model: perplexity, zero-shot tasks, or against another"),

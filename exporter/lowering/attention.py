@@ -1,7 +1,7 @@
 """Attention and its KV cache in standard operators: RotaryEmbedding, TensorScatter, Attention of opset 24.
 
 The cache is one buffer a layer, float [batch, kv_heads, capacity, head_dim], that a call extends in place: TensorRT
-makes an aliased input of TensorScatter's. Attention then reads as much of it as attention_mask i64[batch, total] is long.
+makes TensorScatter's cache an aliased input. Attention then reads what attention_mask i64[batch, total] covers.
 """
 
 from __future__ import annotations

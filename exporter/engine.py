@@ -1,0 +1,153 @@
+"""TensorRT engines from an artifact: what is built, what it will take, and the folder that it makes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from specquant.custom_ops.errors import SpecQuantError
+from specquant.exporter.artifact import whole_folder
+from specquant.exporter.engine_builder import Built, Limits, build_engine, check_gpu, load_api
+from specquant.exporter.graph import save_model
+from specquant.exporter.lowering import PROFILES, lower
+from specquant.runtime.artifact import Manifest, open_artifact, sha256_of
+from specquant.runtime.engine import ENGINE, ENGINE_FORMAT, ENGINE_MANIFEST, EngineInfo, engine_folder
+
+TARGETS = ("tensorrt-rtx", "tensorrt")
+DEFAULT_SEQ, BLOCK = 2048, 512
+_BUILDER_BYTES = 1.0e9  # TensorRT's own libraries and compiler: peak less the model, of SmolLM2-135M
+Report = Callable[[str, int, int], None]  # what, done, total
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is for. gpu: `sm86`, `sm89`, … for TensorRT-RTX, None for TensorRT, which takes this machine's.
+
+    max_batch: rows decoded together. max_seq: tokens in a row of the KV cache, None for the model's context or 2,048,
+    whichever is shorter. block: the most tokens of a prompt that one call takes. rank: columns kept of every spectral
+    branch, None for all. embed_plugins: carry the plugin library in the engine, rather than beside it.
+    """
+
+    target: str = "tensorrt-rtx"
+    gpu: str | None = None
+    profile: str = "portable"
+    max_batch: int = 1
+    max_seq: int | None = None
+    block: int = BLOCK
+    rank: int | None = None
+    embed_plugins: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("target", TARGETS), ("profile", PROFILES)):
+            if getattr(self, name) not in allowed:
+                raise SpecQuantError(f"{name} {getattr(self, name)!r} is unknown: it is one of {', '.join(allowed)}")
+        for name in ("max_batch", "max_seq", "block"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SpecQuantError(f"{name} = {value} is out of range: it must be 1 or more")
+        if self.embed_plugins and self.profile != "custom":
+            raise SpecQuantError("a portable engine has no plugins to embed: use --profile custom, or leave it out")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that a build and its engine will take; activations are known once it is built."""
+
+    host: int
+    weights: int
+    cache: int
+    logits: int
+
+    def __str__(self) -> str:
+        gpu = self.weights + self.cache + self.logits
+        return (
+            f"about {self.host / 1e6:,.0f} MB of memory here while it builds; on the GPU {gpu / 1e6:,.0f} MB and "
+            f"activations (weights {self.weights / 1e6:,.0f}, KV cache {self.cache / 1e6:,.0f}, "
+            f"logits {self.logits / 1e6:,.0f})"
+        )
+
+
+def build(
+    folder: Path,
+    options: EngineOptions,
+    output: Path | None = None,
+    force: bool = False,
+    report: Report = lambda what, done, total: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> EngineInfo:
+    """Build an engine of the artifact in `folder`, and write it to `output` (default: DIR/engine/TARGET-GPU).
+
+    report is told of progress, note of the estimate of memory. Raises SpecQuantError for everything a user can mend,
+    KeyboardInterrupt after Ctrl-C; both leave no folder, and an old one as it was.
+    """
+    manifest = open_artifact(folder)
+    limits = _limits(manifest, options)
+    api = load_api(options.target)
+    gpu = check_gpu(api, options.target, options.gpu, options.profile)
+    target = output or engine_folder(folder, options.target, gpu)
+    with whole_folder(target, force, ENGINE_MANIFEST, "engine") as work:
+        report("lowering the graph", 0, 1)
+        model = lower(folder, options.profile, limits.max_seq, options.rank)
+        note(f"estimate: {estimate(model, manifest, limits)}")
+        with tempfile.TemporaryDirectory(dir=work) as scratch:
+            save_model(model, Path(scratch))
+            del model
+            built = build_engine(api, Path(scratch) / "model.onnx", options.target, gpu, limits, report)
+        (work / ENGINE).write_bytes(built.plan)
+        info = _info(manifest, options, limits, gpu, built, work / ENGINE)
+        text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
+        (work / ENGINE_MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return info
+
+
+def estimate(model: ir.Model, manifest: Manifest, limits: Limits) -> Estimate:
+    """Of a lowered model. The builder holds the weights about twice: as it read them, and in the engine."""
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    info = manifest.model
+    width = info.float_dtype.itemsize
+    cache = 2 * info.num_layers * info.num_kv_heads * info.head_dim * width * limits.max_batch * limits.max_seq
+    logits = max(limits.block, limits.max_batch) * info.vocab_size * width
+    return Estimate(int(_BUILDER_BYTES + 2 * weights), weights, cache, logits)
+
+
+def _limits(manifest: Manifest, options: EngineOptions) -> Limits:
+    context = manifest.model.context_length
+    max_seq = min(context, DEFAULT_SEQ) if options.max_seq is None else options.max_seq
+    if max_seq > context:
+        raise SpecQuantError(f"--max-seq {max_seq} exceeds the model's context: at most {context}")
+    if options.rank is not None and not 0 <= options.rank <= manifest.max_rank:
+        raise SpecQuantError(
+            f"--rank {options.rank} is out of range: this model's branches have 0 to {manifest.max_rank}"
+        )
+    return Limits(options.max_batch, max_seq, min(options.block, max_seq))
+
+
+def _info(
+    manifest: Manifest, options: EngineOptions, limits: Limits, gpu: str, built: Built, engine: Path
+) -> EngineInfo:
+    return EngineInfo(
+        format=ENGINE_FORMAT,
+        target=options.target,
+        version=built.version,
+        gpu=gpu,
+        profile=options.profile,
+        max_batch=limits.max_batch,
+        max_seq=limits.max_seq,
+        block=limits.block,
+        float_type=manifest.model.float_type,
+        model={name: info.sha256 for name, info in manifest.files.items() if name.startswith("model.onnx")},
+        size=engine.stat().st_size,
+        sha256=sha256_of(engine),
+        weights_bytes=built.weights_bytes,
+        activation_bytes=built.activation_bytes,
+        rank=options.rank,
+        plugins=built.plugins,
+        host_code=False,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )

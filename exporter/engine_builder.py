@@ -1,0 +1,192 @@
+"""The one place that calls TensorRT's parser and builder; TensorRT and TensorRT-RTX share the interface."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from specquant.custom_ops.errors import SpecQuantError
+
+_MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+_COUNTED_PHASE = "Computing profile costs"  # where the time goes; the others nest in it or take no second
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_batch rows of one token or one row of `block` tokens a call; max_seq tokens in a row of the cache."""
+
+    max_batch: int
+    max_seq: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """plan: the engine, a buffer. layers: one line each, as the builder prints them, of both profiles. plugins: op
+    types of plugin layers, sorted. Bytes are on the GPU; activation_bytes of prefill and of decode."""
+
+    plan: Any
+    version: str
+    weights_bytes: int
+    activation_bytes: list[int]
+    layers: list[str]
+    plugins: list[str]
+
+
+def load_api(target: str) -> Any:
+    """The Python module of `target`. Raises SpecQuantError if it is not installed."""
+    try:
+        return import_module(_MODULES[target])
+    except ImportError as error:
+        raise SpecQuantError(
+            f"{_MODULES[target]} cannot be imported ({error}): pip install 'specquant[{target}]'"
+        ) from None
+
+
+def check_gpu(api: Any, target: str, gpu: str | None, profile: str) -> str:
+    """The name of the GPU that the engine is for, `sm89` or such. Raises SpecQuantError if it cannot be."""
+    if target == "tensorrt":
+        if gpu is not None:
+            raise SpecQuantError("--gpu is for --target tensorrt-rtx: TensorRT builds for the GPU of this machine")
+        raise SpecQuantError("--target tensorrt builds on the GPU it runs on, and this machine has none")
+    known = [name.lower() for name in api.ComputeCapability.__members__ if name.startswith("SM")]
+    if gpu is None or gpu not in known:
+        wrong = "needs --gpu" if gpu is None else f"does not build for {gpu!r}"
+        raise SpecQuantError(f"TensorRT-RTX {wrong}: give one of {', '.join(known)}")
+    if profile == "custom" and int(gpu[2:]) < 80:
+        raise SpecQuantError(f"our kernels need compute capability 8.0, {gpu} is older: use --profile portable")
+    return gpu
+
+
+def build_engine(
+    api: Any, path: Path, target: str, gpu: str, limits: Limits, report: Callable[[str, int, int], None]
+) -> Built:
+    """An engine of the lowered graph at `path`, with two optimisation profiles: 0 for prefill, 1 for decode.
+
+    Raises SpecQuantError with TensorRT's first error, KeyboardInterrupt if one came meanwhile: TensorRT is told to
+    stop, since an exception may not pass through it.
+    """
+    log = _log(api)
+    builder = api.Builder(log)
+    network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = api.OnnxParser(network, log)
+    report("reading the graph", 0, 1)
+    if not parser.parse_from_file(str(path)):
+        reason = parser.get_error(0).desc() if parser.num_errors else log.reason()
+        raise SpecQuantError(f"{target} does not take this graph: {reason}")
+    config = builder.create_builder_config()
+    if target == "tensorrt-rtx":
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(api.ComputeCapability.__members__[gpu.upper()], 0)
+    config.profiling_verbosity = api.ProfilingVerbosity.DETAILED  # names of layers, in the log and in the engine
+    for rows, tokens in ((1, limits.block), (limits.max_batch, 1)):
+        config.add_optimization_profile(_profile(builder, network, rows, tokens, limits.max_seq))
+    with _interrupts_deferred() as interrupted:
+        config.progress_monitor = _monitor(api, report, interrupted)
+        plan = builder.build_serialized_network(network, config)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+    if plan is None:
+        raise SpecQuantError(f"{target} cannot build this engine for {gpu}: {log.reason()}")
+    kinds = (network.get_layer(i) for i in range(network.num_layers))
+    plugins = sorted(layer.name for layer in kinds if layer.type == api.LayerType.PLUGIN_V3)
+    return Built(plan, api.__version__, log.bytes("Weights")[0], log.bytes("Activation"), log.layers(), plugins)
+
+
+def _profile(builder: Any, network: Any, rows: int, tokens: int, max_seq: int) -> Any:
+    """Up to `rows` rows of up to `tokens` new tokens each; fastest for the most, and for half a cache."""
+    profile = builder.create_optimization_profile()
+    most = {"batch": rows, "sequence": tokens, "total": max_seq}
+    axes = {
+        "input_ids": ("batch", "sequence"),
+        "position_ids": ("batch", "sequence"),
+        "attention_mask": ("batch", "total"),
+    }
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if tensor.name == "logits_to_keep":
+            profile.set_shape_input(tensor.name, [1], [1], [tokens])
+            continue
+        symbols = axes.get(tensor.name, ("batch", *tensor.shape[1:]))
+        least = [1 if isinstance(s, str) else s for s in symbols]
+        usual = [max(1, max_seq // 2) if s == "total" else most.get(s, s) for s in symbols]
+        profile.set_shape(tensor.name, least, usual, [most.get(s, s) for s in symbols])
+    return profile
+
+
+def _log(api: Any) -> Any:
+    """A logger that keeps what the builder says of memory, layers and errors; it may not raise."""
+
+    class Log(api.ILogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: list[str] = []
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (api.ILogger.ERROR, api.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+            elif "Memory: " in message or "LayerType: " in message:
+                self.kept.append(message)
+
+        def bytes(self, kind: str) -> list[int]:
+            """Of each `Total KIND Memory` that was logged; [0] for none."""
+            found = (re.search(rf"Total {kind} Memory: (\d+)", message) for message in self.kept)
+            return [int(match[1]) for match in found if match] or [0]
+
+        def layers(self) -> list[str]:
+            return [line for message in self.kept for line in message.splitlines() if "LayerType: " in line]
+
+        def reason(self) -> str:
+            return " ".join((self.errors[0] if self.errors else "it does not say why").split())[:300]
+
+    return Log()
+
+
+def _monitor(api: Any, report: Callable[[str, int, int], None], interrupted: threading.Event) -> Any:
+    class Monitor(api.IProgressMonitor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = 1
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if phase == _COUNTED_PHASE:
+                self.steps = steps
+                report("building", 0, steps)
+
+        def phase_finish(self, phase: str) -> None:
+            pass
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase == _COUNTED_PHASE:
+                report("building", step + 1, self.steps)
+            return not interrupted.is_set()
+
+    return Monitor()
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event and raise nothing. Signals are the main thread's: elsewhere nothing changes."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
