@@ -1,113 +1,206 @@
-// AMX int8: 16 tokens × 16 outputs × 64 features an instruction. One vector of packed nibbles is two rows of a weight
-// tile, so a panel is unpacked once, a run of features at a time, and used for all tokens of a task.
+// AMX int8: 16 tokens × 16 outputs × 64 features an instruction. One vector of packed nibbles is two rows of a tile of
+// weights, so panels are unpacked once, a run of features at a time, and used for all tokens of a task.
 //
-// What is not a tile of products (activations, branch, attention, few tokens) is AVX512-VNNI's.
+// What is not a product of many tokens is AVX512-VNNI's.
 #include "cpu_features.h"
 #include "zmm.h"
 
 namespace specquant {
 namespace {
 
-constexpr int kTile = 16;              // tokens, and outputs, of a tile of sums
-constexpr int64_t kDepth = 64;         // features of a tile of factors
-constexpr int64_t kRun = 2048;         // features unpacked at a time, padding included: two panels are 64 KB
-// Shorter segments are left to VNNI: with groups of 64, folding sums takes longer than products (3.99 against 3.27 ms
-// for 512 tokens, 576 × 3072).
-constexpr int64_t kLeastSegment = 256;
-constexpr int64_t kRows = 256;         // tokens at a time: bounds the stack
-constexpr int64_t kLeastRows = 8;
-constexpr int64_t kRunSegments = kRun / kDepth;
+constexpr int kTile = kWidestTile;     // tokens, and outputs, of a tile of sums
+constexpr int kPanels = 4;             // side by side: y is written 256 bytes at a time
+constexpr int64_t kRows = 128;         // tokens at a time: bounds the stack
+constexpr int64_t kRun = 1024;         // features at a time: those of a tile of tokens and of a panel share the L1 cache
+constexpr int64_t kWidest = 64, kLeastWidth = 32;  // of a tile of factors, in features
+constexpr int64_t kLong = 256;         // a segment from here on keeps four tiles of sums busy
+constexpr int64_t kStepWords = 2 * kTile;  // of a tile and segment: 16 scales, then 16 zeros
 
-using Lanes = float[kTile];
-struct Sums {  // of one tile
-  alignas(64) Lanes rows[kTile];
+template <int C>
+struct alignas(64) Sums {  // of C tiles side by side
+  float rows[kTile][C * kTile];
 };
-struct Products {
-  alignas(64) int32_t rows[kTile][kTile];
+struct alignas(64) Products {
+  int32_t rows[kTile][kTile];
 };
 
-bool suits(const Problem& p, const Activations& x) {
-  return x.rows >= kLeastRows && p.qweight && p.act_bits < 16 && segment_length(p) >= kLeastSegment;
+// A run of one panel, ready for tiles.
+struct Panel {
+  alignas(64) int8_t weights[kRun * kTile];
+  alignas(64) float scales[kRun / kLeastWidth][kTile];
+  alignas(64) int32_t row_sums[kRun / kLeastWidth][kTile];
+};
+
+// Features of a tile of factors: whole tiles make up a segment.
+int64_t width_of(int64_t segment) {
+  int64_t width = kWidest;
+  while (segment % width) width -= kBlock;
+  return width;
 }
 
-// Consecutive segments, or a part of one that is longer than kRun.
+bool suits(const Problem& p, const Activations& x) {
+  return x.rows >= kTile && p.qweight && p.act_bits < 16 &&
+         width_of(round_up(segment_length(p), kBlock)) >= kLeastWidth;
+}
+
+// What all runs of a call share.
+struct Shape {
+  int64_t features, segment, width;  // padded to blocks
+  int64_t segments;
+
+  Shape(const Problem& p, const Activations& x)
+      : features(round_up(p.in_features, kBlock)), segment(round_up(segment_length(p), kBlock)),
+        width(width_of(segment)), segments(x.segments) {}
+};
+
+// Features [start, end): whole segments, or a part of one that is longer than kRun.
 struct Run {
-  int64_t segment, count;  // the first, and how many
-  int64_t offset, depth;   // the part of each, in features
-  int64_t start;           // its first feature
-  bool begins, ends;       // its segments
+  int64_t start, end;
+
+  Run(const Shape& shape, int64_t from) : start(from) {
+    const int64_t most = shape.segment <= kRun ? kRun / shape.segment * shape.segment : kRun / shape.width * shape.width;
+    end = std::min(start + most, shape.segment <= kRun ? shape.features : (start / shape.segment + 1) * shape.segment);
+  }
 };
 
-// A run's weights for one panel.
-struct Unpacked {
-  alignas(64) int8_t weights[kRun * kTile];  // segments padded to kDepth with zeros
-  alignas(64) Lanes scales[kRunSegments];
-  alignas(64) int32_t row_sums[kRunSegments][kTile];
-};
-
-int64_t padded(const Run& run) { return round_up(run.depth, kDepth); }
+// Tokens of a tile lie side by side, `width` features of each, so that a tile of factors is one piece of memory.
+void arrange_tokens(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
+  if (!suits(p, x)) return interleave(p, x, row, rows);
+  const Shape shape(p, x);
+  for (int64_t t = row; t < row + rows; ++t) {
+    const int8_t* a = x.a + t * x.features;
+    int8_t* to = x.tiles + t / kTile * kTile * shape.features + t % kTile * shape.width;
+    auto* step = reinterpret_cast<int32_t*>(x.steps) + t / kTile * shape.segments * kStepWords + t % kTile;
+    for (int64_t s = 0; s < shape.segments; ++s, step += kStepWords) {
+      const int64_t at = t * shape.segments + s;
+      const int32_t moved = x.centred ? x.zero[at] : 0, zero = x.zero[at] - moved;
+      std::memcpy(step, x.scale + at, sizeof(float));
+      std::memcpy(step + kTile, &zero, sizeof zero);
+      for (int64_t k = 0; k < shape.segment; k += shape.width, a += shape.width, to += kTile * shape.width)
+        for (int64_t i = 0; i < shape.width; i += kBlock)
+          for (int64_t j = 0; j < kBlock; ++j) to[i + j] = int8_t(a[i + j] + moved);
+    }
+  }
+}
 
 // Tile registers: sums in 0 to 3, tokens in 4 and 5, weights in 6 and 7.
-void configure(int64_t tokens) {
+void configure(int64_t width) {
   struct {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
   } layout;
-  for (int i = 0; i < 8; ++i) layout.bytes[i] = 64, layout.rows[i] = uint8_t(i < 6 ? tokens : kTile);
+  for (int i = 0; i < 8; ++i) {
+    layout.bytes[i] = uint16_t(i == 4 || i == 5 ? width : 64);
+    layout.rows[i] = uint8_t(i < 6 ? kTile : width / 4);
+  }
   __asm__ volatile("" : : "r"(&layout) : "memory");  // the intrinsic names 8 of these bytes; GCC would drop the others
   _tile_loadconfig(&layout);
 }
 
-void unpack(const Problem& p, const Activations& x, const Run& run, int64_t panel, Unpacked& to) {
-  const int64_t panel_blocks = (p.in_features + kBlock - 1) / kBlock, segment_blocks = panel_blocks / x.segments;
-  const int64_t groups = p.group_size ? p.in_features / p.group_size : 1, segments_in_group = x.segments / groups;
-  const __m512i mask = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(8);
-  __m512i* weights = reinterpret_cast<__m512i*>(to.weights);
-  for (int64_t i = 0; i < run.count; ++i) {
-    const int64_t s = run.segment + i, blocks = round_up(run.depth, kBlock) / kBlock, column = panel * kPanel;
-    const uint8_t* from = p.qweight + (panel * panel_blocks + s * segment_blocks + run.offset / kBlock) * 64;
-    for (int64_t k = 0; k < blocks; ++k, weights += 2) {
-      const __m512i packed = _mm512_loadu_si512(from + k * 64);
-      weights[0] = _mm512_sub_epi8(_mm512_and_si512(packed, mask), offset);
-      weights[1] = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(packed, 4), mask), offset);
-    }
-    for (int64_t k = blocks * kBlock; k < padded(run); k += 4) *weights++ = _mm512_setzero_si512();
-    uint16_t spare[kTile];
-    const int64_t g = s / segments_in_group;
-    const int64_t first = g * p.out_features + column;
-    _mm512_store_ps(to.scales[i], Zmm::half(whole<kTile>(p.scales, first, groups * p.out_features, spare)));
-    if (x.centred) continue;
-    const int64_t at = s * p.out_features + column, all = x.segments * p.out_features;
-    if (p.wide_sums) {
-      int32_t wide[kTile];
-      const auto* sums = static_cast<const int32_t*>(p.row_sums);
-      _mm512_store_si512(to.row_sums[i], Zmm::load_sums(whole<kTile>(sums, at, all, wide)));
-    } else {
-      int16_t narrow[kTile];
-      const auto* sums = static_cast<const int16_t*>(p.row_sums);
-      _mm512_store_si512(to.row_sums[i], Zmm::load_sums(whole<kTile>(sums, at, all, narrow)).lanes);
-    }
+template <class T>
+__m512i load_sums(const void* row_sums, int64_t at, int64_t all) {
+  T spare[kTile];
+  const auto sums = Zmm::load_sums(whole<kTile>(static_cast<const T*>(row_sums), at, all, spare));
+  if constexpr (sizeof(T) == 2) {
+    return sums.lanes;
+  } else {
+    return sums;
   }
 }
 
-// The integer Σ (q − z) · q_w of one token: products, and what its zero-point brings where it is not in them.
-enum class Zero { kCentred, kNarrow, kWide };
-template <Zero Z>
-inline __attribute__((always_inline)) __m512i whole_sum(const int32_t* products, const int32_t* row_sums,
-                                                         int32_t zero) {
-  const __m512i sum = _mm512_load_si512(products);
-  if constexpr (Z == Zero::kCentred) return sum;
-  const __m512i sums = _mm512_load_si512(row_sums);
-  if constexpr (Z == Zero::kNarrow) return _mm512_dpwssd_epi32(sum, sums, _mm512_set1_epi32(zero));
-  return _mm512_add_epi32(sum, Zmm::start(0, sums, zero));
+// Weights get their sign here, so that −8 Σ a falls away.
+void unpack(const Problem& p, const Shape& shape, const Run& run, int64_t panel, bool centred, Panel& to) {
+  const __m512i mask = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(8);
+  const uint8_t* from = p.qweight + (panel * shape.features + run.start) * (kPanel / 2);
+  int8_t* weights = to.weights;
+  for (int64_t k = run.start; k < run.end; k += kBlock, from += 64, weights += 128) {
+    const __m512i packed = _mm512_loadu_si512(from);
+    _mm512_store_si512(weights, _mm512_sub_epi8(_mm512_and_si512(packed, mask), offset));
+    _mm512_store_si512(weights + 64, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(packed, 4), mask), offset));
+  }
+  const int64_t groups = p.group_size ? p.in_features / p.group_size : 1, column = panel * kPanel;
+  for (int64_t s = run.start / shape.segment, i = 0; s * shape.segment < run.end; ++s, ++i) {
+    uint16_t spare[kTile];
+    const int64_t g = s * groups / shape.segments;
+    _mm512_store_ps(to.scales[i], Zmm::half(whole<kTile>(p.scales, g * p.out_features + column,
+                                                         groups * p.out_features, spare)));
+    if (centred) continue;
+    const auto load = p.wide_sums ? load_sums<int32_t> : load_sums<int16_t>;
+    _mm512_store_si512(to.row_sums[i], load(p.row_sums, s * p.out_features + column, shape.segments * p.out_features));
+  }
 }
 
-// R × C tiles of products += tokens · weights, over features of one segment.
+// Where the zero-points are: in the activations already, or to be multiplied by sums of weights of 16 or 32 bits.
+enum class Zero { kCentred, kNarrow, kWide };
+
+// Σ (q − z) · q_w of one token, from Σ a · q_w.
+template <Zero Z>
+inline __attribute__((always_inline)) __m512i add_zero(const int32_t* products, const int32_t* row_sums, int32_t zero) {
+  const __m512i sum = _mm512_load_si512(products);
+  if constexpr (Z == Zero::kCentred) return sum;
+  const __m512i sums = _mm512_load_si512(row_sums), factor = _mm512_set1_epi32(zero);
+  if constexpr (Z == Zero::kNarrow) return _mm512_dpwssd_epi32(sum, sums, factor);
+  return _mm512_add_epi32(sum, _mm512_mullo_epi32(sums, factor));
+}
+
+// sums += s · scales · products, in the vectors' order of operations.
+template <Zero Z>
+inline __attribute__((always_inline)) void fold(const Products& products, const int32_t* step, const Panel& panel,
+                                                int64_t segment, __m512 (&sums)[kTile]) {
+  const __m512 scales = _mm512_load_ps(panel.scales[segment]);
+#pragma GCC unroll 16
+  for (int t = 0; t < kTile; ++t) {
+    const __m512i sum = add_zero<Z>(products.rows[t], panel.row_sums[segment], step[kTile + t]);
+    const __m512 scale = _mm512_castsi512_ps(_mm512_set1_epi32(step[t]));
+    sums[t] = Zmm::fma(scale * scales, Zmm::to_float(sum), sums[t]);
+  }
+}
+
+template <int C>
+inline __attribute__((always_inline)) void load(const Sums<C>& from, int c, __m512 (&sums)[kTile]) {
+#pragma GCC unroll 16
+  for (int t = 0; t < kTile; ++t) sums[t] = _mm512_load_ps(from.rows[t] + c * kTile);
+}
+template <int C>
+inline __attribute__((always_inline)) void store(const __m512 (&sums)[kTile], int c, Sums<C>& to) {
+#pragma GCC unroll 16
+  for (int t = 0; t < kTile; ++t) _mm512_store_ps(to.rows[t] + c * kTile, sums[t]);
+}
+
+// A tile of products of one segment, in tile register 0.
+inline __attribute__((always_inline)) void multiply_segment(const int8_t* a, const int8_t* weights, const Shape& shape,
+                                                            Products& products) {
+  _tile_zero(0);
+  for (int64_t k = 0; k < shape.segment * kTile; k += shape.width * kTile) {
+    _tile_loadd(6, weights + k, 64);
+    _tile_loadd(4, a + k, shape.width);
+    _tile_dpbssd(0, 4, 6);
+  }
+  _tile_stored(0, products.rows, 64);
+}
+
+// A tile's short segments: its sums stay in registers, and a segment is multiplied while the last one is folded.
+template <Zero Z, int C>
+void add_short(const Shape& shape, const Run& run, const int8_t* a, const int32_t* steps, const Panel& panel, int c,
+               Sums<C>& total) {
+  Products products[2];
+  __m512 sums[kTile];
+  load(total, c, sums);
+  const int64_t count = (run.end - run.start) / shape.segment, bytes = shape.segment * kTile;
+  multiply_segment(a, panel.weights, shape, products[0]);
+  for (int64_t i = 0; i < count; ++i, steps += kStepWords) {
+    if (i + 1 < count)
+      multiply_segment(a + (i + 1) * bytes, panel.weights + (i + 1) * bytes, shape, products[(i + 1) % 2]);
+    fold<Z>(products[i % 2], steps, panel, i, sums);
+  }
+  store(sums, c, total);
+}
+
+// R × C tiles of products += tokens · weights over `count` bytes of their rows; products lie `next` apart, R · C of them.
 template <int R, int C>
-inline __attribute__((always_inline)) void multiply_segment(const int8_t* const (&a)[R], int64_t stride,
-                                                            const int8_t* const (&weights)[C], int64_t depth,
-                                                            bool begins, Products* products) {
+void multiply_long(const int8_t* const (&a)[R], const int8_t* const (&weights)[C], int64_t count, int64_t width,
+                   bool begins, Products* products, int64_t next) {
   if (begins) {
     _tile_zero(0);
     if constexpr (C > 1) _tile_zero(1);
@@ -116,135 +209,137 @@ inline __attribute__((always_inline)) void multiply_segment(const int8_t* const 
   } else {
     _tile_loadd(0, products[0].rows, 64);
     if constexpr (C > 1) _tile_loadd(1, products[1].rows, 64);
-    if constexpr (R > 1) _tile_loadd(2, products[C].rows, 64);
-    if constexpr (R > 1 && C > 1) _tile_loadd(3, products[C + 1].rows, 64);
+    if constexpr (R > 1) _tile_loadd(2, products[next].rows, 64);
+    if constexpr (R > 1 && C > 1) _tile_loadd(3, products[next + 1].rows, 64);
   }
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    _tile_loadd(6, weights[0] + k * kTile, 64);
-    _tile_loadd(4, a[0] + k, stride);
+  for (int64_t k = 0; k < count; k += width * kTile) {
+    _tile_loadd(6, weights[0] + k, 64);
+    _tile_loadd(4, a[0] + k, width);
     _tile_dpbssd(0, 4, 6);
     if constexpr (C > 1) {
-      _tile_loadd(7, weights[1] + k * kTile, 64);
+      _tile_loadd(7, weights[1] + k, 64);
       _tile_dpbssd(1, 4, 7);
     }
     if constexpr (R > 1) {
-      _tile_loadd(5, a[1] + k, stride);
+      _tile_loadd(5, a[1] + k, width);
       _tile_dpbssd(2, 5, 6);
     }
     if constexpr (R > 1 && C > 1) _tile_dpbssd(3, 5, 7);
   }
   _tile_stored(0, products[0].rows, 64);
   if constexpr (C > 1) _tile_stored(1, products[1].rows, 64);
-  if constexpr (R > 1) _tile_stored(2, products[C].rows, 64);
-  if constexpr (R > 1 && C > 1) _tile_stored(3, products[C + 1].rows, 64);
+  if constexpr (R > 1) _tile_stored(2, products[next].rows, 64);
+  if constexpr (R > 1 && C > 1) _tile_stored(3, products[next + 1].rows, 64);
 }
 
-// sums += s · scales · products for the tokens of a tile.
-template <Zero Z>
-void fold(const Products& products, const Step* steps, const Lanes& scales, const int32_t* row_sums, int64_t rows,
-          Sums& sums) {
-  const __m512 scale = _mm512_load_ps(scales);
-  for (int64_t t = 0; t < rows; ++t) {
-    const __m512 sum = Zmm::to_float(whole_sum<Z>(products.rows[t], row_sums, steps[t].zero));
-    _mm512_store_ps(sums.rows[t],
-                    Zmm::fma(Zmm::splat(steps[t].scale) * scale, sum, _mm512_load_ps(sums.rows[t])));
-  }
-}
-
-// R × C tiles: panels `panels`, tokens kTile apart from `row` on unless `rows` says where.
-template <Zero Z, int R, int C>
-void add_run(const Activations& x, const Run& run, const Unpacked* panels, const int64_t (&rows)[R], int64_t tokens,
-             Products* products, Sums* sums) {
-  const int64_t length = run.begins && run.ends ? run.depth : 0, depth = padded(run);
-  for (int64_t i = 0; i < run.count; ++i) {
-    const int8_t *a[R], *weights[C];
-    for (int r = 0; r < R; ++r) a[r] = x.a + rows[r] * x.features + run.start + i * length;
-    for (int c = 0; c < C; ++c) weights[c] = panels[c].weights + i * depth * kTile;
-    multiply_segment<R, C>(a, x.features, weights, depth, run.begins, products);
-    if (!run.ends) return;
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c)
-        fold<Z>(products[r * C + c], x.steps + (run.segment + i) * x.rows + rows[r], panels[c].scales[i],
-                panels[c].row_sums[i], tokens, sums[r * C + c]);
-  }
-}
-
-// The next features: as many whole segments as fit, or what fits of one.
-Run next_run(const Activations& x, int64_t length, const Run& last) {
-  const int64_t segment = last.segment + (last.ends ? last.count : 0), offset = last.ends ? 0 : last.offset + last.depth;
-  const int64_t whole_segments = kRun / round_up(length, kDepth);
-  const int64_t start = segment * length + offset;
-  if (whole_segments) return {segment, std::min(whole_segments, x.segments - segment), 0, length, start, true, true};
-  const int64_t depth = std::min(kRun, length - offset);
-  return {segment, 1, offset, depth, start, offset == 0, offset + depth == length};
-}
-
-// R tokens' bias and branch, then of half as many …
-template <int T>
-void start_rows(const Problem& p, const Activations& x, int64_t row, int64_t rows, int64_t column, Lanes* sums) {
-  for (; rows >= T; row += T, rows -= T, sums += T)
-    start_tile<Zmm, T, 1>(p, x, row, column, *reinterpret_cast<Tile<Zmm, T, 1>*>(sums));
-  if constexpr (T > 1) start_rows<T / 2>(p, x, row, rows, column, sums);
-}
-
-// y of up to kRows tokens and C panels.
+// C panels of up to kRows tokens.
 template <Zero Z, int C>
-void multiply_panels_of(const Problem& p, const Activations& x, int64_t row, int64_t rows, int64_t panel) {
-  Unpacked panels[C];
-  Sums sums[kRows / kTile * C];
-  Products products[kRows / kTile * C];
-  const int64_t length = round_up(segment_length(p), kBlock), tiles = (rows + kTile - 1) / kTile;
-  const int64_t tokens = std::min<int64_t>(rows, kTile);  // of a tile: the last one overlaps the one before it
-  const auto row_of = [&](int64_t tile) { return row + std::min(tile * kTile, rows - tokens); };
-  for (int64_t i = 0; i < tiles; ++i)
-    for (int c = 0; c < C; ++c)
-      start_rows<8>(p, x, row_of(i), tokens, (panel + c) * kPanel, sums[i * C + c].rows);
-  for (Run run = next_run(x, length, {}); run.segment < x.segments; run = next_run(x, length, run)) {
-    for (int c = 0; c < C; ++c) unpack(p, x, run, panel + c, panels[c]);
-    int64_t i = 0;
-    for (; i + 2 <= tiles; i += 2)
-      add_run<Z, 2, C>(x, run, panels, {row_of(i), row_of(i + 1)}, tokens, products + i * C, sums + i * C);
-    for (; i < tiles; ++i) add_run<Z, 1, C>(x, run, panels, {row_of(i)}, tokens, products + i * C, sums + i * C);
-  }
-  for (int64_t i = 0; i < tiles; ++i)
-    for (int c = 0; c < C; ++c)
-      for (int64_t t = 0; t < tokens; ++t)
-        store_tile<Zmm, 1, 1>(p, x, row_of(i) + t, (panel + c) * kPanel,
-                              *reinterpret_cast<Tile<Zmm, 1, 1>*>(sums[i * C + c].rows[t]));
-}
+struct Block {
+  const Problem& p;
+  const Activations& x;
+  const Shape& shape;
+  int64_t row, rows, panel, tiles;
+  Panel panels[C];
+  Sums<C> sums[kRows / kTile];
+  Products products[kRows / kTile][C];  // of long segments
 
-template <Zero Z>
-void multiply_as(const Problem& p, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
-  for (int64_t first = 0; first < rows; first += kRows) {
-    const int64_t some = std::min(kRows, rows - first);
-    configure(std::min<int64_t>(some, kTile));
-    int64_t i = 0;
-    for (; i + 2 <= panels; i += 2) multiply_panels_of<Z, 2>(p, x, row + first, some, panel + i);
-    for (; i < panels; ++i) multiply_panels_of<Z, 1>(p, x, row + first, some, panel + i);
+  Block(const Problem& problem, const Activations& activations, const Shape& sizes, int64_t from, int64_t count,
+        int64_t first_panel)
+      : p(problem), x(activations), shape(sizes), row(from), rows(count), panel(first_panel),
+        tiles((count + kTile - 1) / kTile) {}
+
+  const int8_t* factors(int64_t tile, int64_t feature) const {
+    return x.tiles + (row + tile * kTile) * shape.features + feature * kTile;
   }
-  _tile_release();
+  const int32_t* steps(int64_t tile, int64_t segment) const {
+    return reinterpret_cast<const int32_t*>(x.steps) + ((row / kTile + tile) * shape.segments + segment) * kStepWords;
+  }
+
+  template <int R, int D>
+  void multiply_long_at(int64_t tile, int c, int64_t from, int64_t to, const Run& run, bool begins) {
+    const int8_t *a[R], *weights[D];
+    for (int r = 0; r < R; ++r) a[r] = factors(tile + r, from);
+    for (int d = 0; d < D; ++d) weights[d] = panels[c + d].weights + (from - run.start) * kTile;
+    multiply_long<R, D>(a, weights, (to - from) * kTile, shape.width, begins, &products[tile][c], C);
+  }
+
+  void add_long(const Run& run) {
+    constexpr int D = C < 2 ? 1 : 2;
+    const int64_t first = run.start / shape.segment;
+    for (int64_t s = first; s * shape.segment < run.end; ++s) {
+      const int64_t from = std::max(run.start, s * shape.segment), to = std::min(run.end, (s + 1) * shape.segment);
+      const bool begins = from == s * shape.segment, ends = to == (s + 1) * shape.segment;
+      for (int c = 0; c < C; c += D) {
+        int64_t tile = 0;
+        for (; tile + 2 <= tiles; tile += 2) multiply_long_at<2, D>(tile, c, from, to, run, begins);
+        if (tile < tiles) multiply_long_at<1, D>(tile, c, from, to, run, begins);
+      }
+      for (int64_t tile = 0; ends && tile < tiles; ++tile)
+        for (int c = 0; c < C; ++c) {
+          __m512 total[kTile];
+          load(sums[tile], c, total);
+          fold<Z>(products[tile][c], steps(tile, s), panels[c], s - first, total);
+          store(total, c, sums[tile]);
+        }
+    }
+  }
+
+  // The tile's tokens, T at a time, then half as many …: bias and branch, or y.
+  template <int T>
+  void start_rows(int64_t tile, int64_t t) {
+    for (const int64_t count = std::min<int64_t>(kTile, rows - tile * kTile); t + T <= count; t += T)
+      start_tile<Zmm, T, C>(p, x, row + tile * kTile + t, panel * kPanel,
+                            *reinterpret_cast<Tile<Zmm, T, C>*>(sums[tile].rows[t]));
+    if constexpr (T > 1) start_rows<T / 2>(tile, t);
+  }
+
+  void run() {
+    for (int64_t tile = 0; tile < tiles; ++tile) start_rows<4>(tile, 0);
+    for (Run run(shape, 0); run.start < shape.features; run = Run(shape, run.end)) {
+      for (int c = 0; c < C; ++c) unpack(p, shape, run, panel + c, x.centred, panels[c]);
+      if (shape.segment >= kLong) {
+        add_long(run);
+      } else {
+        for (int64_t tile = 0; tile < tiles; ++tile)
+          for (int c = 0; c < C; ++c)
+            add_short<Z, C>(shape, run, factors(tile, run.start), steps(tile, run.start / shape.segment), panels[c], c,
+                            sums[tile]);
+      }
+    }
+    for (int64_t t = 0; t < rows; ++t)
+      store_tile<Zmm, 1, C>(p, x, row + t, panel * kPanel,
+                            *reinterpret_cast<Tile<Zmm, 1, C>*>(sums[t / kTile].rows[t % kTile]));
+  }
+};
+
+template <Zero Z, int C>
+void multiply_blocks(const Problem& p, const Activations& x, const Shape& shape, int64_t row, int64_t rows,
+                     int64_t panel, int64_t panels) {
+  for (; panels >= C; panel += C, panels -= C)
+    for (int64_t first = 0; first < rows; first += kRows)
+      Block<Z, C>(p, x, shape, row + first, std::min(kRows, rows - first), panel).run();
+  if constexpr (C > 1) multiply_blocks<Z, C / 2>(p, x, shape, row, rows, panel, panels);
 }
 
 void multiply_tiles(const Problem& p, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
   if (!suits(p, x)) return kAvx512Vnni.multiply(p, x, row, rows, panel, panels);
-  const auto multiply = x.centred      ? multiply_as<Zero::kCentred>
-                        : p.wide_sums ? multiply_as<Zero::kWide>
-                                      : multiply_as<Zero::kNarrow>;
-  multiply(p, x, row, rows, panel, panels);
+  const Shape shape(p, x);
+  const auto blocks = x.centred     ? multiply_blocks<Zero::kCentred, kPanels>
+                      : p.wide_sums ? multiply_blocks<Zero::kWide, kPanels>
+                                    : multiply_blocks<Zero::kNarrow, kPanels>;
+  configure(shape.width);
+  blocks(p, x, shape, row, rows, panel, panels);
+  _tile_release();
 }
 
 // As limits.h, by tiles.
 int64_t tile_peak(int64_t steps) {
-  configure(kTile);
-  static const int8_t factors[kTile * kDepth] = {};
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_loadd(4, factors, kDepth);
-  _tile_loadd(5, factors, kDepth);
-  _tile_loadd(6, factors, kDepth);
-  _tile_loadd(7, factors, kDepth);
+  configure(kWidest);
+  static const int8_t factors[kTile * kWidest] = {};
+  _tile_loadd(4, factors, kWidest);
+  _tile_loadd(5, factors, kWidest);
+  _tile_loadd(6, factors, 64);
+  _tile_loadd(7, factors, 64);
   for (int64_t i = 0; i < steps; ++i) {
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);
@@ -252,39 +347,24 @@ int64_t tile_peak(int64_t steps) {
     _tile_dpbssd(3, 5, 7);
   }
   _tile_release();
-  return steps * 4 * kTile * kTile * kDepth * 2;
+  return steps * 4 * kTile * kTile * kWidest * 2;
 }
 
-// Tokens stay rows: a tile reads 64 features of 16 of them. Weights are unpacked with their sign, so that `start` falls
-// away.
-void arrange_rows(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
-  if (!suits(p, x)) return interleave(p, x, row, rows);
-  const int64_t length = round_up(segment_length(p), kBlock);
-  for (int64_t t = row; t < row + rows; ++t) {
-    int8_t* a = x.a + t * x.features;
-    for (int64_t s = 0; s < x.segments; ++s, a += length) {
-      const int64_t at = t * x.segments + s;
-      x.steps[s * x.rows + t] = {x.scale[at], x.centred ? 0 : x.zero[at], 0};
-      for (int64_t i = 0; x.centred && i < length; ++i) a[i] = int8_t(a[i] + x.zero[at]);
-    }
-  }
-}
-
-// Through functions: another file's table is not there yet when this one is filled.
+// Through functions: another file's table may not be filled yet when this one is.
 void quantize(const float* u, int64_t n, int bits, int64_t group, float clip, int8_t* q, float* scale, int32_t* zero) {
   kAvx512Vnni.quantize(u, n, bits, group, clip, q, scale, zero);
 }
-void prepare_rows_of(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
+void prepare_tokens(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
   kAvx512Vnni.prepare(p, x, row, rows);
 }
-void append_rows(const Attention& a, int64_t batch, int64_t kv_head, int64_t token, int64_t end) {
+void append_tokens(const Attention& a, int64_t batch, int64_t kv_head, int64_t token, int64_t end) {
   kAvx512Vnni.append(a, batch, kv_head, token, end);
 }
-void attend_some(const Attention& a, const QueryTile& tile, const Partial& out) { kAvx512Vnni.attend(a, tile, out); }
+void attend_tokens(const Attention& a, const QueryTile& tile, const Partial& out) { kAvx512Vnni.attend(a, tile, out); }
 
 }  // namespace
 
-const Kernels kAmx{"amx",          cpu_has_amx,   quantize,    prepare_rows_of, arrange_rows,
-                   multiply_tiles, 32 << 20,      kMostTileRows, append_rows,   attend_some, tile_peak};
+const Kernels kAmx{"amx",          cpu_has_amx, quantize,      prepare_tokens, arrange_tokens,
+                   multiply_tiles, 32 << 20,    kMostTileRows, append_tokens,  attend_tokens, tile_peak};
 
 }  // namespace specquant

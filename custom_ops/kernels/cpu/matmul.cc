@@ -48,8 +48,9 @@ Activations lay_out(const Problem& p, char* base, char** end) {
   x.zero = arena.take<int32_t>(rows * x.segments);
   x.start = arena.take<int32_t>(rows * x.segments);
   x.centred = p.act_bits < 8;
-  x.tiles = arena.take<int8_t>(rows * x.features);
-  x.steps = arena.take<Step>(rows * x.segments);
+  const int64_t whole_tiles = rows < kWidestTile ? rows : round_up(rows, kWidestTile);
+  x.tiles = arena.take<int8_t>(whole_tiles * x.features);
+  x.steps = arena.take<Step>(whole_tiles * x.segments);
   *end = arena.next;
   return x;
 }
@@ -95,7 +96,7 @@ void cut(Work& work) {
   if (across > 1) across = round_up(across, 2);
   work.tile_panels = round_up((panels + across - 1) / across, least);
   const int64_t products = kPanel * kBlock * blocks * work.tile_panels;  // of a token
-  const int64_t rows = work.kernels.task_products / products / kTileTokens * kTileTokens;
+  const int64_t rows = work.kernels.task_products / products / kWidestTile * kWidestTile;
   work.tile_rows = std::max(std::min(work.rows, 4 * kTileTokens), rows);
   work.tiles_down = (work.rows + work.tile_rows - 1) / work.tile_rows;
 }

@@ -8,6 +8,7 @@ namespace specquant {
 constexpr int64_t kPanel = 16;  // outputs in a panel of packed weights
 constexpr int64_t kBlock = 8;   // features in a block of it
 constexpr int64_t kTileTokens = 8;  // tokens whose activations are interleaved
+constexpr int64_t kWidestTile = 16;  // tokens of AMX's: tasks begin at multiples, and `tiles` and `steps` have room for whole ones
 constexpr int64_t kTaskProducts = 8 << 20;  // Kernels::task_products where the byte dot product is a vector's
 
 // Static: see half.h.
@@ -36,6 +37,7 @@ struct Activations {
   // The same once more, as tiles read it: what several tokens need at once lies together.
   bool centred;      // zero is 0 everywhere: it has been added to a, which still fits a byte
   int64_t rows;      // that are there
+  // Filled by Kernels::arrange, here as `interleave` does.
   int8_t* tiles;     // [rows / kTileTokens, blocks of features, tokens, kBlock]
   Step* steps;       // [segments, rows]
 };
