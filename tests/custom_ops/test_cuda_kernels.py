@@ -52,6 +52,12 @@ class Driver:
         if error:
             raise OSError(f"{name} says {error}")
 
+    def capability(self) -> tuple[int, int]:
+        parts = ctypes.c_int(), ctypes.c_int()
+        for attribute, part in zip((75, 76), parts, strict=True):  # compute capability, major and minor
+            self.call("cuDeviceGetAttribute", ctypes.byref(part), attribute, 0)
+        return parts[0].value, parts[1].value
+
     def allocate(self, size: int) -> int:
         place = ctypes.c_uint64()
         self.call("cuMemAlloc_v2", ctypes.byref(place), ctypes.c_size_t(max(size, 1)))
@@ -95,9 +101,11 @@ try:
 except (OSError, SpecQuantError) as missing:
     pytest.skip(f"no GPU, or no kernels for it: {missing}", allow_module_level=True)
 DeviceArray: Any = HostArray if EMULATED else GpuArray
+HOPPER = EMULATED or GpuArray.driver.capability() == (9, 0)
 
 # (group_size, act_group, features): segments of 64, 128 and of all features, and some that only `any` takes.
 TENSOR_GROUPS = [(64, 64, 256), (64, 64, 64), (64, 0, 192), (0, 64, 320), (128, 128, 384), (0, 0, 320), (0, 0, 72)]
+TENSOR_GROUPS += [(0, 0, 1152), (64, 0, 896), (128, 0, 256), (64, 128, 1024)]  # wgmma, once and more round its ring
 OTHER_GROUPS = [(0, 0, 37), (8, 0, 40), (0, 8, 64), (8, 24, 72), (32, 64, 128), (64, 32, 192), (16, 16, 48)]
 TOKENS = [1, 3, 8, 9, 17, 33, 130]
 
@@ -145,14 +153,16 @@ class _Rows:
         self.__cuda_array_interface__ = {**array.__cuda_array_interface__, "shape": self.shape, "strides": None}
 
 
-def paths(tokens: int, groups: tuple[int, int, int], bits: int, m: int = 8) -> list[str | None]:
+def paths(tokens: int, groups: tuple[int, int, int], bits: int, m: int = 8, rank: int = 0) -> list[str | None]:
     """The paths that take these sizes; None, the library's own choice, always."""
     segment = segment_length(groups[2], *groups[:2])
     whole = segment == groups[2]
     if m % 8 or (segment % 64 and not whole):
         return [None, "any"]
     limit = 16 if bits < 16 and whole else 32
-    return [None, "any", "gemm_small", "gemm_large", *(["matvec"] if tokens <= limit else [])]
+    fits = HOPPER and bits < 16 and groups[2] % 128 == 0 and m % 16 == 0 and rank <= 64
+    wgmma = ["wgmma_small", "wgmma_large"] if fits else []
+    return [None, "any", "gemm_small", "gemm_large", *wgmma, *(["matvec"] if tokens <= limit else [])]
 
 
 def case(rng: np.random.Generator, index: int) -> tuple[int, tuple[int, int, int]]:
@@ -169,7 +179,7 @@ def test_integers_are_exact(rng: np.random.Generator, index: int) -> None:
     """Whole numbers, scales that are powers of two: a sum that is off by one shows."""
     tokens, groups = case(rng, index)
     group_size, act_group, n = groups
-    bits, m = int(rng.choice([2, 3, 4, 7, 8])), int(rng.choice([8, 24, 136, 264, 7]))
+    bits, m = int(rng.choice([2, 3, 4, 7, 8])), int(rng.choice([8, 24, 144, 272, 528, 7]))
     qmax = 2**bits - 1
     weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, group_size, act_group)
     weights["scales"] = (2.0 ** rng.integers(-3, 4, weights["scales"].shape)).astype(np.float16)
@@ -189,7 +199,7 @@ def test_integers_are_exact(rng: np.random.Generator, index: int) -> None:
 def test_matmul_equals_reference(rng: np.random.Generator, index: int, bits: int) -> None:
     tokens, groups = case(rng, index)
     group_size, act_group, n = groups
-    m, kind = int(rng.choice([8, 40, 136, 264, 19])), rng.choice([np.float32, np.float16])
+    m, kind = int(rng.choice([8, 40, 144, 272, 19])), rng.choice([np.float32, np.float16])
     r = int(min(n, rng.choice([0, 1, 24, 31, 32, 33, 63, 64, 70])))
     weights = random_weights(rng, "SpecQuantMatMul", n, m, r, group_size, act_group)
     weights["rank"] = np.array([rng.integers(0, r + 1) if rng.random() < 0.5 else r])
@@ -201,7 +211,7 @@ def test_matmul_equals_reference(rng: np.random.Generator, index: int, bits: int
     expected = reference.specquant_matmul(x.astype(np.float32), **weights, **attributes)
     size = max(float(np.abs(expected).max()), 1.0)
     tolerance = 1e-5 if kind == np.float32 and bits != 16 else 1e-3
-    for path in paths(tokens, groups, bits, m):
+    for path in paths(tokens, groups, bits, m, int(weights["rank"][0])):
         y = Call(x, weights, path, **attributes).y
         assert y.dtype == kind
         text = f"{path} T={tokens} M={m} r={r} {weights['rank']} {groups} {attributes}"
@@ -283,7 +293,7 @@ def test_extreme_values(rng: np.random.Generator, bits: int, groups: tuple[int, 
 @pytest.mark.parametrize(("n", "bits"), [(8192, 8), (4104, 4), (16384, 2)])
 def test_long_segments_of_the_largest_values(rng: np.random.Generator, n: int, bits: int) -> None:
     """All weights −8 and activations at both ends: sums too large for int16, row sums in int32."""
-    qmax, m = 2**bits - 1, 24
+    qmax, m = 2**bits - 1, 48
     q = np.full((n, m), -8, np.int8)
     q[rng.integers(n, size=5)] = 7
     x = np.full((3, n), qmax, np.float32)
@@ -294,7 +304,7 @@ def test_long_segments_of_the_largest_values(rng: np.random.Generator, n: int, b
     scales = np.full((1, m), 0.5, np.float16)
     weights = {"qweight": pack_int4(q), "scales": scales, "row_sums": sums, "bias": np.zeros(m, np.float32)}
     expected = (x.astype(np.int64) @ q.astype(np.int64) * 0.5).astype(np.float32)
-    for path in ("any", "gemm_small", "gemm_large", "matvec"):
+    for path in [p for p in paths(3, (0, 0, n), bits, m) if p]:
         np.testing.assert_array_equal(Call(x, weights, path, act_bits=bits).y, expected, path)
 
 

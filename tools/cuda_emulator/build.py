@@ -49,10 +49,10 @@ def main() -> int:
         return 2
     work = args.output
     work.mkdir(parents=True, exist_ok=True)
-    for path in [*KERNELS.glob("*.h"), *KERNELS.glob("*.cc"), *HERE.glob("*.h"), *HERE.glob("*.cc"), HERE / "ptx.cuh"]:
+    for path in [*KERNELS.glob("*.h"), *KERNELS.glob("*.cc"), *HERE.glob("*.h"), *HERE.glob("*.cc"), *HERE.glob("*.cuh")]:
         shutil.copy(path, work)
     for path in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")]:
-        if path.name != "ptx.cuh":
+        if not (HERE / path.name).exists():  # ptx.cuh and ptx90.cuh
             target = path.name if path.suffix == ".cuh" else f"{path.name}.cc"
             (work / target).write_text(translated(path.read_text(encoding="utf-8")), encoding="utf-8")
     flags = ["-std=c++17", "-O2", "-g", "-fPIC", "-w", "-ffp-contract=off", "-I.", f"-I{args.include}"]

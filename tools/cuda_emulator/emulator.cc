@@ -10,7 +10,8 @@ std::vector<Meeting> warps;
 
 namespace {
 
-constexpr size_t kMostShared = 99 * 1024;  // a block's on the smallest GPU that the kernels are for
+// A block's on the smallest GPU that the kernels are for, and, for those with a block a multiprocessor, on Hopper.
+constexpr size_t kMostShared = 99 * 1024, kMostShared90 = 227 * 1024;
 constexpr size_t kStack = 128 * 1024;
 
 ucontext_t scheduler;
@@ -35,6 +36,8 @@ void start(Fiber& fiber, int index) {
   if (fiber.stack.empty()) fiber.stack.resize(kStack);
   fiber.pending.clear();
   fiber.groups.clear();
+  fiber.uncommitted.clear();
+  fiber.products.clear();
   fiber.done = false;
   fiber.thread = uint3{unsigned(index), 0, 0};
   fiber.warp = index / 32;
@@ -76,13 +79,13 @@ void sync_threads() {
 
 void launch(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535) fail("a grid that no GPU takes");
-  if (shared_bytes > kMostShared) fail("more shared memory than every GPU has");
+  if (shared_bytes > (threads.x == 384 ? kMostShared90 : kMostShared)) fail("more shared memory than every GPU has");
   grid_size = grid;
   block_size = threads;
   kernel = &body;
   fibers.resize(threads.x);
-  std::vector<char> memory(shared_bytes + 128);
-  shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 127) / 128 * 128);
+  std::vector<char> memory(shared_bytes + 1024);
+  shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024);
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
       block = uint3{x, y, 0};

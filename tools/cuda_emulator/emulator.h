@@ -31,9 +31,20 @@ struct Copy {
   bool there;
 };
 
+// A thread's part of a warpgroup's product that is under way.
+struct Product {
+  int* d;
+  uint32_t a[4];
+  uint64_t b;  // where operand B lies in shared memory, / 16
+  bool add;
+  int columns;
+};
+
 struct Fiber {
   std::vector<Copy> pending;
   std::vector<std::vector<Copy>> groups;
+  std::vector<Product> uncommitted;
+  std::vector<std::vector<Product>> products;
   ucontext_t context;
   std::vector<char> stack;
   bool done;

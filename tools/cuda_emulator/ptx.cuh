@@ -103,6 +103,9 @@ inline uint4 load_stream(const void* global) {
   return *static_cast<const uint4*>(global);
 }
 
+inline void let_next_start() {}
+inline void wait_for_previous() {}
+
 inline float min_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b); }
 inline float max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
 inline uint32_t bits_of(__half2 v) { return emulator::bits_as<uint32_t>(v); }

@@ -18,7 +18,16 @@ constexpr int kRankStep = 32;      // rank is padded to this
 constexpr int kFastRank = 64;      // the largest rank of the tensor-core first stage
 constexpr int kDownChunk = 256;    // features of the basis that `down` holds at a time
 constexpr int kDownTokens = 32;    // tokens per block of `down`
+constexpr int kReduceTokens = 128;  // tokens per block of `reduce`, at most
 constexpr int kMatvecTokens = 32;  // the most that `matvec` takes
+constexpr int kChunk = 128;        // features that `gemm90` takes at a time
+
+// How the first stage lays the levels out.
+enum Order {
+  kRows,       // [T, kp]
+  kFragments,  // [T, kp], as `gemm` wants each row: place_of
+  kTiles,      // [kp / kChunk, tp, kChunk], as `gemm90` wants them: tile_place
+};
 
 struct Args {
   int tokens, n, m;              // T, N, M
@@ -26,10 +35,12 @@ struct Args {
   int kp, tp;                    // N padded to kStep, T padded to kTokenPad
   int segments, segment;         // S, N / S
   int weight_group, act_group;   // features per scale, N where the attribute is 0
-  int hadamard, splits, bits;
+  int hadamard, splits, bits;    // splits: shares of the features in `down`
+  int shares;                    // and in `reduce`
   int x_half, y_half, wide_sums;
+  bool early;                    // later kernels may start before earlier ones end
   int subtract;                  // only where there is a branch
-  int permuted;                  // levels lie as `gemm` wants them: place_of
+  Order order;                   // of the levels
   float clip, level_unit;
   const void* x;                 // rotated if it is to be
   const __half* basis;
@@ -41,6 +52,7 @@ struct Args {
   void* y;
   float* reduced;
   float* partial;
+  float2* range;                 // [shares, T]: lowest and highest
   __half* low;
   float* low_factor;
   void* levels;
@@ -59,8 +71,13 @@ enum Mode {
 // First stage.
 cudaError_t rotate(const Args& args, const void* x, int x_half, float* rotated, cudaStream_t stream);
 cudaError_t down(const Args& args, cudaStream_t stream);
-// direct: also the levels, for groups and segments of 64; else `reduced` where subtract is set.
-cudaError_t reduce(const Args& args, bool direct, int multiprocessors, cudaStream_t stream);
+enum class Reduce {
+  kKeep,         // low, and `reduced` where subtract is set
+  kGroupLevels,  // low and levels, for groups and segments of 64
+  kRanges,       // low, and the range of every token's u: the first of two passes
+  kTokenLevels,  // levels, a group a token: the second
+};
+cudaError_t reduce(const Args& args, Reduce what, cudaStream_t stream);
 cudaError_t branch_any(const Args& args, cudaStream_t stream);
 // Levels of u, which is x or, float32, `reduced`.
 cudaError_t quantize(const Args& args, const void* u, int u_half, cudaStream_t stream);
@@ -68,6 +85,8 @@ cudaError_t quantize(const Args& args, const void* u, int u_half, cudaStream_t s
 // Second stage.
 cudaError_t matvec(const Args& args, Mode mode, cudaStream_t stream);
 cudaError_t gemm(const Args& args, Mode mode, bool large, cudaStream_t stream);
+// sm_90a only. large: of its two tiles.
+cudaError_t gemm90(const Args& args, Mode mode, bool large, int multiprocessors, cudaStream_t stream);
 cudaError_t multiply_any(const Args& args, cudaStream_t stream);
 
 // Where a feature's level lies in its row for `gemm`, which takes 32 features at a time: ldmatrix gives thread t of four
@@ -75,6 +94,18 @@ cudaError_t multiply_any(const Args& args, cudaStream_t stream);
 __host__ __device__ constexpr int place_of(int feature, bool halves) {
   const int within = feature % 32, t = within / 8;
   return feature - within + (halves ? within % 8 / 2 * 8 + 2 * t + within % 2 : within % 8 / 4 * 16 + 4 * t + within % 4);
+}
+
+// Where the level of a token's feature lies in kTiles: rows of 128 bytes whose 16-byte columns are swizzled.
+__host__ __device__ constexpr int64_t tile_place(int token, int feature, int tp) {
+  const int place = place_of(feature % kChunk, false);
+  return (static_cast<int64_t>(feature / kChunk) * tp + token) * kChunk + (place / 16 ^ token % 8) * 16 + place % 16;
+}
+
+__host__ __device__ constexpr int64_t level_place(const Args& args, int token, int feature) {
+  return args.order == kTiles ? tile_place(token, feature, args.tp)
+                              : static_cast<int64_t>(token) * args.kp +
+                                    (args.order == kFragments ? place_of(feature, args.bits == 16) : feature);
 }
 
 __host__ __device__ constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }

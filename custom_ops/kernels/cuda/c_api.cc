@@ -38,7 +38,7 @@ const char* current(Device& device) {
   return nullptr;
 }
 
-enum class Path { kMatvec, kGemmSmall, kGemmLarge, kAny };
+enum class Path { kMatvec, kGemmSmall, kGemmLarge, kWgmmaSmall, kWgmmaLarge, kAny };
 
 // The second stage: the one asked for, if it takes the problem, else the fastest that does.
 const char* choose(const Plan& plan, const Device& device, const char* name, Path& path) {
@@ -46,10 +46,11 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
   const bool matvec = tokens <= plan.matvec_tokens;
   if (!name || !*name) {
     const int large_tiles = ceil_div(tokens, 128) * ceil_div(plan.args.m, 256);
-    path = matvec                                           ? Path::kMatvec
-           : !plan.gemm                                     ? Path::kAny
-           : large_tiles * 4 >= device.multiprocessors * 3 ? Path::kGemmLarge
-                                                            : Path::kGemmSmall;
+    const bool large = large_tiles * 4 >= device.multiprocessors * 3;
+    path = matvec        ? Path::kMatvec
+           : plan.gemm90 ? (large ? Path::kWgmmaLarge : Path::kWgmmaSmall)
+           : plan.gemm   ? (large ? Path::kGemmLarge : Path::kGemmSmall)
+                         : Path::kAny;
     return nullptr;
   }
   const struct {
@@ -59,6 +60,8 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
   } known[] = {{"matvec", Path::kMatvec, matvec},
                {"gemm_small", Path::kGemmSmall, plan.gemm},
                {"gemm_large", Path::kGemmLarge, plan.gemm},
+               {"wgmma_small", Path::kWgmmaSmall, plan.gemm90},
+               {"wgmma_large", Path::kWgmmaLarge, plan.gemm90},
                {"any", Path::kAny, true}};
   for (const auto& entry : known) {
     if (std::strcmp(entry.name, name) != 0) continue;
@@ -67,12 +70,11 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
     std::snprintf(message, sizeof message, "path %s does not take these sizes; leave the choice to the library", name);
     return message;
   }
-  return "path must be matvec, gemm_small, gemm_large or any, or empty";
+  return "path must be matvec, gemm_small, gemm_large, wgmma_small, wgmma_large or any, or empty";
 }
 
 // First stage: levels and scales, low.
-cudaError_t prepare(const Plan& plan, const SpecquantCudaProblem& problem, const Device& device, float* rotated,
-                    cudaStream_t stream) {
+cudaError_t prepare(const Plan& plan, const SpecquantCudaProblem& problem, float* rotated, cudaStream_t stream) {
   const Args& a = plan.args;
   cudaError_t error = cudaSuccess;
   const auto run = [&](cudaError_t result) {
@@ -81,8 +83,16 @@ cudaError_t prepare(const Plan& plan, const SpecquantCudaProblem& problem, const
   if (a.hadamard) run(rotate(a, problem.x, problem.half, rotated, stream));
   if (a.rank && !plan.tensor_prepare) run(branch_any(a, stream));
   if (a.rank && plan.tensor_prepare) run(down(a, stream));
-  if (plan.tensor_prepare && (a.rank || plan.direct)) run(reduce(a, plan.direct, device.multiprocessors, stream));
-  if (plan.direct) return error;
+  if (plan.direct) {
+    run(reduce(a, Reduce::kGroupLevels, stream));
+    return error;
+  }
+  if (plan.two_pass) {
+    run(reduce(a, Reduce::kRanges, stream));
+    run(reduce(a, Reduce::kTokenLevels, stream));
+    return error;
+  }
+  if (plan.tensor_prepare && a.rank) run(reduce(a, Reduce::kKeep, stream));
   const void* u = a.subtract ? a.reduced : a.x;
   run(quantize(a, u, a.subtract ? 0 : a.x_half, stream));
   return error;
@@ -109,6 +119,22 @@ SPECQUANT_EXPORT const char* specquant_cuda_layout(const SpecquantCudaProblem* p
   return nullptr;
 }
 
+SPECQUANT_EXPORT const char* specquant_cuda_workspace(const SpecquantCudaProblem* problem, int64_t* bytes) {
+  // More multiprocessors only split the features further; unaligned arrays take slower kernels, which keep more.
+  const Device widest[] = {{8, 0, 1 << 20}, {9, 0, 1 << 20}};
+  static const char arena[32] __attribute__((aligned(16))) = {};
+  *bytes = 0;
+  for (const char* place : {arena, arena + 4}) {
+    SpecquantCudaProblem p = *problem;
+    p.x = p.qweight = p.scales = p.row_sums = place;
+    p.bias = reinterpret_cast<const float*>(place);
+    p.basis = p.coef = p.basis_rank ? place : nullptr;
+    if (const char* wrong = check(p)) return wrong;
+    for (const Device& device : widest) *bytes = std::max(*bytes, make_plan(p, device).layout.bytes);
+  }
+  return nullptr;
+}
+
 SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* problem, void* workspace,
                                                    int64_t workspace_bytes, void* stream, const char* path) {
   if (const char* wrong = check(*problem)) return wrong;
@@ -132,20 +158,25 @@ SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* p
   if (a.hadamard) a.x = rotated;
   a.reduced = reinterpret_cast<float*>(at(plan.layout.reduced));
   a.partial = reinterpret_cast<float*>(at(plan.layout.partial));
+  a.range = reinterpret_cast<float2*>(at(plan.range));
   a.low = reinterpret_cast<__half*>(at(plan.layout.low));
   a.low_factor = reinterpret_cast<float*>(at(plan.layout.low_factor));
   a.levels = at(plan.layout.levels);
   a.scale = reinterpret_cast<float*>(at(plan.layout.scale));
   a.zero = reinterpret_cast<int*>(at(plan.layout.zero));
-  a.permuted = chosen == Path::kGemmSmall || chosen == Path::kGemmLarge;
+  a.order = chosen == Path::kWgmmaSmall || chosen == Path::kWgmmaLarge ? kTiles
+            : chosen == Path::kGemmSmall || chosen == Path::kGemmLarge ? kFragments
+                                                                       : kRows;
 
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  cudaError_t error = prepare(plan, *problem, device, rotated, on);
+  cudaError_t error = prepare(plan, *problem, rotated, on);
   if (error == cudaSuccess) {
     switch (chosen) {
       case Path::kMatvec: error = matvec(a, plan.mode, on); break;
       case Path::kGemmSmall: error = gemm(a, plan.mode, false, on); break;
       case Path::kGemmLarge: error = gemm(a, plan.mode, true, on); break;
+      case Path::kWgmmaSmall: error = gemm90(a, plan.mode, false, device.multiprocessors, on); break;
+      case Path::kWgmmaLarge: error = gemm90(a, plan.mode, true, device.multiprocessors, on); break;
       case Path::kAny: error = multiply_any(a, on); break;
     }
   }

@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(kWarps * 32) down_kernel(const Args args) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first_token = blockIdx.x * kDownTokens;
   const int chunks = ceil_div(args.n, kDownChunk);
+  let_next_start();
   const X* x = static_cast<const X*>(args.x);
 
   float acc[kTiles][columns][4] = {};

@@ -5,6 +5,7 @@
 // g = lane / 4 and t = lane % 4, a 16-byte load holds 4 outputs (4g … 4g + 3) of block 4s + t of 8 features; words 0 and
 // 1 are rows g and g + 8 of one fragment, words 2 and 3 of another. Column n is token n.
 #include "args.h"
+#include "launch.h"
 #include "levels.cuh"
 #include "unpack.cuh"
 
@@ -47,12 +48,29 @@ struct Matvec {
 
   __device__ __forceinline__ bool scaled() const { return first_output + 4 * g < args.m; }
 
-  __device__ __forceinline__ void load(Step& s, int step) const {
+  // What earlier kernels do not write.
+  __device__ __forceinline__ void load_weights(Step& s, int step) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int block = step * (kStep / kBlock) + 4 * i + t;
       s.weights[i] = block < blocks ? load_stream(panel + static_cast<int64_t>(block) * 64) : make_uint4(0, 0, 0, 0);
     }
+    if constexpr (mode != kChannel) {
+      const int64_t group = step * kStep / args.weight_group;
+      const __half* from = args.scales + group * args.m + first_output + 4 * g;
+      s.scales = scaled() ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+    }
+    if constexpr (mode == kFoldZero) {
+      const int64_t at = static_cast<int64_t>(step * kStep / args.segment) * args.m + first_output + 4 * g;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        s.sums[i] = !scaled() ? 0
+                    : args.wide_sums ? __ldg(static_cast<const int32_t*>(args.row_sums) + at + i)
+                                     : __ldg(static_cast<const int16_t*>(args.row_sums) + at + i);
+    }
+  }
+
+  __device__ __forceinline__ void load_activations(Step& s, int step) const {
 #pragma unroll
     for (int f = 0; f < frags; ++f) {
       const int token = 8 * f + g;
@@ -69,11 +87,6 @@ struct Matvec {
         s.activations[f][0] = make_uint4(a.x, a.y, b.x, b.y);
       }
     }
-    if constexpr (mode != kChannel) {
-      const int64_t group = step * kStep / args.weight_group;
-      const __half* from = args.scales + group * args.m + first_output + 4 * g;
-      s.scales = scaled() ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
-    }
     if constexpr (mode == kFold || mode == kFoldZero) {
       const int64_t segment = step * kStep / args.segment;
 #pragma unroll
@@ -84,14 +97,6 @@ struct Matvec {
           const bool first = step * kStep % args.segment == 0;  // of its segment: the zero-point goes with it
           s.zero[f] = first ? *reinterpret_cast<const int2*>(args.zero + at) : make_int2(0, 0);
         }
-      }
-      if constexpr (mode == kFoldZero) {
-        const int64_t at = segment * args.m + first_output + 4 * g;
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          s.sums[i] = !scaled() ? 0
-                      : args.wide_sums ? __ldg(static_cast<const int32_t*>(args.row_sums) + at + i)
-                                       : __ldg(static_cast<const int16_t*>(args.row_sums) + at + i);
       }
     }
   }
@@ -213,14 +218,22 @@ __global__ void __launch_bounds__(kWarps * 32) matvec_kernel(const Args args) {
   float* shares = reinterpret_cast<float*>(shares4[work.warp]);
   const int steps = args.kp / kStep;
 
-  for (int step = work.warp; step < steps; step += kWarps * M::kDepth) {
-    typename M::Step loaded[M::kDepth];
+  // The first weights are under way before the first stage is done.
+  typename M::Step loaded[M::kDepth];
+#pragma unroll
+  for (int i = 0; i < M::kDepth; ++i)
+    if (work.warp + i * kWarps < steps) work.load_weights(loaded[i], work.warp + i * kWarps);
+  wait_for_previous();
+  for (int first = work.warp; first < steps; first += kWarps * M::kDepth) {
 #pragma unroll
     for (int i = 0; i < M::kDepth; ++i)
-      if (step + i * kWarps < steps) work.load(loaded[i], step + i * kWarps);
+      if (first + i * kWarps < steps) work.load_activations(loaded[i], first + i * kWarps);
 #pragma unroll
-    for (int i = 0; i < M::kDepth; ++i)
-      if (step + i * kWarps < steps) work.add(loaded[i]);
+    for (int i = 0; i < M::kDepth; ++i) {
+      const int step = first + i * kWarps, next = step + M::kDepth * kWarps;
+      if (step < steps) work.add(loaded[i]);
+      if (next < steps) work.load_weights(loaded[i], next);
+    }
   }
 
   if constexpr (mode == kChannel) {
@@ -274,11 +287,11 @@ template <Mode mode>
 void launch(const Args& args, cudaStream_t stream) {
   const int blocks = ceil_div(args.m, kOutputs), threads = kWarps * 32;
   if (args.tokens <= 8) {
-    matvec_kernel<mode, 1><<<blocks, threads, 0, stream>>>(args);
+    launch_early(matvec_kernel<mode, 1>, dim3(blocks), threads, 0, args.early, stream, args);
   } else if (args.tokens <= 16) {
-    matvec_kernel<mode, 2><<<blocks, threads, 0, stream>>>(args);
+    launch_early(matvec_kernel<mode, 2>, dim3(blocks), threads, 0, args.early, stream, args);
   } else if constexpr (mode != kChannel) {
-    matvec_kernel<mode, 4><<<blocks, threads, 0, stream>>>(args);
+    launch_early(matvec_kernel<mode, 4>, dim3(blocks), threads, 0, args.early, stream, args);
   }
 }
 

@@ -69,6 +69,7 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   a.hadamard = int(p.hadamard);
   a.x_half = p.half && !a.hadamard, a.y_half = p.half, a.wide_sums = p.wide_sums;
   a.subtract = p.subtract && a.rank;
+  a.early = device.major >= 9;
   a.clip = p.act_clip;
   a.basis = static_cast<const __half*>(p.basis), a.coef = static_cast<const __half*>(p.coef);
   a.qweight = static_cast<const uint8_t*>(p.qweight), a.scales = static_cast<const __half*>(p.scales);
@@ -85,24 +86,32 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   const bool zeros_fit = plan.mode != kFoldZero || a.segment <= 2 * kStep;
   const bool sums_fit = plan.mode != kChannel || a.n <= kChannelFeatures;
   plan.gemm = vectors && whole_steps && zeros_fit && sums_fit;
+  // gemm90: on Hopper, whole chunks and panels; a segment is a multiple of 64 features here.
+  plan.gemm90 = plan.gemm && device.major == 9 && device.minor == 0 && !halves && a.n % kChunk == 0 &&
+                a.m % kPanel == 0 && a.rp <= kFastRank;
   plan.matvec_tokens = !plan.gemm ? 0 : plan.mode == kChannel ? kMatvecTokens / 2 : kMatvecTokens;
 
   plan.tensor_prepare = a.n % kBlock == 0 && a.r <= kFastRank && (a.hadamard || aligned(p.x)) && aligned(p.basis);
   plan.direct = plan.tensor_prepare && !halves && a.segment == kStep && a.act_group == kStep;
+  plan.two_pass = plan.tensor_prepare && !halves && a.act_group == a.n && !plan.direct;
   const int tiles = ceil_div(std::max(a.tokens, 1), kDownTokens), chunks = ceil_div(a.n, kDownChunk);
   a.splits = int(std::clamp<int64_t>(ceil_div(4 * device.multiprocessors, tiles), 1, std::min<int64_t>(chunks, kSplits)));
+
+  a.shares = std::clamp(ceil_div(4 * device.multiprocessors, ceil_div(std::max(a.tokens, 1), kReduceTokens)), 1,
+                        ceil_div(a.n, kStep));
 
   SpecquantCudaLayout& at = plan.layout;
   const int64_t elements = p.tokens * a.n, rows = halves ? 1 : a.segments;
   Arena arena;
   at.rotated = arena.take(a.hadamard, elements * 4);
-  at.reduced = arena.take(a.subtract && !plan.direct, elements * 4);
+  at.reduced = arena.take(a.subtract && !plan.direct && !plan.two_pass, elements * 4);
   at.partial = arena.take(a.rank && plan.tensor_prepare, int64_t(a.splits) * a.tokens * a.rp * 4);
   at.low = arena.take(a.rank, p.tokens * 2 * a.rp * 2);
-  at.low_factor = arena.take(a.rank, p.tokens * 4);
-  at.levels = arena.take(true, p.tokens * a.kp * (halves ? 2 : 1));
+  at.low_factor = arena.take(a.rank, int64_t(a.tp) * 4);
+  at.levels = arena.take(true, int64_t(plan.gemm90 ? a.tp : a.tokens) * a.kp * (halves ? 2 : 1));
   at.scale = arena.take(true, rows * a.tp * 4);
   at.zero = arena.take(a.bits == 8, rows * a.tp * 4);
+  plan.range = arena.take(plan.two_pass, int64_t(a.shares) * p.tokens * 8);
   at.bytes = arena.end;
   at.tokens_padded = a.tp, at.features_padded = a.kp, at.rank_padded = a.rp;
   at.segments = rows, at.splits = a.splits, at.level_unit = a.level_unit;

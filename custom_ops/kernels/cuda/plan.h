@@ -12,11 +12,12 @@ struct Device {
 struct Plan {
   Args args;  // pointers into the workspace are null
   SpecquantCudaLayout layout;
+  int64_t range;        // its place in the workspace
   Mode mode;
   bool tensor_prepare;  // down and reduce, else branch_any
-  bool direct;          // reduce writes the levels itself
+  bool direct, two_pass;  // reduce writes the levels itself: of groups of 64, of whole tokens
   int matvec_tokens;    // the most tokens that `matvec` takes, 0: none
-  bool gemm;            // whether `gemm` takes it
+  bool gemm, gemm90;    // whether they take it
 };
 
 // Sizes, attributes and pointers: null if sound, else one line.

@@ -63,6 +63,20 @@ __device__ __forceinline__ uint4 load_stream(const void* global) {
   return v;
 }
 
+// Between kernels that were started to overlap (launch.h); nothing before compute capability 9.0.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until all kernels before are done and what they wrote is seen.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Minimum and maximum that keep a NaN.
 __device__ __forceinline__ float min_nan(float a, float b) {
   float d;

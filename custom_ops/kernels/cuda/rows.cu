@@ -42,9 +42,10 @@ __device__ float over_block(float value, F combine, float* scratch) {
 template <class U>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const Args args, const U* all) {
   __shared__ float scratch[kWarps];
+  let_next_start();
   const int token = blockIdx.x, length = args.act_group, groups = args.n / length, spread = args.segments / groups;
   const U* u = all + static_cast<int64_t>(token) * args.n;
-  int8_t* levels = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp;
+  int8_t* levels = static_cast<int8_t*>(args.levels);
   const bool wide = length >= kLongGroup;
   const int worker = wide ? threadIdx.x : threadIdx.x % 32, workers = wide ? kThreads : 32;
   for (int group = wide ? 0 : threadIdx.x / 32; group < groups; group += wide ? 1 : kWarps) {
@@ -60,28 +61,28 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const Args args, con
     const Quantizer q(lowest, highest, args.clip, args.bits);
     const float centre = q.centre(args.bits);
     for (int i = worker; i < length; i += workers)
-      levels[args.permuted ? place_of(start + i, false) : start + i] =
+      levels[level_place(args, token, start + i)] =
           static_cast<int8_t>(q.byte(to_float(u[start + i]), centre));
     for (int s = group * spread + worker; s < (group + 1) * spread; s += workers) {
       args.scale[static_cast<int64_t>(s) * args.tp + token] = q.scale * args.level_unit;
       if (args.bits == 8) args.zero[static_cast<int64_t>(s) * args.tp + token] = static_cast<int>(q.zero) - 128;
     }
   }
-  for (int i = args.n + threadIdx.x; i < args.kp; i += kThreads)
-    levels[args.permuted ? place_of(i, false) : i] = 0;
+  for (int i = args.n + threadIdx.x; i < args.kp; i += kThreads) levels[level_place(args, token, i)] = 0;
 }
 
 template <class U>
 __global__ void __launch_bounds__(kThreads) halve_kernel(const Args args, const U* all) {
   __shared__ float scratch[kWarps];
+  let_next_start();
   const int token = blockIdx.x;
   const U* u = all + static_cast<int64_t>(token) * args.n;
-  __half* out = static_cast<__half*>(args.levels) + static_cast<int64_t>(token) * args.kp;
+  __half* out = static_cast<__half*>(args.levels);
   float largest = 0.0f, factor, inverse;
   for (int i = threadIdx.x; i < args.n; i += kThreads) largest = max_nan(largest, fabsf(to_float(u[i])));
   half_factor(over_block(largest, Largest(), scratch), factor, inverse);
   for (int i = threadIdx.x; i < args.kp; i += kThreads)
-    out[args.permuted ? place_of(i, true) : i] = i < args.n ? __float2half_rn(to_float(u[i]) * inverse) : __half(0.0f);
+    out[level_place(args, token, i)] = i < args.n ? __float2half_rn(to_float(u[i]) * inverse) : __half(0.0f);
   if (threadIdx.x == 0) args.scale[token] = factor;
 }
 

@@ -69,6 +69,10 @@ const char* specquant_cuda_check(const SpecquantCudaProblem* problem);
 /* The workspace of a sound problem on the current device. */
 const char* specquant_cuda_layout(const SpecquantCudaProblem* problem, SpecquantCudaLayout* layout);
 
+/* Bytes of workspace that suffice on every GPU, for the problem's tokens and any fewer, wherever its arrays lie. Asks no
+ * device, and looks at no pointer but for whether basis_rank says that there is a branch. */
+const char* specquant_cuda_workspace(const SpecquantCudaProblem* problem, int64_t* bytes);
+
 /* y of the problem, in order on `stream` (a cudaStream_t); nothing waits and nothing is allocated, so the call can be
  * captured in a graph. `workspace` (256-byte aligned) has at least the bytes of the layout; its content is lost.
  * `path` chooses the second stage: null or "" the fastest that fits, else "matvec" (T <= 32), "gemm_small",

@@ -1,0 +1,42 @@
+// Launches of gemm90.cuh. Compiled for sm_90a alone: plan.cc sends no other GPU here.
+#include <algorithm>
+
+#include "gemm90.cuh"
+
+namespace specquant_cuda {
+namespace {
+
+template <Mode mode, int tokens, int folds>
+cudaError_t launch(const Args& args, int multiprocessors, cudaStream_t stream) {
+  using G = Gemm90<mode, tokens, folds>;
+  const auto kernel = gemm90_kernel<mode, tokens, folds>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kShared);
+  if (error != cudaSuccess) return error;
+  const int tiles = ceil_div(args.tokens, tokens) * ceil_div(args.m, G::kOutputs);
+  const int blocks = std::min(tiles, multiprocessors);
+  kernel<<<blocks, G::kThreads, G::kShared, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <Mode mode, int small, int large>
+cudaError_t launch_tile(const Args& args, bool wide, int multiprocessors, cudaStream_t stream) {
+  if constexpr (mode == kChannel) {
+    return wide ? launch<mode, large, 1>(args, multiprocessors, stream) : launch<mode, small, 1>(args, multiprocessors, stream);
+  } else if (args.segment % kChunk) {
+    return wide ? launch<mode, large, 2>(args, multiprocessors, stream) : launch<mode, small, 2>(args, multiprocessors, stream);
+  } else {
+    return wide ? launch<mode, large, 1>(args, multiprocessors, stream) : launch<mode, small, 1>(args, multiprocessors, stream);
+  }
+}
+
+}  // namespace
+
+cudaError_t gemm90(const Args& args, Mode mode, bool large, int multiprocessors, cudaStream_t stream) {
+  switch (mode) {
+    case kFold: return launch_tile<kFold, 64, 96>(args, large, multiprocessors, stream);
+    case kFoldZero: return launch_tile<kFoldZero, 64, 96>(args, large, multiprocessors, stream);
+    default: return launch_tile<kChannel, 64, 128>(args, large, multiprocessors, stream);
+  }
+}
+
+}  // namespace specquant_cuda

@@ -1,0 +1,382 @@
+// The product of many tokens on Hopper: Yᵀ = Ŵᵀ·Xᵀ with wgmma, weights as operand A, unpacked in registers.
+//
+// A block of threads stays on its multiprocessor and takes tile after tile of 256 outputs x `tokens` tokens. One warp
+// keeps a ring of kSlots slots filled, 128 features each, with bulk copies; two warpgroups of 128 outputs each multiply.
+// A warp owns 32 outputs. With g = lane / 4 and t = lane % 4, a 16-byte load holds outputs 4g … 4g + 3 of block
+// 4s + t of 8 features; word 2i + h is row g + 8h of its part of fragment i, k of step s. The first stage has put the
+// activations where operand B is read from (args.h, tile_place), so that a tile of them is one contiguous copy.
+//
+// Without groups the int32 sums run over all features. With groups they are folded into float every 64 or 128 features:
+// three instructions an output (four with zero-points), where 64 features of an output take half a cycle of a
+// multiprocessor's tensor cores: docs/cuda.md has the count.
+#pragma once
+
+#include "args.h"
+#include "levels.cuh"
+#include "ptx90.cuh"
+#include "unpack.cuh"
+
+namespace specquant_cuda {
+
+// tokens: 64, 96 or 128. folds: of each 128 features, where there are groups.
+template <Mode mode, int tokens, int folds>
+struct Gemm90 {
+  static constexpr bool kFolds = mode != kChannel, kZeros = mode == kFoldZero;
+  static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * 128;
+  static constexpr int kOutputs = kConsumers * 128, kPanels = kOutputs / kPanel, kSlots = 6;
+  static constexpr int kSums = tokens / 2;  // of a fragment, in each thread
+
+  // A slot.
+  static constexpr int kPanelBytes = kChunk * kPanel / 2;
+  static constexpr int kWeights = tokens * kChunk;
+  static constexpr int kWeightScales = kWeights + kPanels * kPanelBytes;
+  static constexpr int kTokenScales = kWeightScales + (kFolds ? folds * kOutputs * 2 : 0);
+  static constexpr int kTokenZeros = kTokenScales + (kFolds ? folds * tokens * 4 : 0);
+  static constexpr int kRowSums = kTokenZeros + (kZeros ? folds * tokens * 4 : 0);
+  static constexpr int kSlot = (kRowSums + (kZeros ? folds * kOutputs * 4 : 0) + 1023) / 1024 * 1024;
+  // What the end of a tile needs: low of its tokens and its factors, scales and zero-points.
+  static constexpr int kLow = kSlot * kSlots;
+  static constexpr int kEndScales = kLow + tokens * kFastRank * 4;
+  static constexpr int kEndZeros = kEndScales + tokens * 4;
+  static constexpr int kFactors = kEndZeros + tokens * 4;
+  static constexpr int kBarriers = kFactors + tokens * 4;
+  static constexpr int kShared = kBarriers + (2 * kSlots + 2) * 8;
+
+  const Args& args;
+  uint8_t* shared;
+  uint64_t *full, *empty, *end_full, *end_empty;
+  int chunks, tiles_t, tiles;
+
+  __device__ __forceinline__ Gemm90(const Args& a, uint8_t* memory)
+      : args(a), shared(memory), full(reinterpret_cast<uint64_t*>(memory + kBarriers)), empty(full + kSlots),
+        end_full(empty + kSlots), end_empty(end_full + 1), chunks(a.n / kChunk),
+        tiles_t(ceil_div(a.tokens, tokens)), tiles(tiles_t * ceil_div(a.m, kOutputs)) {}
+
+  __device__ __forceinline__ int first_token(int tile) const { return tile % tiles_t * tokens; }
+  __device__ __forceinline__ int first_output(int tile) const { return tile / tiles_t * kOutputs; }
+
+  // One warp: everything that is read, in the order in which it is wanted.
+  __device__ __forceinline__ void produce() const {
+    const int lane = threadIdx.x % 32;
+    int at = 0, turn = 0;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++turn) {
+      const int token = first_token(tile), output = first_output(tile);
+      const int rows = min(tokens, args.tp - token), outputs = min(kOutputs, args.m - output);
+      const int panels = outputs / kPanel;
+      const int sum_bytes = args.wide_sums ? 4 : 2;
+      const int fold_bytes = outputs * 2 + rows * 4 + (kZeros ? rows * 4 + outputs * sum_bytes : 0);
+      const int bytes = rows * kChunk + panels * kPanelBytes + (kFolds ? folds * fold_bytes : 0);
+      const uint8_t* levels = static_cast<const uint8_t*>(args.levels) + static_cast<int64_t>(token) * kChunk;
+      const uint8_t* packed = args.qweight + static_cast<int64_t>(output / kPanel) * (args.n / kBlock * 64);
+      for (int chunk = 0; chunk < chunks; ++chunk, ++at) {
+        const int slot = at % kSlots;
+        uint64_t* barrier = full + slot;
+        uint8_t* to = shared + slot * kSlot;
+        barrier_wait(empty + slot, (at / kSlots & 1) ^ 1);
+        if (lane == 0) barrier_expect(barrier, bytes);
+        __syncwarp();
+        if (lane < panels)
+          copy_bulk(to + kWeights + lane * kPanelBytes,
+                    packed + static_cast<int64_t>(lane) * (args.n / kBlock * 64) + chunk * kPanelBytes, kPanelBytes,
+                    barrier);
+        if (lane == kPanels)
+          copy_bulk(to, levels + static_cast<int64_t>(chunk) * args.tp * kChunk, rows * kChunk, barrier);
+        if constexpr (kFolds) {
+          const int fold = (lane - kPanels - 1) / 4, what = (lane - kPanels - 1) % 4;
+          if (lane > kPanels && fold < folds) {
+            const int feature = chunk * kChunk + fold * (kChunk / folds);
+            const int64_t segment = feature / args.segment, group = feature / args.weight_group;
+            if (what == 0)
+              copy_bulk(to + kWeightScales + fold * kOutputs * 2, args.scales + group * args.m + output, outputs * 2,
+                        barrier);
+            if (what == 1)
+              copy_bulk(to + kTokenScales + fold * tokens * 4, args.scale + segment * args.tp + token, rows * 4, barrier);
+            if (kZeros && what == 2)
+              copy_bulk(to + kTokenZeros + fold * tokens * 4, args.zero + segment * args.tp + token, rows * 4, barrier);
+            if (kZeros && what == 3)
+              copy_bulk(to + kRowSums + fold * kOutputs * 4,
+                        static_cast<const uint8_t*>(args.row_sums) + (segment * args.m + output) * sum_bytes,
+                        outputs * sum_bytes, barrier);
+          }
+        }
+      }
+      // After the tile's last slot, so that waiting for the end of the tile before keeps nothing back.
+      barrier_wait(end_empty, (turn & 1) ^ 1);
+      const int there = min(rows, args.tokens - token), low_bytes = args.rank ? there * args.rp * 4 : 0;
+      const bool zeros = mode == kChannel && args.bits == 8;
+      if (lane == 0)
+        barrier_expect(end_full, low_bytes + ((low_bytes > 0) + (mode == kChannel) + zeros) * rows * 4);
+      __syncwarp();
+      if (lane == 1 && low_bytes) {
+        copy_bulk(shared + kLow, args.low + static_cast<int64_t>(token) * args.rp * 2, low_bytes, end_full);
+        copy_bulk(shared + kFactors, args.low_factor + token, rows * 4, end_full);
+      }
+      if (lane == 2 && mode == kChannel) copy_bulk(shared + kEndScales, args.scale + token, rows * 4, end_full);
+      if (lane == 3 && zeros) copy_bulk(shared + kEndZeros, args.zero + token, rows * 4, end_full);
+    }
+  }
+};
+
+// What a thread of the two multiplying warpgroups holds.
+template <Mode mode, int tokens, int folds>
+struct Consumer90 {
+  using G = Gemm90<mode, tokens, folds>;
+
+  const G& gemm;
+  int group, g, t, lane;
+  uint32_t mask;
+  int sums[2][G::kSums];  // [i][4 · column block + 2h + e]: output 4g + 2i + h, token 8 · block + 2t + e
+  float totals[2][G::kFolds ? G::kSums : 1];
+
+  __device__ __forceinline__ explicit Consumer90(const G& gemm_)
+      : gemm(gemm_), group((threadIdx.x / 32) - 4), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4), lane(threadIdx.x % 32),
+        mask(high_nibbles()) {}
+
+  // Fragments of 64 features: [i][step of 32].
+  __device__ __forceinline__ void weights(uint32_t (&a)[2][2][4], const uint8_t* slot, int half) const {
+    const uint8_t* panel = slot + G::kWeights + (2 * group + g / 4) * G::kPanelBytes + g % 4 * 16;
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(panel + (8 * half + 4 * s + t) * 64);
+      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) unpack_s8(words[w], mask, a[w / 2][s][w % 2], a[w / 2][s][w % 2 + 2]);
+    }
+  }
+
+  __device__ __forceinline__ void multiply(const uint32_t (&a)[2][2][4], const uint8_t* slot, int half, bool add) {
+    const uint64_t operand = wgmma_operand(slot) + half * (64 >> 4);
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) wgmma_s8(sums[i], a[i][s], operand + s * (32 >> 4), s > 0 || add);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void hold_sums() {
+#pragma unroll
+    for (int i = 0; i < 2 * G::kSums; ++i) hold(sums[i / G::kSums][i % G::kSums]);
+  }
+
+  __device__ __forceinline__ void release(uint64_t* barrier) const {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barrier);
+  }
+
+  // All features of a tile, without groups. at: slots taken so far.
+  __device__ __forceinline__ void run_channels(int& at) {
+    for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
+      const int slot = at % G::kSlots;
+      const uint8_t* from = gemm.shared + slot * G::kSlot;
+      barrier_wait(gemm.full + slot, at / G::kSlots & 1);
+      uint32_t first[2][2][4], second[2][2][4];
+      weights(first, from, 0);
+      multiply(first, from, 0, chunk > 0);
+      wgmma_wait<1>();
+      if (chunk) release(gemm.empty + (at - 1) % G::kSlots);
+      weights(second, from, 1);
+      multiply(second, from, 1, true);
+      wgmma_wait<1>();
+    }
+    wgmma_wait<0>();
+    hold_sums();
+    release(gemm.empty + (at - 1) % G::kSlots);
+  }
+
+  __device__ __forceinline__ void run_groups(int& at) {
+#pragma unroll
+    for (int i = 0; i < 2 * G::kSums; ++i) totals[i / G::kSums][i % G::kSums] = 0.0f;
+    for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
+      const int slot = at % G::kSlots;
+      const uint8_t* from = gemm.shared + slot * G::kSlot;
+      barrier_wait(gemm.full + slot, at / G::kSlots & 1);
+#pragma unroll
+      for (int fold_ = 0; fold_ < folds; ++fold_) {
+        uint32_t first[2][2][4], second[2][2][4];
+        weights(first, from, fold_);
+        multiply(first, from, fold_, false);
+        if constexpr (folds == 1) {
+          weights(second, from, 1);
+          multiply(second, from, 1, true);
+        }
+        wgmma_wait<0>();
+        hold_sums();
+        fold(from, fold_);
+      }
+      release(gemm.empty + slot);
+    }
+  }
+
+  // totals += sums · both scales.
+  __device__ __forceinline__ void fold(const uint8_t* slot, int which) {
+    const int output = 32 * group + 4 * g;
+    const uint2 raw = *reinterpret_cast<const uint2*>(slot + G::kWeightScales + (which * G::kOutputs + output) * 2);
+    const float2 low = __half22float2(half2_of(raw.x)), high = __half22float2(half2_of(raw.y));
+    const float scale[4] = {low.x, low.y, high.x, high.y};
+    int row_sums[4];
+    if constexpr (G::kZeros) {
+      const uint8_t* from = slot + G::kRowSums + which * G::kOutputs * 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        row_sums[i] = -16 * (gemm.args.wide_sums ? reinterpret_cast<const int32_t*>(from)[output + i]
+                                                 : reinterpret_cast<const int16_t*>(from)[output + i]);
+    }
+#pragma unroll
+    for (int block = 0; block < tokens / 8; ++block) {
+      const int token = which * tokens + 8 * block + 2 * t;
+      const float2 token_scale = *reinterpret_cast<const float2*>(slot + G::kTokenScales + token * 4);
+      int2 zero = make_int2(0, 0);
+      if constexpr (G::kZeros) zero = *reinterpret_cast<const int2*>(slot + G::kTokenZeros + token * 4);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int w = i / 2, j = 4 * block + i % 4;
+        int sum = sums[i / 4][j];
+        if constexpr (G::kZeros) sum += (i % 2 ? zero.y : zero.x) * row_sums[w];
+        float& total = totals[i / 4][j];
+        total = fmaf(static_cast<float>(sum) * scale[w], i % 2 ? token_scale.y : token_scale.x, total);
+      }
+    }
+  }
+
+  // y of a tile: scales where there are no groups, the branch, bias.
+  __device__ __forceinline__ void finish(int tile, int turn) {
+    const Args& args = gemm.args;
+    const int token_base = gemm.first_token(tile), output = gemm.first_output(tile) + 32 * group + 4 * g;
+    const bool inside = output < args.m;
+    const int blocks = args.rank ? args.rp / kRankStep : 0;
+    uint32_t coef[kFastRank / kRankStep][2][2][4];  // C as fragments, [32 columns][i][k]: columns 8t … 8t + 7
+#pragma unroll
+    for (int b = 0; b < kFastRank / kRankStep; ++b)
+      if (b < blocks) load_coef(coef[b], output, b * kRankStep, inside);
+    float scale[4] = {}, bias[4] = {};
+    int row_sums[4] = {};
+    const bool zeros = mode == kChannel && args.bits == 8;
+    if (inside) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (args.bias) bias[i] = args.bias[output + i];
+        if constexpr (mode == kChannel) scale[i] = __half2float(args.scales[output + i]);
+        if (zeros)
+          row_sums[i] = args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output + i]
+                                       : static_cast<const int16_t*>(args.row_sums)[output + i];
+      }
+    }
+    barrier_wait(gemm.end_full, turn & 1);
+    const int parts = args.y_half ? 1 : 2;  // of low: float16 y does not see the trailing bits
+#pragma unroll
+    for (int block = 0; block < tokens / 8; ++block) {
+      float branch[8] = {};
+      if (blocks) {
+        const int row = 8 * block + g;
+        const float* factors = reinterpret_cast<const float*>(gemm.shared + G::kFactors) + 8 * block + 2 * t;
+        const float factor[2] = {factors[0], factors[1]};
+#pragma unroll
+        for (int b = 0; b < kFastRank / kRankStep; ++b) {
+          if (b >= blocks) break;
+          for (int part = 0; part < parts; ++part) {
+            const uint8_t* from = gemm.shared + G::kLow + ((row * 2 + part) * args.rp + b * kRankStep + 8 * t) * 2;
+            const uint4 raw = *reinterpret_cast<const uint4*>(from);
+            const uint32_t low[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              float(&out)[4] = *reinterpret_cast<float(*)[4]>(branch + i / 2 * 4);
+              mma_f16(out, coef[b][i / 2][i % 2], low[i % 2]);
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) branch[i] *= factor[i % 2];
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int row = 8 * block + 2 * t + e, token = token_base + row;
+        float v[4];
+        float token_scale = 0.0f;
+        int zero = 0;
+        if constexpr (mode == kChannel) {
+          token_scale = reinterpret_cast<const float*>(gemm.shared + G::kEndScales)[row];
+          if (zeros) zero = reinterpret_cast<const int*>(gemm.shared + G::kEndZeros)[row];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int j = 4 * block + i % 2 * 2 + e;
+          float value;
+          if constexpr (mode == kChannel) {
+            int sum = sums[i / 2][j] >> 4;  // a multiple of 16: the weights were
+            if (zeros) sum -= zero * row_sums[i];
+            value = token_scale * scale[i] * static_cast<float>(sum);
+          } else {
+            value = totals[i / 2][j];
+          }
+          v[i] = value + branch[i / 2 * 4 + i % 2 * 2 + e] + bias[i];
+        }
+        if (token < args.tokens && inside) store(v, static_cast<int64_t>(token) * args.m + output);
+      }
+    }
+    release(gemm.end_empty);
+  }
+
+  __device__ __forceinline__ void load_coef(uint32_t (&coef)[2][2][4], int output, int column, bool inside) const {
+    uint2 rows[8];  // 4 outputs of each of this thread's columns
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int at = column + 8 * t + j;
+      rows[j] = make_uint2(0, 0);
+      if (at < gemm.args.rank && inside)
+        rows[j] = __ldg(reinterpret_cast<const uint2*>(gemm.args.coef + static_cast<int64_t>(at) * gemm.args.m + output));
+    }
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint2 even = rows[2 * j], odd = rows[2 * j + 1];
+        coef[w / 2][j / 2][w % 2 + j % 2 * 2] =
+            __byte_perm(w < 2 ? even.x : even.y, w < 2 ? odd.x : odd.y, w % 2 ? 0x7632 : 0x5410);
+      }
+  }
+
+  __device__ __forceinline__ void store(const float (&v)[4], int64_t at) const {
+    if (gemm.args.y_half) {
+      *reinterpret_cast<uint2*>(static_cast<__half*>(gemm.args.y) + at) =
+          make_uint2(bits_of(__floats2half2_rn(v[0], v[1])), bits_of(__floats2half2_rn(v[2], v[3])));
+    } else {
+      *reinterpret_cast<float4*>(static_cast<float*>(gemm.args.y) + at) = make_float4(v[0], v[1], v[2], v[3]);
+    }
+  }
+};
+
+template <Mode mode, int tokens, int folds>
+__global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
+  using G = Gemm90<mode, tokens, folds>;
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const G gemm(args, memory);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < G::kSlots; ++i) {
+      barrier_init(gemm.full + i, 1);
+      barrier_init(gemm.empty + i, 4 * G::kConsumers);
+    }
+    barrier_init(gemm.end_full, 1);
+    barrier_init(gemm.end_empty, 4 * G::kConsumers);
+    barriers_ready();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    leave_registers<24>();
+    if (threadIdx.x < 32) gemm.produce();
+  } else {
+    take_registers<240>();
+    Consumer90<mode, tokens, folds> consumer(gemm);
+    int at = 0, turn = 0;
+    for (int tile = blockIdx.x; tile < gemm.tiles; tile += gridDim.x, ++turn) {
+      if constexpr (G::kFolds) {
+        consumer.run_groups(at);
+      } else {
+        consumer.run_channels(at);
+      }
+      consumer.finish(tile, turn);
+    }
+  }
+}
+
+}  // namespace specquant_cuda

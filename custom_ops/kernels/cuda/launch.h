@@ -1,0 +1,26 @@
+// Starts a kernel that may overlap the one before it on the stream.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace specquant_cuda {
+
+// early (compute capability 9.0 or later): the kernel starts once every block of the one before has called
+// let_next_start() or ended, and must call wait_for_previous() (ptx.cuh) before it touches what that one reads or writes.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, bool early,
+                         cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace specquant_cuda
