@@ -11,6 +11,7 @@ namespace {
 constexpr int kTile = kWidestTile;     // tokens, and outputs, of a tile of sums
 constexpr int kPanels = 4;             // side by side: y is written 256 bytes at a time
 constexpr int64_t kRows = 128;         // tokens at a time: bounds the stack
+constexpr int64_t kLeastRows = 32;     // of short segments: with fewer, VNNI is as fast
 constexpr int64_t kRun = 1024;         // features at a time: those of a tile of tokens and of a panel share the L1 cache
 constexpr int64_t kWidest = 64, kLeastWidth = 32;  // of a tile of factors, in features
 constexpr int64_t kLong = 256;         // a segment from here on keeps four tiles of sums busy
@@ -39,8 +40,9 @@ int64_t width_of(int64_t segment) {
 }
 
 bool suits(const Problem& p, const Activations& x) {
-  return x.rows >= kTile && p.qweight && p.act_bits < 16 &&
-         width_of(round_up(segment_length(p), kBlock)) >= kLeastWidth;
+  const int64_t segment = round_up(segment_length(p), kBlock);
+  return x.rows >= (segment < kLong ? kLeastRows : kTile) && p.qweight && p.act_bits < 16 &&
+         width_of(segment) >= kLeastWidth;
 }
 
 // What all runs of a call share.
@@ -67,6 +69,12 @@ struct Run {
 void arrange_tokens(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
   if (!suits(p, x)) return interleave(p, x, row, rows);
   const Shape shape(p, x);
+  const int64_t past = x.rows % kTile, last = x.rows / kTile * shape.segments * kStepWords;
+  if (past && row + rows == x.rows)  // what happens to lie there for the tokens that are missing may be slow: denormals
+    for (int64_t s = 0; s < shape.segments; ++s)
+      for (int64_t half = 0; half < 2; ++half)
+        std::memset(reinterpret_cast<int32_t*>(x.steps) + last + s * kStepWords + half * kTile + past, 0,
+                    size_t(kTile - past) * sizeof(int32_t));
   for (int64_t t = row; t < row + rows; ++t) {
     const int8_t* a = x.a + t * x.features;
     int8_t* to = x.tiles + t / kTile * kTile * shape.features + t % kTile * shape.width;
