@@ -272,6 +272,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--window", type=int, default=2048, help="tokens (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--share", default="0/1", metavar="I/N", help="of N processes, this is number I, from 0")
+    parser.add_argument("--report", action="store_true", help="run nothing more: only show what --work holds")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--latency", action="store_true", help="time the rows of table4 on this CPU")
     parser.add_argument("--work", type=Path, default=Path("build/ablation"), help="a JSON file a run")
@@ -285,7 +286,7 @@ def run(arguments: list[str]) -> int:
     share, shares = (int(part) for part in args.share.split("/"))
     recipes = [recipe for name in args.only for runs in all_tables[name].values() for recipe in runs.values()]
     distinct = {ablation.file(recipe): recipe for recipe in [float_recipe(), *recipes]}
-    for recipe in list(distinct.values())[share::shares]:
+    for recipe in [] if args.report else list(distinct.values())[share::shares]:
         try:
             ablation.run(recipe)
         except SpecQuantError as error:  # a recipe that does not fit this model: the other runs go on
@@ -294,7 +295,7 @@ def run(arguments: list[str]) -> int:
         return 0
     for name in args.only:
         rows = all_tables[name]
-        if name == "table4" and args.latency:
+        if name == "table4" and args.latency and not args.report:
             ablation.latency({row: runs["4-4-16 per channel"] for row, runs in rows.items()})
         text = section(ablation, name, rows, f"python -m tools.ablation {shlex.join(shown)}")
         if text is None:
