@@ -46,7 +46,7 @@ def refine(
 ) -> Decoder:
     """`recipe.refine_steps` steps of Adam on the decoder's numbers; the result, or `decoder` if it is not better.
 
-    model: the float model `decoder` was made from, unchanged by this. tokens int64 [samples, length] on its device:
+    model: the float model `decoder` was made from, unchanged by this. tokens int64 [windows, length] on its device:
     a sixteenth is kept back to judge by, the rest is visited in random order (recipe.seed), `recipe.refine_batch`
     windows a step. A CPU repeats a run bit for bit, a GPU up to the order of its sums. Raises SpecQuantError if the
     loss is lost to NaN or infinity.

@@ -38,23 +38,24 @@ def calibration(source: str, tokenizer: Any, recipe: Recipe) -> Calibration:
     """Windows that do not overlap, drawn at random (recipe.seed) from the whole text tokenised as one string.
 
     source: `builtin`, a file, or `hub:NAME[/CONFIG][#SPLIT]`. Raises SpecQuantError if it cannot be read or is too
-    short for recipe.samples windows of recipe.sequence_length tokens.
+    short for recipe.windows windows of recipe.sequence_length tokens.
     """
-    wanted = recipe.samples * recipe.sequence_length
+    wanted = recipe.windows * recipe.sequence_length
     text = read_text(source, wanted * _CHARACTERS_A_TOKEN)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     windows = len(ids) // recipe.sequence_length
-    if windows < recipe.samples:
+    if windows < recipe.windows:
+        option = "--samples" if recipe.samples == recipe.windows else "--refine-samples"
         raise SpecQuantError(
-            f"calibration text '{source}' has {len(ids):,} tokens and {recipe.samples} samples of "
-            f"{recipe.sequence_length} need {wanted:,}: give more text, or --samples {windows}"
+            f"calibration text '{source}' has {len(ids):,} tokens and {recipe.windows} samples of "
+            f"{recipe.sequence_length} need {wanted:,}: give more text, or {option} {windows}"
             + ("" if windows else " is not possible either: use a shorter --sequence-length")
         )
-    drawn = torch.randperm(windows, generator=torch.Generator().manual_seed(recipe.seed))[: recipe.samples]
+    drawn = torch.randperm(windows, generator=torch.Generator().manual_seed(recipe.seed))[: recipe.windows]
     tokens = ids[: windows * recipe.sequence_length].view(windows, -1)[drawn]
     digest = hashlib.sha256(text.encode()).hexdigest()
     name = source if source == BUILTIN or source.startswith(HUB) else Path(source).name  # no paths of this machine
-    return Calibration(tokens, name, digest, recipe.samples, recipe.sequence_length, recipe.seed)
+    return Calibration(tokens, name, digest, recipe.windows, recipe.sequence_length, recipe.seed)
 
 
 def read_text(source: str, characters: int) -> str:

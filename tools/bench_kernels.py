@@ -3,6 +3,7 @@
     python tools/bench_kernels.py                                    # the shapes of issue 6
     python tools/bench_kernels.py --shapes 128x4096x4096 --act-bits 8 --threads 1
     python tools/bench_kernels.py --baseline old.so                  # the same op from an earlier build, too
+    python tools/bench_kernels.py --isa avx512vnni                   # the same op with another instruction set, too
 
 A shape is TOKENSxINxOUT. A model has as many nodes as 64 MB of weights hold (fewer with many tokens), each with
 weights of its own, so that decode reads memory as a model does; times are those of one node. Medians, and the best
@@ -16,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter, thread_time
@@ -116,9 +119,21 @@ def session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")  # one's idle threads in the other's turn
-    if register:
-        register(options)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    chosen = os.environ.get("SPECQUANT_ISA")
+    try:
+        if register:
+            register(options)
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    finally:
+        os.environ.pop("SPECQUANT_ISA", None)
+        if chosen is not None:
+            os.environ["SPECQUANT_ISA"] = chosen
+
+
+def register_isa(isa: str, options: ort.SessionOptions) -> None:
+    """Our ops of one instruction set: kernels read the variable when a session makes them, right after this."""
+    os.environ["SPECQUANT_ISA"] = isa
+    library.register(options)
 
 
 def runner(bound: ort.InferenceSession, x: NDArray[np.float32], nodes: int, m: int) -> Run:
@@ -149,6 +164,7 @@ def contenders(shape: tuple[int, int, int], options: argparse.Namespace) -> tupl
     baseline = options.baseline and (lambda to: to.register_custom_ops_library(str(options.baseline)))
     sessions = {
         "ours": session(ours, n, m, options.threads, library.register),
+        **{isa: session(ours, n, m, options.threads, partial(register_isa, isa)) for isa in options.isa},
         **({"baseline": session(ours, n, m, options.threads, baseline)} if baseline else {}),
         PEER: session(peers, n, m, options.threads, None),
     }
@@ -212,8 +228,7 @@ def line(result: dict[str, Any], limits: dict[str, float | None]) -> str:
         return f" {value / limit:4.0%}" if limit else ""
 
     text = f"{'x'.join(map(str, result['shape'])):>16}"
-    for name in [name for name in ("ours", "baseline", PEER) if name in result]:
-        r = result[name]
+    for name, r in ((name, r) for name, r in result.items() if isinstance(r, dict) and "gops" in r):
         text += f" | {name} {r['median_ms']:.4f} (best {r['best_ms']:.4f}) ms"
         text += f" {r['gops']:.0f} GOP/s{share(r['gops'], 'gops')} {r['gbps']:.1f} GB/s{share(r['gbps'], 'gbps')}"
     for name, ratio in result["ratio"].items():
@@ -243,6 +258,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring per shape (default 2)")
     parser.add_argument("--cpu-time", action="store_true", help="time on the core, not on the wall; one thread only")
     parser.add_argument("--baseline", type=Path, help="another build of our library, timed beside this one")
+    parser.add_argument("--isa", action="append", default=[], help="time this instruction set beside the fastest, too")
     parser.add_argument("--no-limits", action="store_true", help="do not measure what the machine can do")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     options = parser.parse_args()
@@ -251,7 +267,8 @@ def main() -> int:
     try:
         limits = {} if options.no_limits else machine_limits(options.threads)
         if not options.json and limits:
-            print(f"limits on {options.threads} threads: {limits['gops']} GOP/s, {limits['gbps']} GB/s")
+            tiles = f" ({limits['amx_gops']} with AMX)" if limits["amx_gops"] else ""
+            print(f"limits on {options.threads} threads: {limits['gops']} GOP/s{tiles}, {limits['gbps']} GB/s")
         results = []
         for shape in options.shapes:
             results.append(measure(shape, options))

@@ -1,7 +1,12 @@
-// What this machine can do at most: byte products (vpdpbusd) and reads from memory, on THREADS threads at once.
-// c++ -O3 -march=native -pthread tools/machine_limits.cc -o limits && ./limits THREADS
-// prints {"gops": 10^9 operations a second, null without VNNI, "gbps": 10^9 bytes a second}. Best of many short runs.
+// What this machine can do at most: byte products (vpdpbusd, and AMX's tdpbssd) and reads from memory, on THREADS
+// threads at once. c++ -O3 -march=native -pthread tools/machine_limits.cc -o limits && ./limits THREADS
+// prints {"gops": 10^9 operations a second, null without VNNI, "amx_gops": likewise, null without AMX, "gbps": 10^9
+// bytes a second}. Best of many short runs.
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -40,6 +45,28 @@ void multiply() {
 #else
 #define HAS_PRODUCT 0
 void multiply() {}
+#endif
+
+// Tiles of 16 x 16 sums of 64 products; false where there are none, or Linux does not let us use them.
+#if defined(__AMX_INT8__) && defined(__linux__)
+constexpr int kTileSteps = 20000;
+bool may_use_tiles() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+void multiply_tiles() {
+  alignas(64) unsigned char layout[64] = {1};
+  for (int i = 0; i < 8; ++i) layout[16 + 2 * i] = 64, layout[48 + i] = 16;
+  __asm__ volatile("ldtilecfg %0" : : "m"(layout));
+  for (int i = 0; i < kTileSteps; ++i) {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_release();
+}
+#else
+constexpr int kTileSteps = 0;
+bool may_use_tiles() { return false; }
+void multiply_tiles() {}
 #endif
 
 // One stream, or four side by side: which is faster depends on the machine.
@@ -89,6 +116,12 @@ int main(int count, char** arguments) {
     std::printf("{\"gops\": %.1f, ", 2.0 * sizeof(Vector) * kSums * kSteps * threads / multiplying / 1e9);
   } else {
     std::printf("{\"gops\": null, ");
+  }
+  if (may_use_tiles()) {
+    const double multiplying = best(threads, kRuns, [](int) { multiply_tiles(); });
+    std::printf("\"amx_gops\": %.1f, ", 2.0 * 16 * 16 * 64 * 4 * kTileSteps * threads / multiplying / 1e9);
+  } else {
+    std::printf("\"amx_gops\": null, ");
   }
   std::printf("\"gbps\": %.2f}\n", double(kBytes) * threads / reading / 1e9);
 }

@@ -34,11 +34,13 @@ def test_every_tile(rng: np.random.Generator, isa: str, bits: int, n: int) -> No
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("groups", [(0, 0), (704, 704), (352, 704), (0, 264), (1056, 0)])
-def test_long_segments(rng: np.random.Generator, isa: str, bits: int, groups: tuple[int, int]) -> None:
-    """256 features and more a segment, as one pass of AMX tiles; 2,112 are more than are unpacked at a time."""
+@pytest.mark.parametrize(
+    "groups", [(0, 0), (704, 704), (352, 704), (0, 264), (1056, 0), (32, 64), (96, 48), (88, 88), (192, 0)]
+)
+def test_many_tokens(rng: np.random.Generator, isa: str, bits: int, groups: tuple[int, int]) -> None:
+    """AMX tiles of 64, 48 and 32 features, or none; 2,112 are more than are unpacked at a time."""
     group_size, act_group = groups
-    for tokens in (8, 9, 16, 31, 33, 300):
+    for tokens in (8, 16, 31, 32, 41, 300):
         m = int(rng.integers(1, 180))
         weights = random_weights(rng, "Int4ResidualMatMul", 2112, m, 0, group_size, act_group)
         x = random_input(rng, (tokens, 2112))
