@@ -20,6 +20,7 @@ from typing import Any
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.exporter.decoder import Decoder, FloatLinear, Linear
 from specquant.exporter.graph import build_model, save_model
+from specquant.exporter.head import head_bytes
 from specquant.exporter.sources import Source, sha256
 from specquant.runtime.artifact import FORMAT, MANIFEST
 
@@ -187,6 +188,7 @@ def manifest_of(decoder: Decoder, source: Source, model: Any, calibration: dict[
             "float_type": decoder.recipe["float_type"],
             "tied_embeddings": decoder.lm_head is None,
             "kv_bits": c.kv_bits,
+            "head_bits": c.head_bits,
         },
         "recipe": decoder.recipe,
         "source": source.to_dict(),
@@ -257,9 +259,13 @@ def tensor_bytes(decoder: Decoder) -> dict[str, int]:
             for kind, size in _linear_bytes_by_kind(x, decoder).items():
                 out[kind] = out.get(kind, 0) + size
     wide = _float_bytes(decoder)
-    out["embedding"] = decoder.embedding.size * wide
-    if decoder.lm_head is not None:
-        out["lm_head"] = decoder.lm_head.size * wide
+    vocab, hidden = decoder.embedding.shape
+    if decoder.config.head_bits != 16:
+        out |= head_bytes(vocab, hidden, decoder.config.head_bits)
+    else:
+        out["embedding"] = decoder.embedding.size * wide
+        if decoder.lm_head is not None:
+            out["lm_head"] = decoder.lm_head.size * wide
     out["norms"] = (_norm_weights(decoder) + decoder.final_norm.size) * wide
     out["rotary"] = (decoder.rope_cos.size + decoder.rope_sin.size) * wide
     return out

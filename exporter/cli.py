@@ -41,6 +41,7 @@ _FIELDS: dict[str, tuple[str, Any, str]] = {
     "--w-bits": ("w_bits", int, "bits of a weight: 4, or 16 for none quantised"),
     "--a-bits": ("a_bits", int, "bits of an activation: 2…8, or 16 for none quantised"),
     "--kv-bits": ("kv_bits", int, "bits of the KV cache: 4 or 16"),
+    "--head-bits": ("head_bits", int, "bits of the head: 8 or 4, or 16 for none quantised"),
     "--basis": ("basis", str, "low-frequency basis: klt, dft or none"),
     "--k": ("k", int, "frequencies (dft, rank 2k - 1) or directions (klt, rank k) of the branch"),
     "--group-size": ("group_size", int, "input features that share a weight scale; 0: per channel"),

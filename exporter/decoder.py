@@ -76,6 +76,7 @@ class DecoderConfig:
     activation: Literal["silu", "gelu_tanh"] = "silu"
     kv_bits: int = 16  # of the KV cache: 4, or 16 for the graph's float type
     kv_clip: float = 1.0  # share of a cached row's range that its 4-bit levels span
+    head_bits: int = 16  # of the head, 8 or 4, beside an embedding in float16; 16: both in the graph's float type
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The whole model. embedding float32 [vocab, hidden]; lm_head the same, or None when tied to the embedding.
+    """The whole model. embedding float32 [vocab, hidden]; lm_head the same, or None when tied to the embedding. Both
+    are quantised, if head_bits says so, as the graph is written (head.py).
 
     rope_cos, rope_sin float32 [tables, context_length, rotary_dim / 2]: the rotary tables, scaling included; one for
     all layers, or one a kind of layer. Features beyond rotary_dim (≤ head_dim) are not rotated.

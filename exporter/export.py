@@ -12,6 +12,7 @@ import torch
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.exporter.artifact import check_target, write_artifact
 from specquant.exporter.families import family_of
+from specquant.exporter.head import group_of
 from specquant.exporter.quantize import decoder_config, quantize, stage_inputs
 from specquant.exporter.recipe import Recipe, preset
 from specquant.exporter.refine import refine
@@ -49,6 +50,8 @@ def export(
     model, tokenizer = load_model(found)
     # A recipe that does not fit is worth saying before a calibration text is read.
     recipe.check_shapes(stage_inputs(decoder_config(model.config, family_of(model.config), context_length)))
+    if recipe.head_bits != 16:
+        group_of(model.config.get_text_config().hidden_size)
     used = None
     if recipe.needs_calibration:
         report("reading the calibration text", 0, 1)
@@ -59,14 +62,18 @@ def export(
     tokens = None if used is None else used.tokens.to(device)
     teacher = copy.deepcopy(model).to(device) if recipe.refine_steps and tokens is not None else None
     decoder = quantize(
-        model.to(device), recipe, tokens, context_length, lambda done, total, what: report("quantising", done, total)
+        model.to(device),
+        recipe,
+        None if tokens is None else tokens[: recipe.samples],
+        context_length,
+        lambda done, total, what: report("quantising", done, total),
     )
     if teacher is not None and tokens is not None:
 
         def refining(done: int, total: int, what: str) -> None:
             report("refining" if done < total else what, done, total)  # its last word is what it brought
 
-        decoder = refine(teacher, decoder, recipe, tokens, refining)
+        decoder = refine(teacher, decoder, recipe, tokens[: recipe.refine_samples or recipe.samples], refining)
     report("writing the artifact", 0, 1)
     about = None if used is None else used.to_dict()
     return write_artifact(target, decoder, found, model, tokenizer, about, force)

@@ -98,7 +98,7 @@ def quantize(
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     cos, sin = _stored_rotary_tables(base, family, text, config.context_length)
     return Decoder(
-        config=replace(config, kv_bits=recipe.kv_bits, kv_clip=recipe.kv_clip),
+        config=replace(config, kv_bits=recipe.kv_bits, kv_clip=recipe.kv_clip, head_bits=recipe.head_bits),
         embedding=embedding.cpu().numpy(),
         layers=done,
         final_norm=final_norm.cpu().numpy(),

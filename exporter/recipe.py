@@ -30,6 +30,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "w_bits": (4, 16),
     "a_bits": (*range(2, 9), 16),
     "kv_bits": (4, 16),
+    "head_bits": (4, 8, 16),
     "basis": ("none", "dft", "klt"),
     "budget": METRICS,
     "rounding": ("rtn", "gptq"),
@@ -51,6 +52,7 @@ class Recipe:
     w_bits: int = 4
     a_bits: int = 8
     kv_bits: int = 16
+    head_bits: int = 8  # of the head, beside an embedding in float16; 16: both in float_type
     kv_clip: float = 0.93  # share of a cached row's range that its 4-bit levels span
     basis: str = "klt"
     k: int = 32
@@ -260,6 +262,7 @@ PRESETS: dict[str, Recipe] = {
     "paper": Recipe(
         name="paper",
         a_bits=4,
+        head_bits=16,
         basis="dft",
         k=16,
         subtract=False,
@@ -286,5 +289,5 @@ def preset(name: str) -> Recipe:
 
 def float_recipe(float_type: str = "float32") -> Recipe:
     """Nothing quantised: the same graph builder on the model's own weights."""
-    off: dict[str, Any] = {"basis": "none", "subtract": False, "hadamard": 0, "smooth": False}
+    off: dict[str, Any] = {"head_bits": 16, "basis": "none", "subtract": False, "hadamard": 0, "smooth": False}
     return Recipe(name="float", w_bits=16, a_bits=16, float_type=float_type, **off)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from specquant.exporter.decoder import Decoder, FloatLinear, Linear
 from specquant.exporter.families import Family
 from specquant.exporter.gptq import expand
+from specquant.exporter.head import ACT_BITS, quantize_table
 from specquant.exporter.kv import block_hadamard, set_key_offset, use_int4_cache
 
 
@@ -100,10 +101,15 @@ def sim_linears(linear: Linear) -> dict[str, SimLinear]:
 def simulate(model: nn.Module, family: Family, decoder: Decoder) -> nn.Module:
     """Put a decoder's numbers into a transformers model of the same architecture (changed in place and returned)."""
     base = model.get_submodule(family.decoder)
-    base.get_submodule(family.embedding).weight.data = _tensor(decoder.embedding)
+    bits, embedding = decoder.config.head_bits, decoder.embedding
+    stored = embedding if bits == 16 else embedding.astype(np.float16)
+    base.get_submodule(family.embedding).weight.data = _tensor(stored)
     family.set_norm(base, family.final_norm, _tensor(decoder.final_norm))
-    head = decoder.embedding if decoder.lm_head is None else decoder.lm_head
-    model.get_submodule(family.lm_head).weight.data = _tensor(head)
+    head = embedding if decoder.lm_head is None else decoder.lm_head
+    if bits == 16:
+        model.get_submodule(family.lm_head).weight.data = _tensor(head)
+    else:
+        model.set_submodule(family.lm_head, _sim_head(head, bits))
     for layer, numbers in zip(base.get_submodule(family.layers).children(), decoder.layers, strict=True):
         for name, norm in numbers.norms.items():
             family.set_norm(layer, family.norms[name], _tensor(norm))
@@ -115,6 +121,12 @@ def simulate(model: nn.Module, family: Family, decoder: Decoder) -> nn.Module:
     if decoder.config.kv_bits == 4:
         use_int4_cache(model, decoder.config.kv_clip)
     return model.eval()
+
+
+def _sim_head(weights: np.ndarray, bits: int) -> SimLinear:
+    """The head [vocab, hidden] of `head.head_linear`, whose input may be x twice: that changes no sum."""
+    table = quantize_table(weights, bits)
+    return SimLinear(SimInput(None, False, ACT_BITS, table.group), _tensor(table.floats().T), None, None)
 
 
 def _tensor(array: np.ndarray) -> Tensor:

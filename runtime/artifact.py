@@ -219,6 +219,8 @@ def _check_values(manifest: Manifest, path: Path) -> None:
             raise SpecQuantError(f"{path} says {item.name} = {value}, which must be positive: re-export the model")
     if model.kv_bits not in (4, 16):
         raise SpecQuantError(f"{path} says kv_bits = {model.kv_bits}, not 4 or 16: re-export the model")
+    if model.head_bits not in (4, 8, 16):
+        raise SpecQuantError(f"{path} says head_bits = {model.head_bits}, not 4, 8 or 16: re-export the model")
     if model.float_type not in ("float32", "float16"):
         raise SpecQuantError(
             f"{path} says float_type = {model.float_type!r}, not float32 or float16: re-export the model"

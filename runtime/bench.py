@@ -92,7 +92,7 @@ def work(manifest: Manifest, new_tokens: int) -> Work:
     ops = sum(2 * layer.in_features * layer.out_features for layer in manifest.layers)
     kinds = manifest.bits.tensor_bytes
     read = sum(size for kind, size in kinds.items() if kind not in _NOT_READ)
-    if manifest.model.tied_embeddings:  # the head reads all of the table
+    if manifest.model.tied_embeddings and manifest.model.head_bits == 16:  # the head reads all of the table
         read += kinds.get("embedding", 0)
     return Work(ops, read + manifest.model.cache_bytes_per_token * (new_tokens // 2))
 

@@ -54,6 +54,7 @@ def card(manifest: Manifest, verified: bool) -> list[str]:
         ("made with", _pairs(manifest.versions)),
         ("model", f"{model.family}, {model.num_layers} layers, hidden {model.hidden_size}, {heads}"),
         ("", f"vocabulary {model.vocab_size:,}, context {model.context_length:,}, floats {model.float_type}"),
+        ("head", f"{model.head_bits} bits" + (", tied to the embedding" if model.tied_embeddings else "")),
         ("KV cache", f"{model.kv_bits} bits, {model.cache_bytes_per_token:,} bytes a token"),
         ("recipe", _pairs(manifest.recipe)),
         ("calibration", _pairs(manifest.calibration or {})),

@@ -44,6 +44,17 @@ PROMPTS = (
 )
 
 
+class Twice(torch.nn.Module):
+    """`inner` of x beside itself."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inner(torch.cat([x, x], dim=-1))
+
+
 def simulated(folder: Path, source: str) -> torch.nn.Module:
     """The artifact's numbers in the transformers model of `source`."""
     model, _ = load_model(resolve(source), "float32")
@@ -58,14 +69,39 @@ def simulated(folder: Path, source: str) -> torch.nn.Module:
     def tensor(name: str) -> torch.Tensor:
         return torch.from_numpy(array(name)).float()
 
+    def quantised(name: str, parts: dict[str, int], n: int) -> QuantLinear:
+        at = {key: attribute.value for key, attribute in nodes[name].attributes.items()}
+        branch = f"{name}.coef" in values
+        return QuantLinear(
+            name,
+            parts,
+            unpack_int4(array(f"{name}.qweight"), n, sum(parts.values())),
+            array(f"{name}.scales"),
+            at["group_size"],
+            at["act_bits"],
+            at["act_group"],
+            array(f"{name}.basis") if branch else None,
+            array(f"{name}.coef") if branch else None,
+            bool(at.get("subtract", 0)),
+            array(f"{name}.bias") if f"{name}.bias" in values else None,
+            at["hadamard"],
+            at["act_clip"],
+        )
+
     caches = [node for node in graph if node.op_type == "Int4KVAttention"]
     if caches:
         use_int4_cache(model, float(caches[0].attributes["clip"].value))
     base = model.get_submodule(family.decoder)
     base.get_submodule(family.embedding).weight.data = tensor("model.embed_tokens.weight")
-    model.get_submodule(family.lm_head).weight.data = tensor(
-        "lm_head.weight" if "lm_head.weight" in values else "model.embed_tokens.weight"
-    )
+    if "lm_head" in nodes:
+        head = model.get_submodule(family.lm_head)
+        twice = 8 * int(values["lm_head.qweight"].shape[1]) == 2 * head.in_features  # 8 bits: exporter/head.py
+        inputs = (2 if twice else 1) * head.in_features
+        inner = sim_linears(quantised("lm_head", {"lm_head": head.out_features}, inputs))["lm_head"]
+        model.set_submodule(family.lm_head, Twice(inner) if twice else inner)
+    else:
+        name = "lm_head.weight" if "lm_head.weight" in values else "model.embed_tokens.weight"
+        model.get_submodule(family.lm_head).weight.data = tensor(name)
     family.set_norm(base, family.final_norm, tensor("model.norm.weight"))
     for index, layer in enumerate(base.get_submodule(family.layers).children()):
         for field, path in family.norms.items():
@@ -78,28 +114,11 @@ def simulated(folder: Path, source: str) -> torch.nn.Module:
         for stage in family.stages:
             name = f"{family.decoder}.{family.layers}.{index}.{stage.path}"
             parts = {path: layer.get_submodule(path).out_features for path in stage.linears}
-            bias = array(f"{name}.bias") if f"{name}.bias" in values else None
             if name not in nodes:
+                bias = array(f"{name}.bias") if f"{name}.bias" in values else None
                 linear: Any = FloatLinear(name, parts, array(f"{name}.weight"), bias)
             else:
-                at = {key: attribute.value for key, attribute in nodes[name].attributes.items()}
-                branch = f"{name}.coef" in values
-                n = layer.get_submodule(stage.linears[0]).in_features
-                linear = QuantLinear(
-                    name,
-                    parts,
-                    unpack_int4(array(f"{name}.qweight"), n, sum(parts.values())),
-                    array(f"{name}.scales"),
-                    at["group_size"],
-                    at["act_bits"],
-                    at["act_group"],
-                    array(f"{name}.basis") if branch else None,
-                    array(f"{name}.coef") if branch else None,
-                    bool(at.get("subtract", 0)),
-                    bias,
-                    at["hadamard"],
-                    at["act_clip"],
-                )
+                linear = quantised(name, parts, layer.get_submodule(stage.linears[0]).in_features)
             for path, module in sim_linears(linear).items():
                 layer.set_submodule(path, module)
     return model.eval()

@@ -6,7 +6,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from specquant.exporter.graph.linear import quant_linear
 from specquant.exporter.graph.writer import GraphWriter
+from specquant.exporter.head import head_linear
 
 _END = np.iinfo(np.int64).max
 
@@ -19,10 +21,24 @@ def embed(
     table = graph.floats("model.embed_tokens.weight", embedding)
     shape = ("batch", "sequence", embedding.shape[1])
     rows = graph.op("Gather", [table, input_ids], "model.embed_tokens", shape, axis=0)
-    if scale != 1:
-        factor = graph.floats("model.embed_tokens.scale", np.array(scale, np.float32))
-        rows = graph.op("Mul", [rows, factor], "model.embed_tokens.scaled", shape)
-    return rows, table
+    return _scaled(graph, rows, scale), table
+
+
+def embed_half(graph: GraphWriter, input_ids: ir.Value, embedding: NDArray[np.float32], scale: float) -> ir.Value:
+    """`embed` of a table in float16, beside a head that has its own."""
+    name, shape = "model.embed_tokens", ("batch", "sequence", embedding.shape[1])
+    table = graph.half(f"{name}.weight", embedding)
+    if graph.float_type == table.dtype:
+        return _scaled(graph, graph.op("Gather", [table, input_ids], name, shape, axis=0), scale)
+    rows = graph.op("Gather", [table, input_ids], f"{name}.half", shape, table.dtype, axis=0)
+    return _scaled(graph, graph.op("Cast", [rows], name, shape, to=graph.float_type), scale)
+
+
+def _scaled(graph: GraphWriter, rows: ir.Value, scale: float) -> ir.Value:
+    if scale == 1:
+        return rows
+    factor = graph.floats("model.embed_tokens.scale", np.array(scale, np.float32))
+    return graph.op("Mul", [rows, factor], "model.embed_tokens.scaled", rows.shape)
 
 
 def last_positions(graph: GraphWriter, x: ir.Value, keep: ir.Value, hidden: int) -> ir.Value:
@@ -39,3 +55,12 @@ def lm_head(graph: GraphWriter, x: ir.Value, table: ir.Value, logits: ir.Value) 
     needs a Reshape that copies all logits.
     """
     graph.node("FusedMatMul", [x, table], [logits], "lm_head", "com.microsoft", transB=1)
+
+
+def lm_head_int(graph: GraphWriter, x: ir.Value, weights: NDArray[np.float32], bits: int, logits: ir.Value) -> None:
+    """`lm_head` of weights [vocab, hidden] at 8 or 4 bits, as one `Int4ResidualMatMul` (`head.head_linear`)."""
+    entry = head_linear(weights, bits)
+    if bits == 8:
+        shape = ("batch", "kept", 2 * weights.shape[1])
+        x = graph.op("Concat", [x, x], "lm_head.twice", shape, axis=-1)
+    quant_linear(graph, x, entry, None, logits)

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
+from specquant.custom_ops.schema import DOMAIN
 from specquant.exporter.decoder import FloatLinear, Linear, QuantLinear
 from specquant.exporter.graph.writer import GraphWriter
 
@@ -14,7 +15,9 @@ def linear(graph: GraphWriter, x: ir.Value, entry: Linear, rank: ir.Value | None
     """y [batch, sequence, M] of x [batch, sequence, N]. `rank` is the graph's input of that name, if it has one."""
     if isinstance(entry, FloatLinear):
         return _float_linear(graph, x, entry)
-    return _quant_linear(graph, x, entry, rank)
+    output = ir.val(entry.name, graph.float_type, ("batch", "sequence", entry.q.shape[1]))
+    quant_linear(graph, x, entry, rank, output)
+    return output
 
 
 def _float_linear(graph: GraphWriter, x: ir.Value, entry: FloatLinear) -> ir.Value:
@@ -27,8 +30,8 @@ def _float_linear(graph: GraphWriter, x: ir.Value, entry: FloatLinear) -> ir.Val
     return graph.op("Add", [product, graph.floats(f"{entry.name}.bias", entry.bias)], entry.name, shape)
 
 
-def _quant_linear(graph: GraphWriter, x: ir.Value, entry: QuantLinear, rank: ir.Value | None) -> ir.Value:
-    """One `SpecQuantMatMul`, or one `Int4ResidualMatMul` where there is no branch (docs/ops.md)."""
+def quant_linear(graph: GraphWriter, x: ir.Value, entry: QuantLinear, rank: ir.Value | None, output: ir.Value) -> None:
+    """Write `output` with one `SpecQuantMatMul`, or one `Int4ResidualMatMul` where there is no branch (docs/ops.md)."""
     name, (n, m) = entry.name, entry.q.shape
     segment = segment_length(n, entry.group_size, entry.act_group)
     packed = (-(-m // 16), -(-n // 8), 64)
@@ -51,4 +54,4 @@ def _quant_linear(graph: GraphWriter, x: ir.Value, entry: QuantLinear, rank: ir.
         branch = [graph.tensor(f"{name}.basis", entry.basis), graph.tensor(f"{name}.coef", entry.coef), rank]
         op_type, inputs = "SpecQuantMatMul", [x, *branch, *weights]
         attributes["subtract"] = int(entry.subtract)
-    return graph.op(op_type, inputs, name, ("batch", "sequence", m), domain="specquant", **attributes)
+    graph.node(op_type, inputs, [output], name, domain=DOMAIN, **attributes)

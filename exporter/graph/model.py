@@ -9,7 +9,7 @@ from specquant.custom_ops.functions import OPSET, function_protos
 from specquant.custom_ops.schema import DOMAIN, VERSION
 from specquant.exporter.decoder import Decoder, DecoderLayer, QuantLinear
 from specquant.exporter.graph.attention import AttentionInputs, attention, attention_inputs
-from specquant.exporter.graph.head import embed, last_positions, lm_head
+from specquant.exporter.graph.head import embed, embed_half, last_positions, lm_head, lm_head_int
 from specquant.exporter.graph.kv_attention import cache_row
 from specquant.exporter.graph.linear import linear
 from specquant.exporter.graph.mlp import gated_mlp
@@ -38,14 +38,21 @@ def build_model(decoder: Decoder, float_type: FloatType, metadata: dict[str, str
     keep = graph.tensor("logits_to_keep", np.zeros(1, np.int64))
 
     shared = attention_inputs(graph, attention_mask, position_ids, decoder.rope_cos, decoder.rope_sin)
-    x, table = embed(graph, input_ids, decoder.embedding, config.embedding_scale)
+    if config.head_bits == 16:
+        x, table = embed(graph, input_ids, decoder.embedding, config.embedding_scale)
+    else:
+        x = embed_half(graph, input_ids, decoder.embedding, config.embedding_scale)
     for i, layer in enumerate(decoder.layers):
         x = _block(graph, x, decoder, layer, f"model.layers.{i}", past[i], present[i], shared, rank)
     x = last_positions(graph, x, keep, config.hidden_size)
     x = rms_norm(graph, x, decoder.final_norm, config.rms_norm_eps, "model.norm")
-    if decoder.lm_head is not None:
-        table = graph.floats("lm_head.weight", decoder.lm_head)
-    lm_head(graph, x, table, logits)
+    if config.head_bits != 16:
+        head = decoder.embedding if decoder.lm_head is None else decoder.lm_head
+        lm_head_int(graph, x, head, config.head_bits, logits)
+    else:
+        if decoder.lm_head is not None:
+            table = graph.floats("lm_head.weight", decoder.lm_head)
+        lm_head(graph, x, table, logits)
 
     inputs = [input_ids, attention_mask, position_ids, *(value for pair in past for value in pair)]
     outputs = [logits, *(value for pair in present for value in pair)]

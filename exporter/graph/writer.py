@@ -60,8 +60,10 @@ class GraphWriter:
 
     def floats(self, name: str, array: NDArray[np.float32]) -> ir.Value:
         """An initialiser of the graph's float type. Raises SpecQuantError if a value does not fit float16."""
-        if self.float_type == ir.DataType.FLOAT:
-            return self.tensor(name, array)
+        return self.tensor(name, array) if self.float_type == ir.DataType.FLOAT else self.half(name, array)
+
+    def half(self, name: str, array: NDArray[np.float32]) -> ir.Value:
+        """An initialiser in float16. Raises SpecQuantError if a value does not fit."""
         limit = float(np.finfo(np.float16).max)
         if array.max() > limit or array.min() < -limit:
             raise SpecQuantError(f"{name} has values beyond {limit:.0f}, float16's largest; export in float32")
