@@ -348,6 +348,7 @@ struct Consumer90 {
 
 template <Mode mode, int tokens, int folds>
 __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)  // empty for all GPUs but Hopper
   using G = Gemm90<mode, tokens, folds>;
   extern __shared__ __align__(1024) uint8_t memory[];
   const G gemm(args, memory);
@@ -377,6 +378,7 @@ __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
       consumer.finish(tile, turn);
     }
   }
+#endif
 }
 
 }  // namespace specquant_cuda
