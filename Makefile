@@ -30,7 +30,7 @@ check: $(DEV)
 install: $(DEV)
 
 # Kernel sources are prerequisites: a change of theirs compiles again.
-SOURCES := $(wildcard CMakeLists.txt custom_ops/CMakeLists.txt custom_ops/kernels/*/* custom_ops/ort/*)
+SOURCES := $(wildcard CMakeLists.txt custom_ops/CMakeLists.txt custom_ops/kernels/*/* custom_ops/ort/* custom_ops/tensorrt/*)
 PIP     := $(BIN)/python -m pip install --disable-pip-version-check
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -14,6 +14,7 @@ from specquant.runtime.cli_common import add_verbosity, note
 EPILOG = """examples:
   specquant build build/smollm2 --target tensorrt-rtx --gpu sm89
   specquant build build/smollm2 --target tensorrt-rtx --gpu sm120 --max-batch 8 --max-seq 4096
+  specquant build build/smollm2 --target tensorrt-rtx --gpu sm89 --profile custom -o smollm2-sm89-custom
 
 TensorRT-RTX builds for a GPU that need not be there. Activations of a portable engine, and its KV cache, are of the
 model's float type: export with --float-type float16 for speed. docs/tensorrt.md says what was run and what was not.
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-seq", type=int, metavar="N", help="tokens of a row (default: the context, at most 2048)")
     parser.add_argument("--block", type=int, default=512, metavar="N", help="tokens of a prompt a call (default: 512)")
     parser.add_argument("--rank", type=int, metavar="N", help="columns of each spectral branch to keep (default: all)")
+    parser.add_argument("--embed-plugins", action="store_true", help="carry the plugin library in the engine (custom)")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="default: DIR/engine/TARGET-GPU")
     parser.add_argument("--force", action="store_true", help="replace an engine that is there")
     parser.add_argument("--json", action="store_true", help="print the engine's manifest (engine.json) at the end")
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from specquant.exporter.engine import EngineOptions, build
 
-    names = ("target", "gpu", "profile", "max_batch", "max_seq", "block", "rank")
+    names = ("target", "gpu", "profile", "max_batch", "max_seq", "block", "rank", "embed_plugins")
     options = EngineOptions(**{name: getattr(args, name) for name in names})
     steps, since = Steps(args.quiet), time.perf_counter()
     try:
@@ -58,6 +60,6 @@ def run(args: argparse.Namespace) -> int:
     note(args, f"done in {time.perf_counter() - since:.0f} s")
     print(
         f"{args.model}: {info.target} {info.version} engine for {info.gpu}, {info.profile}, {info.size / 1e6:.0f} MB "
-        f"(weights {info.weights_bytes / 1e6:.0f} MB), up to {info.max_batch} rows of {info.max_seq} tokens"
+        f"(weights {info.weights_bytes / 1e6:.0f} MB), up to {info.max_batch} × {info.max_seq} tokens"
     )
     return 0

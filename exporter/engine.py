@@ -12,6 +12,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.library_tensorrt import library_path
+from specquant.custom_ops.schema import DOMAIN
 from specquant.exporter.artifact import whole_folder
 from specquant.exporter.engine_builder import Built, Limits, build_engine, check_gpu, load_api
 from specquant.exporter.graph import save_model
@@ -90,6 +92,7 @@ def build(
     limits = _limits(manifest, options)
     api = load_api(options.target)
     gpu = check_gpu(api, options.target, options.gpu, options.profile)
+    plugins = library_path() if options.profile == "custom" else None
     target = output or engine_folder(folder, options.target, gpu)
     with whole_folder(target, force, ENGINE_MANIFEST, "engine") as work:
         report("lowering the graph", 0, 1)
@@ -97,10 +100,12 @@ def build(
         note(f"estimate: {estimate(model, manifest, limits)}")
         with tempfile.TemporaryDirectory(dir=work) as scratch:
             save_model(model, Path(scratch))
+            ops = sorted({node.op_type for node in model.graph if node.domain == DOMAIN})
             del model
-            built = build_engine(api, Path(scratch) / "model.onnx", options.target, gpu, limits, report)
+            path = Path(scratch) / "model.onnx"
+            built = build_engine(api, path, options.target, gpu, limits, report, plugins, options.embed_plugins)
         (work / ENGINE).write_bytes(built.plan)
-        info = _info(manifest, options, limits, gpu, built, work / ENGINE)
+        info = _info(manifest, options, limits, gpu, built, ops, work / ENGINE)
         text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
         (work / ENGINE_MANIFEST).write_text(text + "\n", encoding="utf-8")
     return info
@@ -129,7 +134,7 @@ def _limits(manifest: Manifest, options: EngineOptions) -> Limits:
 
 
 def _info(
-    manifest: Manifest, options: EngineOptions, limits: Limits, gpu: str, built: Built, engine: Path
+    manifest: Manifest, options: EngineOptions, limits: Limits, gpu: str, built: Built, ops: list[str], engine: Path
 ) -> EngineInfo:
     return EngineInfo(
         format=ENGINE_FORMAT,
@@ -147,7 +152,7 @@ def _info(
         weights_bytes=built.weights_bytes,
         activation_bytes=built.activation_bytes,
         rank=options.rank,
-        plugins=built.plugins,
-        host_code=False,
+        plugins=ops,
+        host_code=options.embed_plugins,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )

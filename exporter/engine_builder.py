@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.library_tensorrt import name_rtx
 
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _COUNTED_PHASE = "Computing profile costs"  # where the time goes; the others nest in it or take no second
@@ -30,8 +31,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Built:
-    """plan: the engine, a buffer. layers: one line each, as the builder prints them, of both profiles. plugins: op
-    types of plugin layers, sorted. Bytes are on the GPU; activation_bytes of prefill and of decode."""
+    """plan: the engine, a buffer. layers: one line each, as the builder prints them, of both profiles. plugins: the
+    layers that are plugins, sorted. Bytes are on the GPU; activation_bytes of prefill and of decode."""
 
     plan: Any
     version: str
@@ -67,25 +68,39 @@ def check_gpu(api: Any, target: str, gpu: str | None, profile: str) -> str:
 
 
 def build_engine(
-    api: Any, path: Path, target: str, gpu: str, limits: Limits, report: Callable[[str, int, int], None]
+    api: Any,
+    path: Path,
+    target: str,
+    gpu: str,
+    limits: Limits,
+    report: Callable[[str, int, int], None],
+    plugins: Path | None = None,
+    embed: bool = False,
 ) -> Built:
     """An engine of the lowered graph at `path`, with two optimisation profiles: 0 for prefill, 1 for decode.
+
+    plugins: the library of those that the graph calls; embed: the engine carries it.
 
     Raises SpecQuantError with TensorRT's first error, KeyboardInterrupt if one came meanwhile: TensorRT is told to
     stop, since an exception may not pass through it.
     """
     log = _log(api)
     builder = api.Builder(log)
+    if plugins is not None:
+        _load_plugins(builder, target, plugins, log)
     network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = api.OnnxParser(network, log)
     report("reading the graph", 0, 1)
     if not parser.parse_from_file(str(path)):
         reason = parser.get_error(0).desc() if parser.num_errors else log.reason()
         raise SpecQuantError(f"{target} does not take this graph: {reason}")
+    _let_attention_decompose(api, network)
     config = builder.create_builder_config()
     if target == "tensorrt-rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(api.ComputeCapability.__members__[gpu.upper()], 0)
+    if plugins is not None and embed:
+        config.plugins_to_serialize = [str(plugins)]
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED  # names of layers, in the log and in the engine
     for rows, tokens in ((1, limits.block), (limits.max_batch, 1)):
         config.add_optimization_profile(_profile(builder, network, rows, tokens, limits.max_seq))
@@ -97,8 +112,24 @@ def build_engine(
     if plan is None:
         raise SpecQuantError(f"{target} cannot build this engine for {gpu}: {log.reason()}")
     kinds = (network.get_layer(i) for i in range(network.num_layers))
-    plugins = sorted(layer.name for layer in kinds if layer.type == api.LayerType.PLUGIN_V3)
-    return Built(plan, api.__version__, log.bytes("Weights")[0], log.bytes("Activation"), log.layers(), plugins)
+    ours = sorted(layer.name for layer in kinds if layer.type == api.LayerType.PLUGIN_V3)
+    return Built(plan, api.__version__, log.bytes("Weights")[0], log.bytes("Activation"), log.layers(), ours)
+
+
+def _load_plugins(builder: Any, target: str, plugins: Path, log: Any) -> None:
+    if target == "tensorrt-rtx":
+        name_rtx()
+    if builder.get_plugin_registry().load_library(str(plugins)) is None:
+        raise SpecQuantError(f"{target} cannot load {plugins}: {log.reason()}")
+
+
+def _let_attention_decompose(api: Any, network: Any) -> None:
+    """Several kernels where no fused one takes the type or head size: float32 has none."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == api.LayerType.ATTENTION_INPUT:
+            layer.__class__ = api.IAttentionInputLayer  # how TensorRT's binding downcasts
+            layer.attention.decomposable = True
 
 
 def _profile(builder: Any, network: Any, rows: int, tokens: int, max_seq: int) -> Any:

@@ -20,8 +20,8 @@ class EngineInfo:
     target: `tensorrt` or `tensorrt-rtx`, of `version`; gpu: `sm89`, …; profile: `portable` or `custom`. A call takes at
     most `max_batch` rows of one token, or one row of `block` tokens, and rows of `max_seq` tokens in the cache.
     rank: columns kept of every spectral branch, None for all. model: sha256 of the artifact's graph files.
-    weights_bytes and activation_bytes (prefill, decode): on the GPU, as the builder counts them. plugins: name and
-    version of each that the engine calls; host_code: it carries a plugin library.
+    weights_bytes and activation_bytes (prefill, decode): on the GPU, as the builder counts them. plugins: our ops
+    that the engine calls; host_code: it carries a plugin library.
     """
 
     format: int
