@@ -49,10 +49,12 @@ def main() -> int:
         return 2
     work = args.output
     work.mkdir(parents=True, exist_ok=True)
-    for path in [*KERNELS.glob("*.h"), *KERNELS.glob("*.cc"), *HERE.glob("*.h"), *HERE.glob("*.cc"), *HERE.glob("*.cuh")]:
+    # The emulator's files last: launch.h and the two of instructions take the place of the kernels' own.
+    own = [*KERNELS.glob("*.h"), *KERNELS.glob("*.cc")]
+    for path in [*own, *HERE.glob("*.h"), *HERE.glob("*.cc"), *HERE.glob("*.cuh")]:
         shutil.copy(path, work)
     for path in [*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")]:
-        if not (HERE / path.name).exists():  # ptx.cuh and ptx90.cuh
+        if not (HERE / path.name).exists():
             target = path.name if path.suffix == ".cuh" else f"{path.name}.cc"
             (work / target).write_text(translated(path.read_text(encoding="utf-8")), encoding="utf-8")
     flags = ["-std=c++17", "-O2", "-g", "-fPIC", "-w", "-ffp-contract=off", "-I.", f"-I{args.include}"]

@@ -1,0 +1,183 @@
+"""Prefill of one Transformer block on a GPU: torch in float16, and the same with our linears (the paper's Table 2).
+
+RMSNorm, rotary embedding, attention (torch's scaled_dot_product_attention), SiLU and residuals are torch's in both; the
+four linears (q, k and v in one, output, gate and up in one, down) are float16 matrices or INT4 weights with a branch of
+--rank columns. Random weights and activations. Times are medians of replayed CUDA graphs, the two in turn. Memory is
+what torch has allocated at most during one pass, weights, input and workspaces included, each variant alone.
+
+    python -m tools.bench_block --models llama-2-7b --sequences 256 1024 --rank 16 32
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from specquant.custom_ops import library_cuda
+from tools.bench_cuda_kernels import Linear, graph_of, medians
+
+
+class Shape(NamedTuple):
+    """Sizes of a block: features, query heads, key and value heads, features of the MLP. Heads have 128 features."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    inner: int
+
+
+MODELS = {
+    "llama-2-7b": Shape(4096, 32, 32, 11008),
+    "llama-3-8b": Shape(4096, 32, 8, 14336),
+    "llama-2-13b": Shape(5120, 40, 40, 13824),
+    "llama-30b": Shape(6656, 52, 52, 17920),
+}
+HEAD = 128
+EPSILON = 1e-5  # of RMSNorm
+Multiply = Callable[[Tensor], Tensor]  # [T, N] -> [T, M]
+
+
+def sizes(shape: Shape) -> list[tuple[int, int]]:
+    """In- and out-features of q/k/v, output, gate/up and down."""
+    width = shape.heads * HEAD
+    return [
+        (shape.hidden, width + 2 * shape.kv_heads * HEAD),
+        (width, shape.hidden),
+        (shape.hidden, 2 * shape.inner),
+        (shape.inner, shape.hidden),
+    ]
+
+
+def half_linears(shape: Shape) -> list[Multiply]:
+    """The four linears in float16."""
+
+    def linear(n: int, m: int) -> Multiply:
+        weight = torch.randn(m, n, device="cuda", dtype=torch.float16) * n**-0.5
+        return lambda x: functional.linear(x, weight)
+
+    return [linear(n, m) for n, m in sizes(shape)]
+
+
+def our_linears(shape: Shape, args: argparse.Namespace) -> list[Multiply]:
+    """The four linears in INT4 with a branch; args: what Linear takes."""
+
+    def linear(n: int, m: int) -> Multiply:
+        weights = Linear(n, m, args)
+        weights.operands["scales"] *= n**-0.5 / 0.07  # outputs of about the inputs' size
+
+        def multiply(x: Tensor) -> Tensor:
+            y = torch.empty(x.shape[0], m, device="cuda", dtype=torch.float16)
+            size = library_cuda.layout(x, **weights.operands).bytes
+            weights.call((x, y, torch.empty(size, device="cuda", dtype=torch.int8)), None)
+            return y
+
+        return multiply
+
+    return [linear(n, m) for n, m in sizes(shape)]
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, heads, S, HEAD] turned by cos and sin [S, HEAD]."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class Block:
+    """One block of Llama: y = block(x), both [B, S, hidden]; `like` has the device and dtype of x."""
+
+    def __init__(self, shape: Shape, linears: list[Multiply], sequence: int, like: Tensor) -> None:
+        self.shape, (self.qkv, self.output, self.gate_up, self.down) = shape, linears
+        self.norms = [like.new_ones(shape.hidden) for _ in range(2)]
+        turns = torch.arange(0, HEAD, 2, device=like.device) / HEAD
+        angles = torch.outer(torch.arange(sequence, device=like.device), 10000.0**-turns).repeat(1, 2)
+        self.cos, self.sin = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        shape, (batch, sequence, hidden) = self.shape, x.shape
+        rows = functional.rms_norm(x, (hidden,), self.norms[0], EPSILON).view(-1, hidden)
+        heads = [shape.heads, shape.kv_heads, shape.kv_heads]
+        qkv = self.qkv(rows).view(batch, sequence, sum(heads), HEAD).transpose(1, 2)
+        q, k, v = qkv.split(heads, 1)
+        q, k = rotary(q, self.cos, self.sin), rotary(k, self.cos, self.sin)
+        grouped = shape.heads != shape.kv_heads
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        x = x + self.output(mixed.transpose(1, 2).reshape(batch * sequence, -1)).view_as(x)
+        rows = functional.rms_norm(x, (hidden,), self.norms[1], EPSILON).view(-1, hidden)
+        gate, up = self.gate_up(rows).chunk(2, -1)
+        return x + self.down(functional.silu(gate) * up).view_as(x)
+
+
+def peak_memory(make: Callable[[], Block], x: Tensor) -> int:
+    """Bytes that torch has allocated at most, from making the block's weights to the end of one pass, x included."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated() - x.nbytes
+    block = make()
+    torch.cuda.reset_peak_memory_stats()
+    block(x)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(model: str, sequence: int, ranks: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A line for each rank: seconds and bytes of both."""
+    shape, lines = MODELS[model], []
+    x = torch.randn(args.batch, sequence, shape.hidden, device="cuda", dtype=torch.float16)
+    x[..., :: shape.hidden // 16] *= 20  # a few large features, as models have
+    for rank in ranks:
+        options = argparse.Namespace(**vars(args) | {"rank": rank})
+        makers: dict[str, Callable[[], Block]] = {
+            "fp16": lambda: Block(shape, half_linears(shape), sequence, x),
+            "ours": lambda options=options: Block(shape, our_linears(shape, options), sequence, x),  # type: ignore[misc]
+        }
+        memory = {name: peak_memory(make, x) for name, make in makers.items()}
+        blocks = {name: make() for name, make in makers.items()}
+        for name, block in blocks.items():
+            if not torch.isfinite(block(x)).all():
+                raise SystemExit(f"{model}, {name}: the output is not finite")
+        graphs = {name: (graph_of([lambda block=block: block(x)]), 1) for name, block in blocks.items()}  # type: ignore[misc]
+        seconds = medians(graphs, args.turns)
+        lines.append({"model": model, "sequence": sequence, "rank": rank, "seconds": seconds, "bytes": memory})
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--sequences", nargs="+", type=int, default=[256, 1024, 4096, 8192])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rank", nargs="+", type=int, default=[16, 32], help="columns of the branch")
+    parser.add_argument("--act-bits", type=int, default=4, help="2 to 8, or 16")
+    parser.add_argument("--group-size", type=int, default=0, help="features per weight scale; 0: per channel")
+    parser.add_argument("--act-group", type=int, default=0, help="features per activation scale; 0: per token")
+    parser.add_argument("--hadamard", type=int, default=0)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args()
+    library_cuda.check_device()
+    if not args.json:
+        groups = f"groups of {args.group_size} and {args.act_group}"
+        print(f"{torch.cuda.get_device_name()}, batch {args.batch}, W4A{args.act_bits}, {groups} (0: all)")
+        names = f"{'model':>12} {'seq':>5} {'rank':>4} {'fp16 ms':>8} {'ours ms':>8}"
+        print(f"{names} {'ratio':>6} {'fp16 GiB':>8} {'ours GiB':>8} {'ratio':>6}")
+    for model in args.models:
+        for sequence in args.sequences:
+            for line in measure(model, sequence, args.rank, args):
+                if args.json:
+                    print(json.dumps(line), flush=True)
+                    continue
+                half, ours = (line["seconds"][name] * 1e3 for name in ("fp16", "ours"))
+                text = f"{model:>12} {sequence:>5} {line['rank']:>4} {half:>8.3f} {ours:>8.3f} {half / ours:>6.2f}"
+                half, ours = (line["bytes"][name] / 2**30 for name in ("fp16", "ours"))
+                print(f"{text} {half:>8.2f} {ours:>8.2f} {half / ours:>6.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
