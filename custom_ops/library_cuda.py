@@ -31,8 +31,8 @@ _OFFSETS = ("rotated", "reduced", "partial", "low", "low_factor", "levels", "sca
 _PADDED = ("tokens_padded", "features_padded", "rank_padded", "segments", "splits")
 
 
-class _Problem(ctypes.Structure):
-    """`SpecquantCudaProblem`, field for field."""
+class Problem(ctypes.Structure):
+    """`SpecquantCudaProblem`, field for field: sizes, attributes, and addresses on the GPU."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in _SIZES]
@@ -79,13 +79,14 @@ def loaded() -> ctypes.CDLL:
         raise SpecQuantError(f"{path} does not load ({str(error).splitlines()[0]}); {REBUILD}") from None
     except AttributeError:
         raise SpecQuantError(f"{path} is not SpecQuant's CUDA library; {REBUILD}") from None
-    if found != (ABI, ctypes.sizeof(_Problem), ctypes.sizeof(Layout)):
+    if found != (ABI, ctypes.sizeof(Problem), ctypes.sizeof(Layout)):
         raise SpecQuantError(f"{path} has ABI {found[0]}, this package needs {ABI}; {REBUILD}")
-    problem, layout = ctypes.POINTER(_Problem), ctypes.POINTER(Layout)
+    problem, layout = ctypes.POINTER(Problem), ctypes.POINTER(Layout)
     signatures = {
         "specquant_cuda_device": [],
         "specquant_cuda_check": [problem],
         "specquant_cuda_layout": [problem, layout],
+        "specquant_cuda_workspace": [problem, ctypes.POINTER(ctypes.c_int64)],
         "specquant_cuda_matmul": [problem, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p],
     }
     for name, arguments in signatures.items():
@@ -145,7 +146,7 @@ def _problem(
     subtract: int = 0,
     act_clip: float = 1.0,
     hadamard: int = 0,
-) -> _Problem:
+) -> Problem:
     kind = _dtype("x", x)
     if kind not in (np.float32, np.float16):
         raise SpecQuantError(f"x is {kind}; give float32 or float16")
@@ -164,7 +165,7 @@ def _problem(
     }
     sizes = (tokens, n, m, r, r if rank is None else rank, group_size, act_group, hadamard)
     flags = (act_bits, subtract, kind == np.float16, _dtype("row_sums", row_sums) == np.int32)
-    return _Problem(*sizes, *flags, act_clip, *(addresses[name] for name in _POINTERS))
+    return Problem(*sizes, *flags, act_clip, *(addresses[name] for name in _POINTERS))
 
 
 def layout(x: Any, **operands: Any) -> Layout:
@@ -190,3 +191,21 @@ def matmul(x: Any, y: Any, workspace: Any, *, stream: int = 0, path: str | None 
     place = _address("workspace", workspace, (size,), (np.int8, np.uint8))
     name = path.encode() if path else None
     _raise(loaded().specquant_cuda_matmul(ctypes.byref(problem), place, size, stream, name))
+
+
+def workspace_bound(problem: Problem) -> int:
+    """Bytes of workspace that suffice on every GPU for the problem's tokens or fewer; needs no GPU, reads no address.
+
+    Raises SpecQuantError if sizes or attributes disagree.
+    """
+    size = ctypes.c_int64()
+    _raise(loaded().specquant_cuda_workspace(ctypes.byref(problem), ctypes.byref(size)))
+    return size.value
+
+
+def run(problem: Problem, workspace: int, size: int, stream: int) -> None:
+    """`matmul` of a problem whose addresses are filled in; workspace: an address, of `size` bytes, aligned to 256.
+
+    Raises SpecQuantError if sizes or attributes disagree, or a kernel does not start.
+    """
+    _raise(loaded().specquant_cuda_matmul(ctypes.byref(problem), workspace, size, stream, None))

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import library_path
 from specquant.custom_ops.schema import DOMAIN
+from specquant.custom_ops.tensorrt_plugins import register
 from specquant.exporter.artifact import whole_folder
 from specquant.exporter.engine_builder import Built, Limits, build_engine, check_gpu, load_api
 from specquant.exporter.graph import save_model
@@ -33,7 +34,8 @@ class EngineOptions:
 
     max_batch: rows decoded together. max_seq: tokens in a row of the KV cache, None for the model's context or 2,048,
     whichever is shorter. block: the most tokens of a prompt that one call takes. rank: columns kept of every spectral
-    branch, None for all. embed_plugins: carry the plugin library in the engine, rather than beside it.
+    branch, None for all. embed_plugins: carry the plugin library in the engine, rather than find it where the engine
+    runs. python_plugins: build with those of tensorrt_plugins.py, where there is no compiled library.
     """
 
     target: str = "tensorrt-rtx"
@@ -44,6 +46,7 @@ class EngineOptions:
     block: int = BLOCK
     rank: int | None = None
     embed_plugins: bool = False
+    python_plugins: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("target", TARGETS), ("profile", PROFILES)):
@@ -53,8 +56,10 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpecQuantError(f"{name} = {value} is out of range: it must be 1 or more")
-        if self.embed_plugins and self.profile != "custom":
-            raise SpecQuantError("a portable engine has no plugins to embed: use --profile custom, or leave it out")
+        if (self.embed_plugins or self.python_plugins) and self.profile != "custom":
+            raise SpecQuantError("a portable engine has no plugins: use --profile custom")
+        if self.embed_plugins and self.python_plugins:
+            raise SpecQuantError("an engine cannot carry plugins in Python: leave out --embed-plugins")
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,11 @@ def build(
     limits = _limits(manifest, options)
     api = load_api(options.target)
     gpu = check_gpu(api, options.target, options.gpu, options.profile)
-    plugins = library_path() if options.profile == "custom" else None
+    plugins = None
+    if options.python_plugins:
+        register(api)
+    elif options.profile == "custom":
+        plugins = library_path()
     target = output or engine_folder(folder, options.target, gpu)
     with whole_folder(target, force, ENGINE_MANIFEST, "engine") as work:
         report("lowering the graph", 0, 1)

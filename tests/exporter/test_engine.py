@@ -106,6 +106,7 @@ def test_the_command(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"target": "openvino"}, "tensorrt-rtx, tensorrt"),
         ({"profile": "fast"}, "portable, custom"),
         ({"embed_plugins": True}, "--profile custom"),
+        ({"embed_plugins": True, "python_plugins": True, "profile": "custom"}, "leave out --embed-plugins"),
     ],
 )
 def test_options_that_do_not_fit(artifact: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
