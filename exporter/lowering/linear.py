@@ -31,7 +31,10 @@ def portable_linear(low: Lowering, node: ir.Node) -> ir.Value:
             branch = graph.op("MatMul", [projected, graph.floats(f"{name}.coef", coef)], f"{name}.branch", shape)
             y = graph.op("Add", [y, branch], f"{name}.sum", shape)
     bias = low.array(node, at["bias"])
-    return graph.op("Add", [y, graph.floats(f"{name}.bias", bias)], f"{name}.biased", shape) if bias.any() else y
+    if bias.any():
+        y = graph.op("Add", [y, graph.floats(f"{name}.bias", bias)], f"{name}.biased", shape)
+    y.name = node.outputs[0].name  # of the head: `logits`
+    return y
 
 
 def plugin_linear(low: Lowering, node: ir.Node) -> ir.Value:
@@ -53,7 +56,9 @@ def plugin_linear(low: Lowering, node: ir.Node) -> ir.Value:
         elif key == "row_sums":
             array = array.astype(np.int32)
         inputs.append(graph.tensor(f"{name}.{key}", np.ascontiguousarray(array)))
-    return graph.op(node.op_type, inputs, name, dims(node.outputs[0]), domain=DOMAIN, **attributes(node))
+    output = ir.val(str(node.outputs[0].name), graph.float_type, dims(node.outputs[0]))
+    graph.node(node.op_type, inputs, [output], name, DOMAIN, **attributes(node))
+    return output
 
 
 def _operands(node: ir.Node) -> dict[str, int]:

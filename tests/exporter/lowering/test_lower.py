@@ -165,6 +165,15 @@ def test_rows_of_unequal_length(rng: np.random.Generator, tmp_path: Path) -> Non
             assert np.abs(actual - expected)[row, :count].max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("float_type", ["float32", "float16"])
+def test_a_quantised_head(rng: np.random.Generator, tmp_path: Path, bits: int, float_type: FloatType) -> None:
+    """The original rounds to 8 bits what its head reads, the lowered one does not."""
+    _, decoder = tiny_llama(int(rng.integers(2**31)))
+    decoder = replace(decoder, config=replace(decoder.config, head_bits=bits))
+    assert difference(rng, decoder, tmp_path, float_type) < 3e-2
+
+
 def test_logits_to_keep(rng: np.random.Generator, tmp_path: Path) -> None:
     decoder = float_decoder(tiny_model("llama", int(rng.integers(2**31))))
     save_model(build_model(decoder, "float32", {}), tmp_path)
@@ -182,6 +191,8 @@ def test_weights_stay_four_bits_and_a_tied_table_is_stored_once(rng: np.random.G
     save_model(build_model(decoder, "float32", {}), tmp_path)
     model = lower(tmp_path, "portable", CAPACITY)
     assert {node.domain for node in model.graph} == {""}
+    caches = [f"present.{i}.{part}" for i in range(2) for part in ("key", "value")]
+    assert [value.name for value in model.graph.outputs] == ["logits", *caches]
     kinds = [value.const_value.dtype for value in model.graph.initializers.values()]
     quantised = sum(isinstance(x, QuantLinear) for layer in decoder.layers for x in layer.linears)
     assert kinds.count(ir.DataType.INT4) == quantised == 7
@@ -192,11 +203,14 @@ def test_weights_stay_four_bits_and_a_tied_table_is_stored_once(rng: np.random.G
 def test_the_custom_profile_keeps_our_ops(rng: np.random.Generator, tmp_path: Path) -> None:
     _, decoder = tiny_llama(int(rng.integers(2**31)))
     decoder = quantised_decoder(decoder, rng, 8, 8, 8, 5, True)
+    decoder = replace(decoder, config=replace(decoder.config, head_bits=8))
     save_model(build_model(decoder, "float32", {}), tmp_path)
     model = lower(tmp_path, "custom", CAPACITY, rank=3)
     ours = [node for node in model.graph if node.domain == "specquant"]
-    assert len(ours) == 7
-    for node in ours:
+    assert len(ours) == 8
+    assert ours[-1].op_type == "Int4ResidualMatMul"
+    assert ours[-1].outputs[0].name == "logits"
+    for node in ours[:-1]:
         arrays = {str(v.name).rsplit(".", 1)[1]: v.const_value.numpy() for v in node.inputs[1:] if v is not None}
         assert arrays["row_sums"].dtype == np.int32  # TensorRT has no int16
         assert arrays["basis"].shape[1] == arrays["coef"].shape[0] == arrays["rank"][0] == 3
