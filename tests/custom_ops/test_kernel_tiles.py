@@ -55,7 +55,7 @@ def test_many_tokens(rng: np.random.Generator, isa: str, bits: int, groups: tupl
 @pytest.mark.parametrize("tokens", [1, 13, 70])
 def test_vector_paths_agree_bit_for_bit(rng: np.random.Generator, bits: int, tokens: int) -> None:
     """They fuse the same multiply-adds in the same order, whatever their tiles; without a branch nothing else adds."""
-    paths = [name for name in ISAS if name.startswith(("avx", "amx"))]
+    paths = [name for name in ISAS if name != "scalar"]
     if len(paths) < 2:
         pytest.skip("this CPU has fewer than two vector paths")
     weights = random_weights(rng, "Int4ResidualMatMul", 320, 203, 0, 64, 64)

@@ -56,4 +56,28 @@ bool cpu_has_amx() { return features().amx; }
 bool cpu_has_avx512vnni() { return features().avx512vnni; }
 
 }  // namespace specquant
+
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace specquant {
+namespace {
+
+// Bits of the auxiliary vector, AT_HWCAP (16) and AT_HWCAP2 (26): older headers lack the names.
+bool has(unsigned long vector, int bit) {
+#if defined(__linux__)
+  return getauxval(vector) >> bit & 1;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+bool cpu_has_dotprod() { return has(16, 20); }
+bool cpu_has_i8mm() { return cpu_has_dotprod() && has(26, 13); }
+
+}  // namespace specquant
 #endif

@@ -20,6 +20,15 @@ const Kernels* const kCompiled[] = {
 #ifdef SPECQUANT_AMX
     &kAmx,
 #endif
+#ifdef SPECQUANT_NEON
+    &kNeon,
+#endif
+#ifdef SPECQUANT_DOTPROD
+    &kDotProd,
+#endif
+#ifdef SPECQUANT_I8MM
+    &kI8mm,
+#endif
     nullptr,
 };
 

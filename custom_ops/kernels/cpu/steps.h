@@ -84,6 +84,6 @@ struct Kernels {
 // Up to kTileTokens quantised rows from `row` on into `tiles` and `steps`.
 void interleave(const Problem& problem, const Activations& activations, int64_t row, int64_t rows);
 
-extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kAmx;  // each in its own file, where the compiler has it
+extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kAmx, kNeon, kDotProd, kI8mm;  // each in its own file, where the compiler has it
 
 }  // namespace specquant

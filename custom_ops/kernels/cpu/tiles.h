@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "tokens.h"
 
@@ -59,6 +60,12 @@ inline __attribute__((always_inline)) void start_integer(const Problem& p, const
   }
 }
 
+// Whether V multiplies two tokens at once (dot_pair), whose sums lie in another order meanwhile (pair, unpair).
+template <class V, class = void>
+struct InPairs : std::false_type {};
+template <class V>
+struct InPairs<V, std::void_t<decltype(&V::dot_pair)>> : std::true_type {};
+
 // acc += Σ nibble · a for one block of 8 features; tokens are a block apart.
 template <class V, int T, int C>
 inline __attribute__((always_inline)) void add_block(const uint8_t* (&weights)[C], const int8_t* a,
@@ -69,11 +76,18 @@ inline __attribute__((always_inline)) void add_block(const uint8_t* (&weights)[C
     unpacked[v] = V::unpack(weights[v]);
     weights[v] += kPanel * 4;
   }
+  if constexpr (InPairs<V>::value && T % 2 == 0) {
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t += 2)
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-    const auto activation = V::activation(a + t * kBlock);
+      for (int v = 0; v < C; ++v) V::dot_pair(acc[t][v], acc[t + 1][v], unpacked[v], a + t * kBlock);
+  } else {
 #pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) acc[t][v] = V::dot(acc[t][v], unpacked[v], activation);
+    for (int t = 0; t < T; ++t) {
+      const auto activation = V::activation(a + t * kBlock);
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v) acc[t][v] = V::dot(acc[t][v], unpacked[v], activation);
+    }
   }
 }
 
@@ -82,6 +96,10 @@ inline __attribute__((always_inline)) void add_block(const uint8_t* (&weights)[C
 template <class V, int T, int C>
 inline __attribute__((always_inline)) void add_blocks(const uint8_t* (&weights)[C], const int8_t* a, int64_t stride,
                                                       int64_t blocks, typename V::I (&acc)[T][C]) {
+  constexpr bool pairs = InPairs<V>::value && T % 2 == 0;
+  if constexpr (pairs)
+    for (int t = 0; t < T; t += 2)
+      for (int v = 0; v < C; ++v) V::pair(acc[t][v], acc[t + 1][v]);
   int64_t k = 0;
   if constexpr (T * C < 8) {
     typename V::I other[T][C];
@@ -95,6 +113,9 @@ inline __attribute__((always_inline)) void add_blocks(const uint8_t* (&weights)[
       for (int v = 0; v < C; ++v) acc[t][v] = V::add(acc[t][v], other[t][v]);
   }
   for (; k < blocks; ++k, a += stride) add_block<V, T, C>(weights, a, acc);
+  if constexpr (pairs)
+    for (int t = 0; t < T; t += 2)
+      for (int v = 0; v < C; ++v) V::unpair(acc[t][v], acc[t + 1][v]);
 }
 
 // sums += Σ_segments s · scales[g] · acc, acc = Σ (q − z) · q_w exactly, because check() bounds N.
