@@ -58,7 +58,8 @@ _FIELDS: dict[str, tuple[str, Any, str]] = {
     "--sequence-length": ("sequence_length", int, "tokens of a calibration sample"),
     "--refine-steps": ("refine_steps", int, "steps of teaching it the float model's predictions (best on a GPU)"),
     "--refine-lr": ("refine_lr", float, "learning rate of these steps, as a relative change"),
-    "--refine-batch": ("refine_batch", int, "calibration samples of one such step"),
+    "--refine-batch": ("refine_batch", int, "samples of one such step"),
+    "--refine-samples": ("refine_samples", int, "samples these steps see (default: those of the calibration)"),
     "--seed": ("seed", int, "draws the samples; the same seed gives the same model"),
     "--float-type": ("float_type", str, "floats of the graph: float32 or float16"),
 }

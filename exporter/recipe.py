@@ -73,7 +73,8 @@ class Recipe:
     seed: int = 0
     refine_steps: int = 0  # of gradient descent on the stored numbers after quantisation (refine.py); wants a GPU
     refine_lr: float = 1e-3
-    refine_batch: int = 16  # calibration samples a step
+    refine_batch: int = 16  # samples a step
+    refine_samples: int = 0  # that it sees; 0: those of the calibration
     float_type: str = "float32"
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -95,7 +96,7 @@ class Recipe:
                 elif type(value) is not (kind := type(getattr(self, name))):
                     raise SpecQuantError(f"recipe: {stage}.{name} must be of type {kind.__name__}, not {value!r}")
         _check_at_least(self, 1, "samples", "sequence_length", "refine_batch")
-        _check_at_least(self, 0, "refine_steps")
+        _check_at_least(self, 0, "refine_steps", "refine_samples")
         if not 0 <= self.seed < 2**63:
             raise SpecQuantError(f"recipe: seed {self.seed} is not in 0…2^63 − 1")
         if self.sequence_length < 16:
@@ -106,11 +107,12 @@ class Recipe:
             raise SpecQuantError(f"recipe: kv_clip {self.kv_clip} is not in (0, 1]; 0.93 is usual")
         if not 0 < self.refine_lr < 1:
             raise SpecQuantError(f"recipe: refine_lr {self.refine_lr} is not in (0, 1); 0.001 is usual")
-        if self.refine_steps and self.samples - held_back(self.samples) < self.refine_batch:
+        seen, option = (self.refine_samples, "refine-samples") if self.refine_samples else (self.samples, "samples")
+        if self.refine_steps and seen - held_back(seen) < self.refine_batch:
             enough = max(self.refine_batch, 16 * (self.refine_batch - 1) // 15) + 1
             raise SpecQuantError(
-                f"recipe: {self.samples} samples are too few for a refine_batch of {self.refine_batch} "
-                f"when a sixteenth is kept back; use --samples {enough} or more"
+                f"recipe: {seen} samples are too few for a refine_batch of {self.refine_batch} "
+                f"when a sixteenth is kept back; use --{option} {enough} or more"
             )
         if not self.smooth_grid or not all(0 <= a <= 1 for a in self.smooth_grid):
             raise SpecQuantError("recipe: smooth_grid must hold exponents between 0 and 1")
@@ -164,6 +166,11 @@ class Recipe:
         """Columns r of the stage's basis: 0 without a branch."""
         r = self.at(stage)
         return {"none": 0, "dft": 2 * r.k - 1, "klt": r.k}[r.basis] if r.w_bits != 16 else 0
+
+    @property
+    def windows(self) -> int:
+        """Samples to draw from the calibration text."""
+        return max(self.samples, self.refine_samples) if self.refine_steps else self.samples
 
     @property
     def needs_calibration(self) -> bool:
@@ -257,7 +264,9 @@ PRESETS: dict[str, Recipe] = {
     # activations are as fast as 4-bit ones on CPUs and on Hopper, and lose 0.1 of perplexity where those lose 1.5.
     "klt": Recipe(),
     # The same taught by the float model afterwards: for a GPU, and a calibration text of 2 MB.
-    "refined": Recipe(name="refined", samples=440, sequence_length=1024, refine_steps=300, refine_batch=8),
+    "refined": Recipe(
+        name="refined", samples=64, sequence_length=1024, refine_steps=200, refine_batch=8, refine_samples=440
+    ),
     # The paper's: Fourier basis, 16 frequencies, one scale per output channel and per token.
     "paper": Recipe(
         name="paper",
@@ -273,9 +282,10 @@ PRESETS: dict[str, Recipe] = {
         smooth_by="max",
         smooth_grid=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
         budget="act",
+        budget_alpha=0.5,
         # A text's first token is hundreds of times the others' size: in short samples it weighs too much.
         samples=32,
-        sequence_length=1024,
+        sequence_length=2048,
     ),
 }
 

@@ -53,19 +53,21 @@ def refine(
     """
     held = held_back(len(tokens))
     family, device = family_of(model.config), tokens.device
-    student = simulate(copy.deepcopy(model), family, decoder).to(device).requires_grad_(False)
+    # The head in float: rounding what it reads would stop the gradient, and its own rounding is nothing to learn from.
+    plain = replace(decoder, config=replace(decoder.config, head_bits=16))
+    student = simulate(copy.deepcopy(model), family, plain).to(device).requires_grad_(False)
     for parameter in student.parameters():  # what a decoder does not replace may be stored in 16 bits
         parameter.data = parameter.data.float()
-    stages = _make_trainable(student, family, decoder)
+    stages = _make_trainable(student, family, plain)
     first = _divergence(model, student, tokens[:held], recipe.refine_batch)
     with matmul_precision("high"):
         _train(model, student, tokens[held:], recipe, progress)
-    refined = _store(student, family, decoder, stages)
+    refined = _store(student, family, plain, stages)
     last = _divergence(model, simulate(student, family, refined).to(device), tokens[:held], recipe.refine_batch)
     progress(recipe.refine_steps, recipe.refine_steps, f"KL divergence {first:.4f} → {last:.4f}")
     if not math.isfinite(last):
         raise SpecQuantError(f"refinement diverged at learning rate {recipe.refine_lr}: lower --refine-lr")
-    return refined if last < first else decoder
+    return replace(refined, config=decoder.config) if last < first else decoder
 
 
 def _train(teacher: nn.Module, student: nn.Module, tokens: Tensor, recipe: Recipe, progress: Any) -> None:

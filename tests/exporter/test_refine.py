@@ -138,3 +138,6 @@ def test_too_few_samples(batch: int) -> None:
     replace(RECIPE, refine_batch=batch, samples=enough)
     with pytest.raises(SpecQuantError, match="are too few"):
         replace(RECIPE, refine_batch=batch, samples=enough - 1)
+    with pytest.raises(SpecQuantError, match=f"use --refine-samples {enough} or more"):
+        replace(RECIPE, refine_batch=batch, samples=400, refine_samples=enough - 1)
+    replace(RECIPE, refine_batch=batch, samples=1, refine_samples=enough)

@@ -44,6 +44,14 @@ def test_windows_are_whole_and_do_not_overlap(text_file: Path) -> None:
     }
 
 
+def test_refinement_may_see_more_than_calibration(text_file: Path) -> None:
+    tokenizer = small_tokenizer()
+    few = calibration(str(text_file), tokenizer, QUICK)
+    more = calibration(str(text_file), tokenizer, replace(QUICK, refine_steps=1, refine_batch=2, refine_samples=9))
+    assert (few.samples, more.samples) == (5, 9)
+    assert more.tokens[:5].tolist() == few.tokens.tolist()  # these calibrate
+
+
 def test_too_short(tmp_path: Path) -> None:
     path, tokenizer = tmp_path / "short.txt", small_tokenizer()
     path.write_text("The capital of France is Paris. " * 8)
