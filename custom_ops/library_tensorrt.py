@@ -9,6 +9,7 @@ import tempfile
 from functools import cache
 from importlib import import_module, resources
 from pathlib import Path
+from typing import Any
 
 from specquant.custom_ops.errors import SpecQuantError
 
@@ -36,8 +37,30 @@ def library_path() -> Path:
     return path
 
 
+def load_plugins(api: Any, registry: Any) -> None:
+    """Make the plugins known to `registry` of `api` (the module tensorrt or tensorrt_rtx), for engines that call them.
+
+    Those of tensorrt_plugins.py where SPECQUANT_TENSORRT_LIBRARY is `python`. Raises SpecQuantError if there are none.
+    """
+    if os.environ.get("SPECQUANT_TENSORRT_LIBRARY") == "python":
+        from specquant.custom_ops.tensorrt_plugins import register  # imports this module
+
+        register(api)
+        return
+    path = library_path()
+    prepare_plugins(api)
+    if registry.load_library(str(path)) is None:
+        raise SpecQuantError(f"{api.__name__} cannot load {path}; {REBUILD}")
+
+
+def prepare_plugins(api: Any) -> None:
+    """What has to be done before `api` builds or runs any plugin. Raises SpecQuantError if it cannot be."""
+    if api.__name__ == "tensorrt_rtx":
+        _name_rtx()
+
+
 @cache
-def name_rtx() -> None:
+def _name_rtx() -> None:
     """Make `libtensorrt_rtx.so` a name of the loaded libtensorrt_rtx.so.1, as TensorRT-RTX needs to run plugins.
 
     It opens that name when the first plugin is built or run, and aborts the process if the loader does not find it;

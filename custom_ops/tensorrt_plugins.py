@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from specquant.custom_ops import library_cuda
-from specquant.custom_ops.library_tensorrt import PLUGINS, name_rtx
+from specquant.custom_ops.library_tensorrt import PLUGINS, prepare_plugins
 from specquant.custom_ops.schema import DOMAIN, FLOAT, OPS, VERSION, Op
 
 _ALIGNMENT = 256  # of the workspace; TensorRT promises none
@@ -25,8 +25,7 @@ def register(api: Any) -> None:
     Raises SpecQuantError if the kernels are not installed, or TensorRT-RTX cannot run plugins here.
     """
     library_cuda.loaded()
-    if api.__name__ == "tensorrt_rtx":
-        name_rtx()
+    prepare_plugins(api)
     registry = api.get_plugin_registry()
     for name in PLUGINS:
         if registry.get_creator(name, str(VERSION), DOMAIN) is None:

@@ -14,9 +14,9 @@ from types import FrameType
 from typing import Any
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.library_tensorrt import name_rtx
+from specquant.custom_ops.library_tensorrt import prepare_plugins
+from specquant.runtime.engine import MODULES
 
-_MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _COUNTED_PHASE = "Computing profile costs"  # where the time goes; the others nest in it or take no second
 
 
@@ -45,10 +45,10 @@ class Built:
 def load_api(target: str) -> Any:
     """The Python module of `target`. Raises SpecQuantError if it is not installed."""
     try:
-        return import_module(_MODULES[target])
+        return import_module(MODULES[target])
     except ImportError as error:
         raise SpecQuantError(
-            f"{_MODULES[target]} cannot be imported ({error}): pip install 'specquant[{target}]'"
+            f"{MODULES[target]} cannot be imported ({error}): pip install 'specquant[{target}]'"
         ) from None
 
 
@@ -87,7 +87,7 @@ def build_engine(
     log = _log(api)
     builder = api.Builder(log)
     if plugins is not None:
-        _load_plugins(builder, target, plugins, log)
+        _load_plugins(api, builder, target, plugins, log)
     network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = api.OnnxParser(network, log)
     report("reading the graph", 0, 1)
@@ -116,9 +116,8 @@ def build_engine(
     return Built(plan, api.__version__, log.bytes("Weights")[0], log.bytes("Activation"), log.layers(), ours)
 
 
-def _load_plugins(builder: Any, target: str, plugins: Path, log: Any) -> None:
-    if target == "tensorrt-rtx":
-        name_rtx()
+def _load_plugins(api: Any, builder: Any, target: str, plugins: Path, log: Any) -> None:
+    prepare_plugins(api)
     if builder.get_plugin_registry().load_library(str(plugins)) is None:
         raise SpecQuantError(f"{target} cannot load {plugins}: {log.reason()}")
 

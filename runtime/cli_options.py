@@ -12,13 +12,16 @@ from specquant.runtime.artifact import Manifest, open_artifact
 from specquant.runtime.cli_common import Progress, note
 from specquant.runtime.generate import Model
 from specquant.runtime.sampling import Sampling
-from specquant.runtime.session import DEVICES, load
+from specquant.runtime.session import BACKENDS, DEVICES, load
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--threads", type=int, metavar="N", help="default: the physical cores it may use")
     group.add_argument("--device", default="cpu", help=f"{', '.join(DEVICES)} (default: %(default)s)")
+    group.add_argument("--backend", default="onnxruntime", help=f"{', '.join(BACKENDS)} (default: %(default)s)")
+    group.add_argument("--engine", metavar="DIR", help="of `specquant build` (default: the one for this GPU)")
+    group.add_argument("--allow-host-code", action="store_true", help="run the plugin library that an engine carries")
     group.add_argument("--context", type=int, metavar="N", help="tokens of context (default: the model's)")
     group.add_argument("--rank", type=int, metavar="N", help="columns of each spectral branch to use (default: all)")
     group.add_argument(
@@ -68,6 +71,9 @@ def load_model(args: argparse.Namespace) -> Model:
         rank=args.rank,
         custom_ops=args.custom_ops,
         context=args.context,
+        backend=args.backend,
+        engine=args.engine,
+        allow_host_code=args.allow_host_code,
     )
     if args.verbose:
         note(args, f"loaded {model.manifest.name} in {time.perf_counter() - since:.1f} s, context {model.context}")

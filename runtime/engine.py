@@ -11,6 +11,7 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.runtime.artifact import ReadBytes, sha256_of, typed
 
 ENGINE, ENGINE_MANIFEST, ENGINE_FORMAT = "model.engine", "engine.json", 1
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # target -> its Python module
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class EngineInfo:
     host_code: bool = False
     created: str = ""
 
-    def rebuild(self, model: Path, gpu: str | None = None) -> str:
-        """The command that makes it anew from the artifact in `model`, for `gpu` if it is to be another."""
+    def rebuild(self, model: Path, gpu: str | None = None, max_seq: int | None = None) -> str:
+        """What to do to have it anew from the artifact in `model`, for another GPU or longer rows if given."""
         target = f"--target {self.target}" + (f" --gpu {gpu or self.gpu}" if self.target == "tensorrt-rtx" else "")
-        sizes = f"--max-batch {self.max_batch} --max-seq {self.max_seq}"
+        sizes = f"--max-batch {self.max_batch} --max-seq {max_seq or self.max_seq}"
         return f"run `specquant build {model} {target} --profile {self.profile} {sizes} --force`"
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from specquant.runtime.generate import Model
 
 DEVICES = ("cpu",)
+BACKENDS = ("onnxruntime", "tensorrt")
 
 
 class Sequences(Protocol):
@@ -54,13 +55,17 @@ def load(
     verify: bool = False,
     context: int | None = None,
     progress: ReadBytes | None = None,
+    backend: str = "onnxruntime",
+    engine: str | Path | None = None,
+    allow_host_code: bool = False,
 ) -> Model:
     """A model ready to generate, from the folder that `specquant export` wrote.
 
     threads: default, the physical cores that this process may use. rank: how many columns of each spectral branch
     are used, default all. custom_ops=False runs the functions of standard operators that travel in the file instead
     of our kernels: slower, the same result. verify: also check the sha256 of every file (`progress` is told the
-    bytes). context: a shorter context than the model's, in tokens.
+    bytes). context: a shorter context than the model's, in tokens. backend `tensorrt` runs an engine of `specquant
+    build`: `engine` is its folder, default the one for this GPU; allow_host_code lets it run the plugins it carries.
     Raises SpecQuantError for a folder that is no whole artifact and for options that do not fit it.
     """
     from specquant.runtime.generate import Model
@@ -70,16 +75,27 @@ def load(
         raise SpecQuantError(f"device {device!r} is not supported: this version runs on {', '.join(DEVICES)}")
     if threads is not None and threads < 1:
         raise SpecQuantError(f"threads = {threads} is out of range: it must be 1 or more")
+    if backend not in BACKENDS:
+        raise SpecQuantError(f"backend {backend!r} is unknown: it is one of {', '.join(BACKENDS)}")
     manifest = open_artifact(folder, verify, progress)
+    if backend == "tensorrt":
+        from specquant.runtime.tensorrt_engine import load_tensorrt
+
+        if rank is not None:
+            raise SpecQuantError("an engine's rank is fixed: build it with `specquant build --rank`")
+        on_gpu = load_tensorrt(folder, manifest, None if engine is None else Path(engine), context, allow_host_code)
+        return Model(folder, manifest, on_gpu, on_gpu.context)
+    if engine is not None:
+        raise SpecQuantError("an engine is for backend tensorrt: set that too, or leave out the engine")
     context = _context(manifest, context)
     _check_rank(manifest, rank)
 
     from specquant.runtime.onnx_cpu import OnnxCpu
 
-    backend = OnnxCpu(
+    on_cpu = OnnxCpu(
         folder, manifest.model, threads or physical_cores(), custom_ops=custom_ops, rank=rank, context=context
     )
-    return Model(folder, manifest, backend, context)
+    return Model(folder, manifest, on_cpu, context)
 
 
 def _context(manifest: Manifest, context: int | None) -> int:

@@ -18,7 +18,7 @@ pytest.importorskip("tensorrt_rtx", reason="the extra `tensorrt-rtx` is not inst
 import tensorrt_rtx as trt
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.library_tensorrt import PLUGINS, library_path, name_rtx
+from specquant.custom_ops.library_tensorrt import PLUGINS, library_path, prepare_plugins
 from specquant.custom_ops.schema import DOMAIN, OPS, VERSION
 from specquant.exporter.engine_builder import Built, Limits, build_engine
 from specquant.exporter.graph import build_model, save_model
@@ -29,7 +29,7 @@ from tests.tiny import quantised_decoder, tiny_llama
 @pytest.fixture(scope="module")
 def library() -> Path:
     try:
-        name_rtx()
+        prepare_plugins(trt)
         return library_path()
     except SpecQuantError as error:
         pytest.skip(str(error))

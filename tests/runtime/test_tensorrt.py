@@ -1,0 +1,242 @@
+"""The TensorRT backend. Its sequences run over the lowered graph itself, here by ONNX Runtime on memory of the host, at
+the addresses and within the profiles that an engine would have; what opens an engine is tested up to the GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+pytest.importorskip("torch", reason="the extra `export` is not installed")
+pytest.importorskip("onnxruntime", reason="the extra `cpu` is not installed")
+import onnxruntime as ort
+
+from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.library_tensorrt import load_plugins
+from specquant.exporter.export import export
+from specquant.exporter.graph import save_model
+from specquant.exporter.lowering import lower
+from specquant.exporter.recipe import Recipe
+from specquant.runtime.artifact import open_artifact
+from specquant.runtime.cuda_driver import Device
+from specquant.runtime.engine import EngineInfo
+from specquant.runtime.generate import Model
+from specquant.runtime.session import load
+from specquant.runtime.tensorrt import PREFILL, TensorRT
+from specquant.runtime.tensorrt_engine import check_engine, checked_context, find_engine
+from tests.model_folder import CORPUS, fresh_seed, random_llama, save_model_folder
+
+MAX_BATCH, MAX_SEQ, BLOCK = 3, 80, 16
+RECIPE = Recipe(a_bits=16, head_bits=16, k=5, group_size=8, act_group=8, samples=8, sequence_length=32)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = save_model_folder(tmp_path_factory.mktemp("model") / "tiny", random_llama(fresh_seed()))
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(CORPUS[0] * 60, encoding="utf-8")
+    folder = tmp_path_factory.mktemp("artifact") / "tiny"
+    export(str(source), folder, RECIPE, calibration_text=str(text))
+    return folder
+
+
+def info_of(artifact: Path, **fields: Any) -> EngineInfo:
+    manifest = open_artifact(artifact)
+    graph = {name: file.sha256 for name, file in manifest.files.items() if name.startswith("model.onnx")}
+    info = EngineInfo(
+        1, "tensorrt-rtx", "1.7", "sm89", "portable", MAX_BATCH, MAX_SEQ, BLOCK, "float32", graph, 0, "", 0, [0, 0]
+    )
+    return replace(info, **fields)
+
+
+class HostMemory:
+    """Memory with addresses, never zeroed unless asked."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[int, NDArray[np.uint8]] = {}
+
+    def allocate(self, size: int) -> int:
+        array = np.full(max(1, size), 0xFF, np.uint8)  # NaN as floats
+        self.arrays[array.ctypes.data] = array
+        return array.ctypes.data
+
+    def free(self, place: int) -> None:
+        del self.arrays[place]
+
+    def upload(self, place: int, array: NDArray[Any]) -> None:
+        ctypes.memmove(place, array.ctypes.data, array.nbytes)
+
+    def download(self, array: NDArray[Any], place: int) -> None:
+        ctypes.memmove(array.ctypes.data, place, array.nbytes)
+
+    def copy(self, to: int, place: int, size: int) -> None:
+        ctypes.memmove(to, place, size)
+
+    def clear(self, place: int, size: int) -> None:
+        ctypes.memset(place, 0, size)
+
+
+class LoweredGraph:
+    """The lowered graph by ONNX Runtime, its tensors where the backend says."""
+
+    def __init__(self, artifact: Path, folder: Path) -> None:
+        save_model(lower(artifact, "portable", MAX_SEQ), folder)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        self.session = ort.InferenceSession(str(folder / "model.onnx"), options, ["CPUExecutionProvider"])
+        self.kinds = {v.name: v.type for v in [*self.session.get_inputs(), *self.session.get_outputs()]}
+
+    def run(self, profile: int, tensors: dict[str, tuple[int, tuple[int, ...]]], keep: int) -> None:
+        (rows, tokens), (_, total) = tensors["input_ids"][1], tensors["attention_mask"][1]
+        most = (1, BLOCK) if profile == PREFILL else (MAX_BATCH, 1)
+        assert 1 <= rows <= most[0]
+        assert 1 <= tokens <= most[1]
+        assert 1 <= total <= MAX_SEQ
+        assert 1 <= keep <= tokens
+        arrays = {name: self._at(name, *where) for name, where in tensors.items()}
+        feeds = {name.name: arrays[name.name] for name in self.session.get_inputs() if name.name in arrays}
+        outputs = [value.name for value in self.session.get_outputs()]
+        for name, value in zip(outputs, self.session.run(outputs, feeds | {"logits_to_keep": [keep]}), strict=True):
+            arrays[name][...] = value
+
+    def _at(self, name: str, place: int, shape: tuple[int, ...]) -> NDArray[Any]:
+        dtype = np.dtype({"tensor(float)": np.float32, "tensor(int64)": np.int64}[self.kinds[name]])
+        size = int(np.prod(shape)) * dtype.itemsize
+        return np.frombuffer((ctypes.c_byte * size).from_address(place), dtype).reshape(shape)
+
+
+@pytest.fixture(scope="module")
+def graph(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> LoweredGraph:
+    return LoweredGraph(artifact, tmp_path_factory.mktemp("lowered"))
+
+
+@pytest.fixture
+def model(artifact: Path, graph: LoweredGraph) -> Model:
+    manifest = open_artifact(artifact)
+    backend = TensorRT(graph, HostMemory(), info_of(artifact), manifest.model, MAX_SEQ)
+    return Model(artifact, manifest, backend, MAX_SEQ)
+
+
+def test_logits_are_those_of_onnxruntime(rng: np.random.Generator, artifact: Path, model: Model) -> None:
+    """A prompt of several blocks, the last one cut short."""
+    ids = rng.integers(3, 300, 3 * BLOCK + 5)
+    expected = load(artifact).logits(ids)
+    np.testing.assert_allclose(model.logits(ids), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_generation_is_that_of_onnxruntime(rng: np.random.Generator, artifact: Path, model: Model) -> None:
+    """Rows of unequal length that end at different steps: dropped rows leave their places to the last ones."""
+    prompts = [rng.integers(3, 300, count).tolist() for count in (2, 37, MAX_SEQ - 5)]
+    original = load(artifact, context=MAX_SEQ)
+    expected = original.generate_batch(prompts, max_new_tokens=24)
+    assert model.generate_batch(prompts, max_new_tokens=24) == expected
+    assert "".join(model.generate(prompts[1], max_new_tokens=12)) == "".join(
+        original.generate(prompts[1], max_new_tokens=12)
+    )
+
+
+def test_rewinding(rng: np.random.Generator, model: Model) -> None:
+    sequences = model._backend.sequences(2)
+    ids = rng.integers(3, 300, 20)
+    sequences.prefill_last(1, ids[:9])
+    first = sequences.prefill_last(1, ids[9:]).copy()
+    sequences.rewind(1, 9)
+    again = sequences.prefill_last(1, ids[9:])
+    np.testing.assert_allclose(again, first, rtol=0, atol=1e-4 * np.abs(first).max())
+    with pytest.raises(ValueError, match="cannot keep 21"):
+        sequences.rewind(1, 21)
+
+
+def test_memory_is_given_back(model: Model) -> None:
+    memory = model._backend.memory  # type: ignore[attr-defined]
+    sequences = model._backend.sequences(2)
+    assert memory.arrays
+    del sequences
+    assert memory.arrays == {}
+
+
+def test_more_than_the_engine_takes(rng: np.random.Generator, artifact: Path, model: Model) -> None:
+    with pytest.raises(SpecQuantError, match="exceed this engine's batch of 3: build it with `--max-batch 4`"):
+        model._backend.sequences(4)
+    with pytest.raises(SpecQuantError, match="exceed this engine's 80: build it with `--max-seq 81`"):
+        model._backend.sequences(1).prefill_last(0, rng.integers(3, 300, 81))
+    with pytest.raises(SpecQuantError, match=r"takes 1 to 80 tokens; for more, run `.* --max-seq 90 --force`"):
+        checked_context(artifact, info_of(artifact), 90)
+    assert checked_context(artifact, info_of(artifact), None) == MAX_SEQ
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"model": {"model.onnx": "0" * 64}}, "is of another export of .*: run `specquant build .* --gpu sm89"),
+    ({"gpu": "sm120"}, "is for sm120 and this GPU is sm89: run `specquant build .* --gpu sm89 "),
+    ({"host_code": True}, "--allow-host-code"),
+    ({"target": "openvino"}, "does not know: upgrade specquant"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_engines_that_are_refused(artifact: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecQuantError, match=message):
+        check_engine(artifact, open_artifact(artifact), info_of(artifact, **fields), "sm89", False)
+
+
+def test_an_engine_of_another_version(artifact: Path) -> None:
+    api = pytest.importorskip("tensorrt_rtx", reason="the extra `tensorrt-rtx` is not installed")
+    manifest = open_artifact(artifact)
+    with pytest.raises(SpecQuantError, match=r"built by tensorrt-rtx 1\.7 and .* is installed: run .* install 1\.7"):
+        check_engine(artifact, manifest, info_of(artifact), "sm89", False)
+    fits = info_of(artifact, version=api.__version__, host_code=True)
+    assert check_engine(artifact, manifest, fits, "sm89", True) is api
+
+
+def test_no_engine_for_this_gpu(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecQuantError, match=r"no engine for this GPU: run .* --gpu sm86"):
+        find_engine(artifact, "sm86")
+    (tmp_path / "engine" / "tensorrt-rtx-sm89").mkdir(parents=True)
+    with pytest.raises(SpecQuantError, match=r"\(there are tensorrt-rtx-sm89\)"):
+        find_engine(tmp_path, "sm86")
+    assert find_engine(tmp_path, "sm89").name == "tensorrt-rtx-sm89"
+
+
+def test_a_missing_plugin_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = pytest.importorskip("tensorrt_rtx", reason="the extra `tensorrt-rtx` is not installed")
+    monkeypatch.setenv("SPECQUANT_TENSORRT_LIBRARY", "/nowhere/x.so")
+    with pytest.raises(SpecQuantError, match="which is not there"):
+        load_plugins(api, api.get_plugin_registry())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tensorflow"}, "onnxruntime, tensorrt"),
+        ({"backend": "tensorrt", "rank": 1}, "specquant build --rank"),
+        ({"engine": "e"}, "is for backend tensorrt"),
+    ],
+)
+def test_options_that_do_not_fit(artifact: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecQuantError, match=message):
+        load(artifact, **options)
+
+
+def test_a_machine_without_a_gpu(artifact: Path, check_no_driver: Callable[[], None]) -> None:
+    check_no_driver()
+    with pytest.raises(SpecQuantError, match="NVIDIA driver"):
+        load(artifact, backend="tensorrt")
+
+
+@pytest.fixture
+def check_no_driver() -> Callable[[], None]:
+    def check() -> None:
+        try:
+            Device()
+        except SpecQuantError:
+            return
+        pytest.skip("this machine has a GPU")
+
+    return check
