@@ -15,6 +15,7 @@ from typing import Any
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import prepare_plugins
+from specquant.runtime.cuda_driver import Device
 from specquant.runtime.engine import MODULES
 
 _COUNTED_PHASE = "Computing profile costs"  # where the time goes; the others nest in it or take no second
@@ -57,7 +58,7 @@ def check_gpu(api: Any, target: str, gpu: str | None, profile: str) -> str:
     if target == "tensorrt":
         if gpu is not None:
             raise SpecQuantError("--gpu is for --target tensorrt-rtx: TensorRT builds for the GPU of this machine")
-        raise SpecQuantError("--target tensorrt builds on the GPU it runs on, and this machine has none")
+        return Device().gpu
     known = [name.lower() for name in api.ComputeCapability.__members__ if name.startswith("SM")]
     if gpu is None or gpu not in known:
         wrong = "needs --gpu" if gpu is None else f"does not build for {gpu!r}"

@@ -104,6 +104,7 @@ def test_the_command(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"rank": 6}, "0 to 5"),
         ({"max_batch": 0}, "max_batch = 0 is out of range"),
         ({"target": "openvino"}, "tensorrt-rtx, tensorrt"),
+        ({"target": "tensorrt"}, "tensorrt cannot be imported|--gpu is for --target tensorrt-rtx"),
         ({"profile": "fast"}, "portable, custom"),
         ({"embed_plugins": True}, "--profile custom"),
         ({"embed_plugins": True, "python_plugins": True, "profile": "custom"}, "leave out --embed-plugins"),

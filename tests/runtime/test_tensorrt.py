@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 pytest.importorskip("torch", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `cpu` is not installed")
 import onnxruntime as ort
+import torch
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import load_plugins
@@ -38,6 +39,7 @@ RECIPE = Recipe(a_bits=16, head_bits=16, k=5, group_size=8, act_group=8, samples
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)  # more cost more than they save on matrices this small
     source = save_model_folder(tmp_path_factory.mktemp("model") / "tiny", random_llama(fresh_seed()))
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text(CORPUS[0] * 60, encoding="utf-8")
