@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -184,10 +185,12 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[st
     times: dict[str, list[float]] = {name: [] for name in runs}
     clock = thread_time if options.cpu_time else perf_counter
     end = perf_counter() + options.seconds
+    order, shuffled = list(runs), random.Random(0)
     while perf_counter() < end or len(times[PEER]) < 5:
-        for name, run in runs.items():
+        shuffled.shuffle(order)  # what ran before leaves its mark on caches and clocks
+        for name in order:
             since = clock()
-            run()
+            runs[name]()
             times[name].append((clock() - since) * 1e3 / count)
     scales = n // options.group_size * m
     read = {name: n * m / 2 + scales * (4 if name == PEER or options.act_bits == 8 else 2) for name in runs}

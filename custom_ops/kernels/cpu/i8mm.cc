@@ -28,7 +28,7 @@ struct I8mm : Neon {
     const I first{zip1(a.low, a.high), zip1(b.low, b.high)}, second{zip2(a.low, a.high), zip2(b.low, b.high)};
     a = first, b = second;
   }
-  // The two tokens' blocks are neighbours. The compiler makes each vector of 2 outputs × 8 features once for all tokens.
+  // The two tokens' blocks are neighbours. The compiler zips a vector of outputs once for all tokens.
   static void dot_pair(I& a, I& b, Weights w, const int8_t* tokens) {
     const int8x16_t both = vld1q_s8(tokens);
     const auto outputs = [](int8x16_t first, int8x16_t second, bool upper) {

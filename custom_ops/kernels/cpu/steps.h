@@ -8,7 +8,7 @@ namespace specquant {
 constexpr int64_t kPanel = 16;  // outputs in a panel of packed weights
 constexpr int64_t kBlock = 8;   // features in a block of it
 constexpr int64_t kTileTokens = 8;  // tokens whose activations are interleaved
-constexpr int64_t kWidestTile = 16;  // tokens of AMX's: tasks begin at multiples, and `tiles` and `steps` have room for whole ones
+constexpr int64_t kWidestTile = 16;  // tokens: tasks begin at multiples, `tiles` and `steps` have room for whole ones
 constexpr int64_t kTaskProducts = 8 << 20;  // Kernels::task_products where the byte dot product is a vector's
 
 // Static: see half.h.
@@ -84,6 +84,7 @@ struct Kernels {
 // Up to kTileTokens quantised rows from `row` on into `tiles` and `steps`.
 void interleave(const Problem& problem, const Activations& activations, int64_t row, int64_t rows);
 
-extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kAmx, kNeon, kDotProd, kI8mm;  // each in its own file, where the compiler has it
+// Each in its own file, where the compiler has it.
+extern const Kernels kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kAmx, kNeon, kDotProd, kI8mm;
 
 }  // namespace specquant
