@@ -57,7 +57,8 @@ def main() -> int:
         if not (HERE / path.name).exists():
             target = path.name if path.suffix == ".cuh" else f"{path.name}.cc"
             (work / target).write_text(translated(path.read_text(encoding="utf-8")), encoding="utf-8")
-    flags = ["-std=c++17", "-O2", "-g", "-fPIC", "-w", "-ffp-contract=off", "-I.", f"-I{args.include}"]
+    flags = ["-std=c++17", "-O2", "-g", "-fPIC", "-w", "-ffp-contract=off", "-fno-strict-aliasing"]
+    flags += ["-I.", f"-I{args.include}"]
     if args.sanitize:
         flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     objects = []

@@ -42,6 +42,7 @@ struct Args {
   int subtract;                  // only where there is a branch
   Order order;                   // of the levels
   float clip, level_unit;
+  uint32_t high_nibbles;         // 0xF0F0F0F0, unknown to the compiler: one instruction holds one constant only
   const void* x;                 // rotated if it is to be
   const __half* basis;
   const __half* coef;
@@ -83,7 +84,7 @@ cudaError_t branch_any(const Args& args, cudaStream_t stream);
 cudaError_t quantize(const Args& args, const void* u, int u_half, cudaStream_t stream);
 
 // Second stage.
-cudaError_t matvec(const Args& args, Mode mode, cudaStream_t stream);
+cudaError_t matvec(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream);
 cudaError_t gemm(const Args& args, Mode mode, bool large, cudaStream_t stream);
 // sm_90a only. large: of its two tiles.
 cudaError_t gemm90(const Args& args, Mode mode, bool large, int multiprocessors, cudaStream_t stream);

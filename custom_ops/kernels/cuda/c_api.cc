@@ -172,7 +172,7 @@ SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* p
   cudaError_t error = prepare(plan, *problem, rotated, on);
   if (error == cudaSuccess) {
     switch (chosen) {
-      case Path::kMatvec: error = matvec(a, plan.mode, on); break;
+      case Path::kMatvec: error = matvec(a, plan.mode, device.multiprocessors, on); break;
       case Path::kGemmSmall: error = gemm(a, plan.mode, false, on); break;
       case Path::kGemmLarge: error = gemm(a, plan.mode, true, on); break;
       case Path::kWgmmaSmall: error = gemm90(a, plan.mode, false, device.multiprocessors, on); break;

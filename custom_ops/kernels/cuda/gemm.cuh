@@ -59,7 +59,7 @@ struct Gemm {
     panels = ceil_div(args.m, kPanel) - first_output / kPanel;
     levels = static_cast<const uint8_t*>(args.levels) + static_cast<int64_t>(first_token) * args.kp * (kIntegers ? 1 : 2);
     packed = args.qweight + static_cast<int64_t>(first_output / kPanel) * blocks * 64;
-    mask = high_nibbles();
+    mask = args.high_nibbles;
 #pragma unroll
     for (int i = 0; i < 4; ++i)  // hidden from the compiler, which would set the registers anew for every product
       asm volatile("mov.b32 %0, 0x4B400000;" : "=r"(magic[i]));

@@ -20,21 +20,18 @@ cudaError_t launch(const Args& args, int multiprocessors, cudaStream_t stream) {
 
 template <Mode mode, int small, int large>
 cudaError_t launch_tile(const Args& args, bool wide, int multiprocessors, cudaStream_t stream) {
-  if constexpr (mode == kChannel) {
-    return wide ? launch<mode, large, 1>(args, multiprocessors, stream) : launch<mode, small, 1>(args, multiprocessors, stream);
-  } else if (args.segment % kChunk) {
-    return wide ? launch<mode, large, 2>(args, multiprocessors, stream) : launch<mode, small, 2>(args, multiprocessors, stream);
-  } else {
-    return wide ? launch<mode, large, 1>(args, multiprocessors, stream) : launch<mode, small, 1>(args, multiprocessors, stream);
-  }
+  const auto pick = [&](auto narrow, auto broad) { return (wide ? broad : narrow)(args, multiprocessors, stream); };
+  if constexpr (mode != kChannel)
+    if (args.segment % kChunk) return pick(launch<mode, small, 2>, launch<mode, large, 2>);
+  return pick(launch<mode, small, 1>, launch<mode, large, 1>);
 }
 
 }  // namespace
 
 cudaError_t gemm90(const Args& args, Mode mode, bool large, int multiprocessors, cudaStream_t stream) {
   switch (mode) {
-    case kFold: return launch_tile<kFold, 64, 96>(args, large, multiprocessors, stream);
-    case kFoldZero: return launch_tile<kFoldZero, 64, 96>(args, large, multiprocessors, stream);
+    case kFold: return launch_tile<kFold, 64, 80>(args, large, multiprocessors, stream);
+    case kFoldZero: return launch_tile<kFoldZero, 64, 80>(args, large, multiprocessors, stream);
     default: return launch_tile<kChannel, 64, 128>(args, large, multiprocessors, stream);
   }
 }

@@ -1,121 +1,20 @@
 // The product of many tokens on Hopper: Yᵀ = Ŵᵀ·Xᵀ with wgmma, weights as operand A, unpacked in registers.
 //
-// A block of threads stays on its multiprocessor and takes tile after tile of 256 outputs x `tokens` tokens. One warp
-// keeps a ring of kSlots slots filled, 128 features each, with bulk copies; two warpgroups of 128 outputs each multiply.
-// A warp owns 32 outputs. With g = lane / 4 and t = lane % 4, a 16-byte load holds outputs 4g … 4g + 3 of block
+// A block of threads stays on its multiprocessor and takes tile after tile of 256 outputs x `tokens` tokens. Four warps
+// keep a ring of slots filled (gemm90_ring.cuh), 128 features each; two warpgroups of 128 outputs each multiply. A warp
+// owns 32 outputs. With g = lane / 4 and t = lane % 4, a 16-byte load holds outputs 4g … 4g + 3 of block
 // 4s + t of 8 features; word 2i + h is row g + 8h of its part of fragment i, k of step s. The first stage has put the
 // activations where operand B is read from (args.h, tile_place), so that a tile of them is one contiguous copy.
 //
 // Without groups the int32 sums run over all features. With groups they are folded into float every 64 or 128 features:
-// three instructions an output (four with zero-points), where 64 features of an output take half a cycle of a
-// multiprocessor's tensor cores: docs/cuda.md has the count.
+// three instructions an output, four with zero-points, where the tensor cores take as long as two for 64 features:
+// docs/cuda.md has the count.
 #pragma once
 
-#include "args.h"
-#include "levels.cuh"
-#include "ptx90.cuh"
+#include "gemm90_ring.cuh"
 #include "unpack.cuh"
 
 namespace specquant_cuda {
-
-// tokens: 64, 96 or 128. folds: of each 128 features, where there are groups.
-template <Mode mode, int tokens, int folds>
-struct Gemm90 {
-  static constexpr bool kFolds = mode != kChannel, kZeros = mode == kFoldZero;
-  static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * 128;
-  static constexpr int kOutputs = kConsumers * 128, kPanels = kOutputs / kPanel, kSlots = 6;
-  static constexpr int kSums = tokens / 2;  // of a fragment, in each thread
-
-  // A slot.
-  static constexpr int kPanelBytes = kChunk * kPanel / 2;
-  static constexpr int kWeights = tokens * kChunk;
-  static constexpr int kWeightScales = kWeights + kPanels * kPanelBytes;
-  static constexpr int kTokenScales = kWeightScales + (kFolds ? folds * kOutputs * 2 : 0);
-  static constexpr int kTokenZeros = kTokenScales + (kFolds ? folds * tokens * 4 : 0);
-  static constexpr int kRowSums = kTokenZeros + (kZeros ? folds * tokens * 4 : 0);
-  static constexpr int kSlot = (kRowSums + (kZeros ? folds * kOutputs * 4 : 0) + 1023) / 1024 * 1024;
-  // What the end of a tile needs: low of its tokens and its factors, scales and zero-points.
-  static constexpr int kLow = kSlot * kSlots;
-  static constexpr int kEndScales = kLow + tokens * kFastRank * 4;
-  static constexpr int kEndZeros = kEndScales + tokens * 4;
-  static constexpr int kFactors = kEndZeros + tokens * 4;
-  static constexpr int kBarriers = kFactors + tokens * 4;
-  static constexpr int kShared = kBarriers + (2 * kSlots + 2) * 8;
-
-  const Args& args;
-  uint8_t* shared;
-  uint64_t *full, *empty, *end_full, *end_empty;
-  int chunks, tiles_t, tiles;
-
-  __device__ __forceinline__ Gemm90(const Args& a, uint8_t* memory)
-      : args(a), shared(memory), full(reinterpret_cast<uint64_t*>(memory + kBarriers)), empty(full + kSlots),
-        end_full(empty + kSlots), end_empty(end_full + 1), chunks(a.n / kChunk),
-        tiles_t(ceil_div(a.tokens, tokens)), tiles(tiles_t * ceil_div(a.m, kOutputs)) {}
-
-  __device__ __forceinline__ int first_token(int tile) const { return tile % tiles_t * tokens; }
-  __device__ __forceinline__ int first_output(int tile) const { return tile / tiles_t * kOutputs; }
-
-  // One warp: everything that is read, in the order in which it is wanted.
-  __device__ __forceinline__ void produce() const {
-    const int lane = threadIdx.x % 32;
-    int at = 0, turn = 0;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++turn) {
-      const int token = first_token(tile), output = first_output(tile);
-      const int rows = min(tokens, args.tp - token), outputs = min(kOutputs, args.m - output);
-      const int panels = outputs / kPanel;
-      const int sum_bytes = args.wide_sums ? 4 : 2;
-      const int fold_bytes = outputs * 2 + rows * 4 + (kZeros ? rows * 4 + outputs * sum_bytes : 0);
-      const int bytes = rows * kChunk + panels * kPanelBytes + (kFolds ? folds * fold_bytes : 0);
-      const uint8_t* levels = static_cast<const uint8_t*>(args.levels) + static_cast<int64_t>(token) * kChunk;
-      const uint8_t* packed = args.qweight + static_cast<int64_t>(output / kPanel) * (args.n / kBlock * 64);
-      for (int chunk = 0; chunk < chunks; ++chunk, ++at) {
-        const int slot = at % kSlots;
-        uint64_t* barrier = full + slot;
-        uint8_t* to = shared + slot * kSlot;
-        barrier_wait(empty + slot, (at / kSlots & 1) ^ 1);
-        if (lane == 0) barrier_expect(barrier, bytes);
-        __syncwarp();
-        if (lane < panels)
-          copy_bulk(to + kWeights + lane * kPanelBytes,
-                    packed + static_cast<int64_t>(lane) * (args.n / kBlock * 64) + chunk * kPanelBytes, kPanelBytes,
-                    barrier);
-        if (lane == kPanels)
-          copy_bulk(to, levels + static_cast<int64_t>(chunk) * args.tp * kChunk, rows * kChunk, barrier);
-        if constexpr (kFolds) {
-          const int fold = (lane - kPanels - 1) / 4, what = (lane - kPanels - 1) % 4;
-          if (lane > kPanels && fold < folds) {
-            const int feature = chunk * kChunk + fold * (kChunk / folds);
-            const int64_t segment = feature / args.segment, group = feature / args.weight_group;
-            if (what == 0)
-              copy_bulk(to + kWeightScales + fold * kOutputs * 2, args.scales + group * args.m + output, outputs * 2,
-                        barrier);
-            if (what == 1)
-              copy_bulk(to + kTokenScales + fold * tokens * 4, args.scale + segment * args.tp + token, rows * 4, barrier);
-            if (kZeros && what == 2)
-              copy_bulk(to + kTokenZeros + fold * tokens * 4, args.zero + segment * args.tp + token, rows * 4, barrier);
-            if (kZeros && what == 3)
-              copy_bulk(to + kRowSums + fold * kOutputs * 4,
-                        static_cast<const uint8_t*>(args.row_sums) + (segment * args.m + output) * sum_bytes,
-                        outputs * sum_bytes, barrier);
-          }
-        }
-      }
-      // After the tile's last slot, so that waiting for the end of the tile before keeps nothing back.
-      barrier_wait(end_empty, (turn & 1) ^ 1);
-      const int there = min(rows, args.tokens - token), low_bytes = args.rank ? there * args.rp * 4 : 0;
-      const bool zeros = mode == kChannel && args.bits == 8;
-      if (lane == 0)
-        barrier_expect(end_full, low_bytes + ((low_bytes > 0) + (mode == kChannel) + zeros) * rows * 4);
-      __syncwarp();
-      if (lane == 1 && low_bytes) {
-        copy_bulk(shared + kLow, args.low + static_cast<int64_t>(token) * args.rp * 2, low_bytes, end_full);
-        copy_bulk(shared + kFactors, args.low_factor + token, rows * 4, end_full);
-      }
-      if (lane == 2 && mode == kChannel) copy_bulk(shared + kEndScales, args.scale + token, rows * 4, end_full);
-      if (lane == 3 && zeros) copy_bulk(shared + kEndZeros, args.zero + token, rows * 4, end_full);
-    }
-  }
-};
 
 // What a thread of the two multiplying warpgroups holds.
 template <Mode mode, int tokens, int folds>
@@ -130,7 +29,7 @@ struct Consumer90 {
 
   __device__ __forceinline__ explicit Consumer90(const G& gemm_)
       : gemm(gemm_), group((threadIdx.x / 32) - 4), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4), lane(threadIdx.x % 32),
-        mask(high_nibbles()) {}
+        mask(gemm_.args.high_nibbles) {}
 
   // Fragments of 64 features: [i][step of 32].
   __device__ __forceinline__ void weights(uint32_t (&a)[2][2][4], const uint8_t* slot, int half) const {
@@ -269,8 +168,8 @@ struct Consumer90 {
       float branch[8] = {};
       if (blocks) {
         const int row = 8 * block + g;
-        const float* factors = reinterpret_cast<const float*>(gemm.shared + G::kFactors) + 8 * block + 2 * t;
-        const float factor[2] = {factors[0], factors[1]};
+        const int at = G::kFactors + (8 * block + 2 * t) * 4;
+        const float2 factor = *reinterpret_cast<const float2*>(gemm.shared + at);
 #pragma unroll
         for (int b = 0; b < kFastRank / kRankStep; ++b) {
           if (b >= blocks) break;
@@ -286,7 +185,7 @@ struct Consumer90 {
           }
         }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) branch[i] *= factor[i % 2];
+        for (int i = 0; i < 8; ++i) branch[i] *= i % 2 ? factor.y : factor.x;
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -318,13 +217,14 @@ struct Consumer90 {
   }
 
   __device__ __forceinline__ void load_coef(uint32_t (&coef)[2][2][4], int output, int column, bool inside) const {
+    const __half* from = gemm.args.coef + output;
     uint2 rows[8];  // 4 outputs of each of this thread's columns
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int at = column + 8 * t + j;
       rows[j] = make_uint2(0, 0);
       if (at < gemm.args.rank && inside)
-        rows[j] = __ldg(reinterpret_cast<const uint2*>(gemm.args.coef + static_cast<int64_t>(at) * gemm.args.m + output));
+        rows[j] = __ldg(reinterpret_cast<const uint2*>(from + static_cast<int64_t>(at) * gemm.args.m));
     }
 #pragma unroll
     for (int w = 0; w < 4; ++w)
@@ -363,10 +263,10 @@ __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    leave_registers<24>();
-    if (threadIdx.x < 32) gemm.produce();
+    leave_registers<40>();
+    gemm.produce(threadIdx.x / 32, threadIdx.x % 32);
   } else {
-    take_registers<240>();
+    take_registers<232>();
     Consumer90<mode, tokens, folds> consumer(gemm);
     int at = 0, turn = 0;
     for (int tile = blockIdx.x; tile < gemm.tiles; tile += gridDim.x, ++turn) {

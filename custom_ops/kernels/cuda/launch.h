@@ -6,7 +6,7 @@
 namespace specquant_cuda {
 
 // early (compute capability 9.0 or later): the kernel starts once every block of the one before has called
-// let_next_start() or ended, and must call wait_for_previous() (ptx.cuh) before it touches what that one reads or writes.
+// let_next_start() or ended. It must call wait_for_previous() (ptx.cuh) before it touches what that one reads or writes.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, bool early,
                          cudaStream_t stream, Arguments... arguments) {

@@ -1,9 +1,10 @@
 // The product of up to 32 tokens, bound by how fast the weights come from memory.
 //
-// A block of threads takes 32 outputs, its warps every eighth step of 64 features each; their sums meet in shared
-// memory. Weights are the rows of a fragment here and tokens its columns, so that one token costs what 8 do. With
-// g = lane / 4 and t = lane % 4, a 16-byte load holds 4 outputs (4g … 4g + 3) of block 4s + t of 8 features; words 0 and
-// 1 are rows g and g + 8 of one fragment, words 2 and 3 of another. Column n is token n.
+// A block of threads takes 32 outputs, its warps steps of 64 features in turn; their sums meet in shared memory. Weights
+// are the rows of a fragment here and tokens its columns, so that one token costs what 8 do. With g = lane / 4 and
+// t = lane % 4, a 16-byte load holds 4 outputs (4g … 4g + 3) of block 4s + t of 8 features; words 0 and 1 are rows g and
+// g + 8 of one fragment, words 2 and 3 of another. Column n is token n. The kernel may start before the first stage is
+// done: weights, scales and C are on their way by then.
 #include "args.h"
 #include "launch.h"
 #include "levels.cuh"
@@ -12,10 +13,10 @@
 namespace specquant_cuda {
 namespace {
 
-constexpr int kWarps = 8;
 constexpr int kOutputs = 32;
+constexpr int kMostColumns = 64;  // of the branch whose C is loaded early
 
-template <Mode mode, int frags>
+template <Mode mode, int frags, int warps>
 struct Matvec {
   static constexpr int kTokens = frags * 8;
   // Steps whose loads are under way together: as many as the registers hold.
@@ -39,7 +40,7 @@ struct Matvec {
 
   __device__ __forceinline__ explicit Matvec(const Args& a)
       : args(a), warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(lane / 4), t(lane % 4),
-        first_output(blockIdx.x * kOutputs), blocks(ceil_div(a.n, kBlock)), mask(high_nibbles()) {
+        first_output(blockIdx.x * kOutputs), blocks(ceil_div(a.n, kBlock)), mask(a.high_nibbles) {
     const int panels = ceil_div(args.m, kPanel), wanted = first_output / kPanel + g / 4;
     panel = args.qweight + static_cast<int64_t>(min(wanted, panels - 1)) * blocks * 64 + g % 4 * 16;
 #pragma unroll
@@ -188,19 +189,36 @@ struct Matvec {
     }
   }
 
-  // This warp's share of low · C: output `lane`, columns warp, warp + 8, …
-  __device__ __forceinline__ void branch(float* shares) const {
-    float sum[kTokens] = {};
+  static constexpr int kEarly = kMostColumns / warps;
+
+  __device__ __forceinline__ float coef_at(int column) const {
     const int output = first_output + lane;
-    for (int column = warp; column < args.rank; column += kWarps) {
-      const float c = output < args.m ? __half2float(args.coef[static_cast<int64_t>(column) * args.m + output]) : 0.0f;
+    const bool there = column < args.rank && output < args.m;
+    return there ? __half2float(args.coef[static_cast<int64_t>(column) * args.m + output]) : 0.0f;
+  }
+
+  // C of output `lane`, columns warp, warp + warps, …
+  __device__ __forceinline__ void load_coef(float (&coef)[kEarly]) const {
 #pragma unroll
-      for (int token = 0; token < kTokens; ++token) {
-        if (token >= args.tokens) break;
-        const __half* low = args.low + static_cast<int64_t>(token) * 2 * args.rp + column;
-        sum[token] = fmaf(__half2float(low[0]) + __half2float(low[args.rp]), c, sum[token]);
-      }
+    for (int i = 0; i < kEarly; ++i) coef[i] = coef_at(warp + i * warps);
+  }
+
+  __device__ __forceinline__ void add_column(float (&sum)[kTokens], int column, float c) const {
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      if (token >= args.tokens) break;
+      const __half* low = args.low + static_cast<int64_t>(token) * 2 * args.rp + column;
+      sum[token] = fmaf(__half2float(low[0]) + __half2float(low[args.rp]), c, sum[token]);
     }
+  }
+
+  // This warp's share of low · C.
+  __device__ __forceinline__ void branch(const float (&coef)[kEarly], float* shares) const {
+    float sum[kTokens] = {};
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i)
+      if (warp + i * warps < args.rank) add_column(sum, warp + i * warps, coef[i]);
+    for (int i = warp + kMostColumns; i < args.rank; i += warps) add_column(sum, i, coef_at(i));
 #pragma unroll
     for (int token = 0; token < kTokens; ++token) {
       const float factor = token < args.tokens && args.rank ? args.low_factor[token] : 0.0f;
@@ -209,11 +227,11 @@ struct Matvec {
   }
 };
 
-template <Mode mode, int frags>
-__global__ void __launch_bounds__(kWarps * 32) matvec_kernel(const Args args) {
-  using M = Matvec<mode, frags>;
-  __shared__ float4 shares4[kWarps][M::kTokens * kOutputs / 4];  // kChannel: int32
-  __shared__ float branch[mode == kChannel ? kWarps : 1][M::kTokens * kOutputs];
+template <Mode mode, int frags, int warps>
+__global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
+  using M = Matvec<mode, frags, warps>;
+  __shared__ float4 shares4[warps][M::kTokens * kOutputs / 4];  // kChannel: int32
+  __shared__ float branch[mode == kChannel ? warps : 1][M::kTokens * kOutputs];
   M work(args);
   float* shares = reinterpret_cast<float*>(shares4[work.warp]);
   const int steps = args.kp / kStep;
@@ -222,24 +240,26 @@ __global__ void __launch_bounds__(kWarps * 32) matvec_kernel(const Args args) {
   typename M::Step loaded[M::kDepth];
 #pragma unroll
   for (int i = 0; i < M::kDepth; ++i)
-    if (work.warp + i * kWarps < steps) work.load_weights(loaded[i], work.warp + i * kWarps);
+    if (work.warp + i * warps < steps) work.load_weights(loaded[i], work.warp + i * warps);
+  float coef[M::kEarly];
+  work.load_coef(coef);
   wait_for_previous();
-  for (int first = work.warp; first < steps; first += kWarps * M::kDepth) {
+  for (int first = work.warp; first < steps; first += warps * M::kDepth) {
 #pragma unroll
     for (int i = 0; i < M::kDepth; ++i)
-      if (first + i * kWarps < steps) work.load_activations(loaded[i], first + i * kWarps);
+      if (first + i * warps < steps) work.load_activations(loaded[i], first + i * warps);
 #pragma unroll
     for (int i = 0; i < M::kDepth; ++i) {
-      const int step = first + i * kWarps, next = step + M::kDepth * kWarps;
+      const int step = first + i * warps, next = step + M::kDepth * warps;
       if (step < steps) work.add(loaded[i]);
       if (next < steps) work.load_weights(loaded[i], next);
     }
   }
 
   if constexpr (mode == kChannel) {
-    work.branch(branch[work.warp]);
+    work.branch(coef, branch[work.warp]);
   } else {
-    work.branch(shares);
+    work.branch(coef, shares);
     __syncwarp();
   }
 #pragma unroll
@@ -255,13 +275,13 @@ __global__ void __launch_bounds__(kWarps * 32) matvec_kernel(const Args args) {
   }
   __syncthreads();
 
-  for (int i = threadIdx.x; i < min(M::kTokens, args.tokens) * kOutputs; i += kWarps * 32) {
+  for (int i = threadIdx.x; i < min(M::kTokens, args.tokens) * kOutputs; i += warps * 32) {
     const int token = i / kOutputs, output = work.first_output + i % kOutputs;
     if (output >= args.m) continue;
     float y = 0.0f;
     if constexpr (mode == kChannel) {
       int sum = 0;
-      for (int w = 0; w < kWarps; ++w) {
+      for (int w = 0; w < warps; ++w) {
         sum += reinterpret_cast<const int*>(shares4[w])[i];
         y += branch[w][i];
       }
@@ -271,7 +291,7 @@ __global__ void __launch_bounds__(kWarps * 32) matvec_kernel(const Args args) {
                                                   : static_cast<const int16_t*>(args.row_sums)[output]);
       y += args.scale[token] * __half2float(args.scales[output]) * static_cast<float>(sum);
     } else {
-      for (int w = 0; w < kWarps; ++w) y += reinterpret_cast<const float*>(shares4[w])[i];
+      for (int w = 0; w < warps; ++w) y += reinterpret_cast<const float*>(shares4[w])[i];
     }
     if (args.bias) y += args.bias[output];
     const int64_t at = static_cast<int64_t>(token) * args.m + output;
@@ -283,28 +303,35 @@ __global__ void __launch_bounds__(kWarps * 32) matvec_kernel(const Args args) {
   }
 }
 
+template <Mode mode, int frags, int warps>
+cudaError_t start(const Args& args, cudaStream_t stream) {
+  const dim3 blocks(ceil_div(args.m, kOutputs));
+  return launch_early(matvec_kernel<mode, frags, warps>, blocks, warps * 32, 0, args.early, stream, args);
+}
+
 template <Mode mode>
-void launch(const Args& args, cudaStream_t stream) {
-  const int blocks = ceil_div(args.m, kOutputs), threads = kWarps * 32;
+cudaError_t launch(const Args& args, int multiprocessors, cudaStream_t stream) {
   if (args.tokens <= 8) {
-    launch_early(matvec_kernel<mode, 1>, dim3(blocks), threads, 0, args.early, stream, args);
-  } else if (args.tokens <= 16) {
-    launch_early(matvec_kernel<mode, 2>, dim3(blocks), threads, 0, args.early, stream, args);
-  } else if constexpr (mode != kChannel) {
-    launch_early(matvec_kernel<mode, 4>, dim3(blocks), threads, 0, args.early, stream, args);
+    // All blocks at once, with about 16 warps on a multiprocessor: more outputs, fewer warps for each.
+    const int blocks = ceil_div(args.m, kOutputs) / multiprocessors;
+    return blocks >= 3   ? start<mode, 1, 4>(args, stream)
+           : blocks >= 1 ? start<mode, 1, 8>(args, stream)
+                         : start<mode, 1, 16>(args, stream);
   }
+  if (args.tokens <= 16) return start<mode, 2, 8>(args, stream);
+  if constexpr (mode != kChannel) return start<mode, 4, 8>(args, stream);
+  return cudaErrorInvalidValue;  // plan.cc sends no more tokens here
 }
 
 }  // namespace
 
-cudaError_t matvec(const Args& args, Mode mode, cudaStream_t stream) {
+cudaError_t matvec(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream) {
   switch (mode) {
-    case kFold: launch<kFold>(args, stream); break;
-    case kFoldZero: launch<kFoldZero>(args, stream); break;
-    case kChannel: launch<kChannel>(args, stream); break;
-    default: launch<kHalf>(args, stream); break;
+    case kFold: return launch<kFold>(args, multiprocessors, stream);
+    case kFoldZero: return launch<kFoldZero>(args, multiprocessors, stream);
+    case kChannel: return launch<kChannel>(args, multiprocessors, stream);
+    default: return launch<kHalf>(args, multiprocessors, stream);
   }
-  return cudaGetLastError();
 }
 
 }  // namespace specquant_cuda

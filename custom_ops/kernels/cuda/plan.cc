@@ -70,6 +70,7 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   a.x_half = p.half && !a.hadamard, a.y_half = p.half, a.wide_sums = p.wide_sums;
   a.subtract = p.subtract && a.rank;
   a.early = device.major >= 9;
+  a.high_nibbles = 0xF0F0F0F0u;
   a.clip = p.act_clip;
   a.basis = static_cast<const __half*>(p.basis), a.coef = static_cast<const __half*>(p.coef);
   a.qweight = static_cast<const uint8_t*>(p.qweight), a.scales = static_cast<const __half*>(p.scales);
@@ -95,7 +96,7 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   plan.direct = plan.tensor_prepare && !halves && a.segment == kStep && a.act_group == kStep;
   plan.two_pass = plan.tensor_prepare && !halves && a.act_group == a.n && !plan.direct;
   const int tiles = ceil_div(std::max(a.tokens, 1), kDownTokens), chunks = ceil_div(a.n, kDownChunk);
-  a.splits = int(std::clamp<int64_t>(ceil_div(4 * device.multiprocessors, tiles), 1, std::min<int64_t>(chunks, kSplits)));
+  a.splits = int(std::clamp<int64_t>(3 * device.multiprocessors / tiles, 1, std::min<int64_t>(chunks, kSplits)));
 
   a.shares = std::clamp(ceil_div(4 * device.multiprocessors, ceil_div(std::max(a.tokens, 1), kReduceTokens)), 1,
                         ceil_div(a.n, kStep));

@@ -6,14 +6,7 @@
 
 namespace specquant_cuda {
 
-// 0xF0F0F0F0 in a register whose value the compiler does not know: of the two constants below an instruction holds one.
-__device__ __forceinline__ uint32_t high_nibbles() {
-  uint32_t mask;
-  asm volatile("mov.b32 %0, 0xF0F0F0F0;" : "=r"(mask));
-  return mask;
-}
-
-// 16 · q as signed bytes, features 0..3 and 4..7.
+// 16 · q as signed bytes, features 0..3 and 4..7. mask: Args::high_nibbles.
 __device__ __forceinline__ void unpack_s8(uint32_t word, uint32_t mask, uint32_t& first, uint32_t& second) {
   first = ((word << 4) & mask) ^ 0x80808080u;
   second = (word & mask) ^ 0x80808080u;

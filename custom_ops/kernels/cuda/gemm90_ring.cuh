@@ -1,0 +1,131 @@
+// Tiles, shared memory and copies of gemm90.cuh: a ring of slots of 128 features, filled by four warps.
+#pragma once
+
+#include "args.h"
+#include "ptx90.cuh"
+
+namespace specquant_cuda {
+
+// tokens: 64, 80 or 128. folds: of each 128 features, where there are groups.
+template <Mode mode, int tokens, int folds>
+struct Gemm90 {
+  static constexpr bool kFolds = mode != kChannel, kZeros = mode == kFoldZero;
+  static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * 128;
+  static constexpr int kOutputs = kConsumers * 128, kPanels = kOutputs / kPanel, kSlots = 6;
+  static constexpr int kSums = tokens / 2;  // of a fragment, in each thread
+
+  // A slot.
+  static constexpr int kPanelBytes = kChunk * kPanel / 2;
+  static constexpr int kWeights = tokens * kChunk;
+  static constexpr int kWeightScales = kWeights + kPanels * kPanelBytes;
+  static constexpr int kTokenScales = kWeightScales + (kFolds ? folds * kOutputs * 2 : 0);
+  static constexpr int kTokenZeros = kTokenScales + (kFolds ? folds * tokens * 4 : 0);
+  static constexpr int kRowSums = kTokenZeros + (kZeros ? folds * tokens * 4 : 0);
+  static constexpr int kSlot = (kRowSums + (kZeros ? folds * kOutputs * 4 : 0) + 1023) / 1024 * 1024;
+  // What the end of a tile needs: low of its tokens and its factors, scales and zero-points.
+  static constexpr int kLow = kSlot * kSlots;
+  static constexpr int kEndScales = kLow + tokens * kFastRank * 4;
+  static constexpr int kEndZeros = kEndScales + tokens * 4;
+  static constexpr int kFactors = kEndZeros + tokens * 4;
+  static constexpr int kBarriers = kFactors + tokens * 4;
+  static constexpr int kShared = kBarriers + (2 * kSlots + 2) * 8;
+
+  const Args& args;
+  uint8_t* shared;
+  uint64_t *full, *empty, *end_full, *end_empty;
+  int chunks, tiles_t, tiles;
+
+  __device__ __forceinline__ Gemm90(const Args& a, uint8_t* memory)
+      : args(a), shared(memory), full(reinterpret_cast<uint64_t*>(memory + kBarriers)), empty(full + kSlots),
+        end_full(empty + kSlots), end_empty(end_full + 1), chunks(a.n / kChunk),
+        tiles_t(ceil_div(a.tokens, tokens)), tiles(tiles_t * ceil_div(a.m, kOutputs)) {}
+
+  __device__ __forceinline__ int first_token(int tile) const { return tile % tiles_t * tokens; }
+  __device__ __forceinline__ int first_output(int tile) const { return tile / tiles_t * kOutputs; }
+
+  // One of the copies that fill a slot: a lane's, from tile to tile the same kind.
+  struct Job {
+    bool there = false;
+    uint32_t to, bytes;  // within the slot
+    const uint8_t* from;
+    int64_t stride;      // bytes from one index to the next
+    int every = 1, step = 1, index = 0, rest = 0;  // a slot is `step` of `every` folds that share an index
+
+    __device__ __forceinline__ void set(uint32_t to_, const void* from_, int64_t stride_, uint32_t bytes_) {
+      there = true, to = to_, from = static_cast<const uint8_t*>(from_), stride = stride_, bytes = bytes_;
+    }
+    __device__ __forceinline__ void count(int features, int fold) {
+      every = features / (kChunk / folds), step = folds, index = fold / every, rest = fold % every;
+    }
+    __device__ __forceinline__ void next() {
+      for (rest += step; rest >= every; rest -= every) ++index;
+    }
+  };
+
+  // What lane `lane` of producing warp `warp` copies: four panels a warp, and the rest where there is room. Lanes issue
+  // one after another, some 80 cycles a copy of the 1,000 for a slot, and a division takes longer: hence four warps,
+  // which count.
+  __device__ __forceinline__ Job job(int warp, int lane, int token, int output, int rows, int outputs) const {
+    Job job;
+    const int panel = 4 * warp + lane, fold = warp - 1, sum_bytes = args.wide_sums ? 4 : 2;
+    const int64_t panel_bytes = static_cast<int64_t>(args.n / kBlock) * 64;
+    if (lane < 4 && panel < outputs / kPanel)
+      job.set(kWeights + panel * kPanelBytes, args.qweight + (output / kPanel + panel) * panel_bytes, kPanelBytes,
+              kPanelBytes);
+    if (warp == 0 && lane == 4)
+      job.set(0, static_cast<const uint8_t*>(args.levels) + static_cast<int64_t>(token) * kChunk,
+              static_cast<int64_t>(args.tp) * kChunk, rows * kChunk);
+    if (!kFolds || fold < 0 || fold >= folds || lane < 4) return job;
+    if (lane == 4)
+      job.set(kWeightScales + fold * kOutputs * 2, args.scales + output, static_cast<int64_t>(args.m) * 2, outputs * 2);
+    const int64_t row_bytes = static_cast<int64_t>(args.tp) * 4;
+    if (lane == 5) job.set(kTokenScales + fold * tokens * 4, args.scale + token, row_bytes, rows * 4);
+    if (kZeros && lane == 6) job.set(kTokenZeros + fold * tokens * 4, args.zero + token, row_bytes, rows * 4);
+    if (kZeros && lane == 7)
+      job.set(kRowSums + fold * kOutputs * 4, static_cast<const uint8_t*>(args.row_sums) + output * sum_bytes,
+              static_cast<int64_t>(args.m) * sum_bytes, outputs * sum_bytes);
+    job.count(lane == 4 ? args.weight_group : args.segment, fold);
+    return job;
+  }
+
+  // Four warps: everything that is read, in the order in which it is wanted.
+  __device__ __forceinline__ void produce(int warp, int lane) const {
+    int slot = 0, turn = 0;
+    uint32_t parity = 1;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++turn) {
+      const int token = first_token(tile), output = first_output(tile);
+      const int rows = min(tokens, args.tp - token), outputs = min(kOutputs, args.m - output);
+      const int fold_bytes = outputs * 2 + rows * 4 + (kZeros ? rows * 4 + outputs * (args.wide_sums ? 4 : 2) : 0);
+      const int bytes = rows * kChunk + outputs / kPanel * kPanelBytes + (kFolds ? folds * fold_bytes : 0);
+      // A warp without a job could fall two rounds behind, then wait for ever. Its later tiles have the same outputs.
+      if (warp * 4 >= outputs / kPanel && !(kFolds && warp <= folds)) return;
+      Job mine = job(warp, lane, token, output, rows, outputs);
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        barrier_wait(empty + slot, parity);
+        if (warp == 0 && lane == 0) barrier_expect(full + slot, bytes);
+        if (mine.there)
+          copy_bulk(shared + slot * kSlot + mine.to, mine.from + mine.index * mine.stride, mine.bytes, full + slot);
+        mine.next();
+        if (++slot == kSlots) slot = 0, parity ^= 1;
+      }
+      if (warp == 0 && lane == 0) produce_end(token, rows, turn);
+      __syncwarp();
+    }
+  }
+
+  // After the tile's last slot, so that waiting for the end of the tile before keeps nothing back.
+  __device__ __forceinline__ void produce_end(int token, int rows, int turn) const {
+    barrier_wait(end_empty, (turn & 1) ^ 1);
+    const int low_bytes = args.rank ? min(rows, args.tokens - token) * args.rp * 4 : 0;
+    const bool zeros = mode == kChannel && args.bits == 8;
+    barrier_expect(end_full, low_bytes + ((low_bytes > 0) + (mode == kChannel) + zeros) * rows * 4);
+    if (low_bytes) {
+      copy_bulk(shared + kLow, args.low + static_cast<int64_t>(token) * args.rp * 2, low_bytes, end_full);
+      copy_bulk(shared + kFactors, args.low_factor + token, rows * 4, end_full);
+    }
+    if (mode == kChannel) copy_bulk(shared + kEndScales, args.scale + token, rows * 4, end_full);
+    if (zeros) copy_bulk(shared + kEndZeros, args.zero + token, rows * 4, end_full);
+  }
+};
+
+}  // namespace specquant_cuda
