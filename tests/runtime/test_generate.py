@@ -89,7 +89,7 @@ def test_the_last_logits_of_a_prompt(
     float_model: Model, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     """In rows of different length, with blocks shorter than the prompt or not, and what comes after them."""
-    monkeypatch.setattr("specquant.runtime.onnx_cpu._MAX_BLOCK", block)
+    monkeypatch.setattr(float_model._backend, "prompt_block", block)
     prompts = [rng.integers(3, 320, length) for length in (30, 1, 8)]
     sequences = float_model._backend.sequences(3)
     last = [sequences.prefill_last(row, ids) for row, ids in enumerate(prompts)]

@@ -77,33 +77,52 @@ void project_down(const Problem& p, const Activations& x, int64_t row) {
   }
 }
 
-// u −= low · B[:, :rank]ᵀ for T rows: 8 features × 8 columns of B at a time, transposed so that lanes are features.
-template <class E, int T>
-void subtract_branch(const Problem& p, const Activations& x, int64_t row) {
-  using F = typename E::F;
+// basis[j]: column `column` + j of B for W features from `feature` on, lanes along features; zeros beyond N.
+template <class V, class E>
+inline __attribute__((always_inline)) void load_columns(const Problem& p, int64_t feature, int64_t column,
+                                                        typename V::F (&basis)[8]) {
+  constexpr int kParts = V::W / 8;
+  typename E::F rows[kParts][8];
   uint16_t spare[8];
-  for (int64_t feature = 0; feature < p.in_features; feature += 8) {
-    F acc[T];
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts; ++part) {
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) acc[t] = E::splat(0.0f);
+    for (int i = 0; i < 8; ++i) {
+      const int64_t index = (feature + part * 8 + i) * p.basis_rank + column;
+      rows[part][i] = E::half(whole<8>(p.basis, index, p.in_features * p.basis_rank, spare));
+    }
+    E::transpose(rows[part]);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    if constexpr (kParts == 2) {
+      basis[j] = V::join(rows[0][j], rows[1][j]);
+    } else {
+      basis[j] = rows[0][j];
+    }
+  }
+}
+
+// u −= low · B[:, :rank]ᵀ for T rows.
+template <class V, class E, int T>
+void subtract_branch(const Problem& p, const Activations& x, int64_t row) {
+  for (int64_t feature = 0; feature < p.in_features; feature += V::W) {
+    typename V::F acc[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) acc[t] = V::splat(0.0f);
     for (int64_t column = 0; column < p.rank; column += 8) {
-      F basis[8];
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        const int64_t index = (feature + i) * p.basis_rank + column;
-        basis[i] = E::half(whole<8>(p.basis, index, p.in_features * p.basis_rank, spare));
-      }
-      E::transpose(basis);
+      typename V::F basis[8];
+      load_columns<V, E>(p, feature, column, basis);
       const float* low = x.low + row * x.columns + column;  // 0 from rank on, where `basis` holds other rows
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j)
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) acc[t] = E::fma(E::splat(low[t * x.columns + j]), basis[j], acc[t]);
+        for (int t = 0; t < T; ++t) acc[t] = V::fma(V::splat(low[t * x.columns + j]), basis[j], acc[t]);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       float* u = x.u + (row + t) * x.features + feature;
-      E::store(u, E::load(u) - acc[t]);
+      V::store(u, V::load(u) - acc[t]);
     }
   }
 }
@@ -149,11 +168,12 @@ void prepare_rows(const Problem& p, const Activations& x, int64_t row) {
   for (int t = 0; t < T; ++t) {
     to_float<E>(p, x, row + t);
     float* u = x.u + (row + t) * x.features;
-    for (int64_t i = 0; p.hadamard && i < p.in_features; i += p.hadamard) walsh_hadamard(u + i, p.hadamard);
+    for (int64_t i = 0; p.hadamard && i < p.in_features; i += p.hadamard)
+      p.hadamard < 64 ? walsh_hadamard(u + i, p.hadamard) : walsh_hadamard<E>(u + i, p.hadamard);
   }
   if (p.basis && p.rank) {
     project_down<V, T>(p, x, row);
-    if (p.subtract) subtract_branch<E, T>(p, x, row);
+    if (p.subtract) subtract_branch<V, E, T>(p, x, row);
   }
   if (p.qweight && p.act_bits < 16)
     for (int t = 0; t < T; ++t) quantize_for_product<E>(p, x, row + t);
