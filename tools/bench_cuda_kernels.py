@@ -100,9 +100,10 @@ def kernel_times(call: Callable[[], None], repeats: int = 5) -> dict[str, float]
         torch.cuda.synchronize()
     times: dict[str, float] = {}
     for event in profile.key_averages():
-        name = event.key.split("(")[0].replace("void ", "").replace("specquant_cuda::", "")
+        name = event.key.replace("(anonymous namespace)::", "").replace("void ", "").replace("specquant_cuda::", "")
         if event.device_time_total:
-            times[name.split("<")[0]] = times.get(name.split("<")[0], 0.0) + event.device_time_total / repeats
+            name = name.split("(")[0].split("<")[0]
+            times[name] = times.get(name, 0.0) + event.device_time_total / repeats
     return times
 
 
