@@ -18,6 +18,11 @@ LEVELS = np.float32(15)  # the largest 4-bit level
 ROW_MULTIPLE, LARGEST_ROW = 16, 256  # head sizes that the kernels take
 
 
+def rotates_keys(head_dim: int) -> bool:
+    """Whether queries and keys pass through a Hadamard transform before the cache: it needs a power of two."""
+    return head_dim & (head_dim - 1) == 0
+
+
 def row_bytes(head_dim: int) -> int:
     """Bytes of a cache row. Raises SpecQuantError unless head_dim is a multiple of 16, at most 256."""
     if head_dim % ROW_MULTIPLE or not 0 < head_dim <= LARGEST_ROW:

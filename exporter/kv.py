@@ -15,14 +15,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from specquant.custom_ops.kv_rows import rotates_keys
+
 NAME = "specquant_int4_kv"
 LEVELS = 15  # the largest 4-bit level
 _OFFSET = "specquant_key_offset"  # buffer of an attention module: float32 [kv_heads, head_dim]
-
-
-def rotates_keys(head_dim: int) -> bool:
-    """Whether queries and keys pass through a Hadamard transform before the cache: it needs a power of two."""
-    return head_dim & (head_dim - 1) == 0
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from specquant.custom_ops.kv_rows import row_bytes
+from specquant.custom_ops.kv_rows import rotates_keys, row_bytes
 from specquant.custom_ops.schema import DOMAIN
 from specquant.exporter.decoder import DecoderConfig, DecoderLayer
 from specquant.exporter.graph.writer import GraphWriter
-from specquant.exporter.kv import rotates_keys
 
 
 def cache_row(graph: GraphWriter, config: DecoderConfig) -> tuple[int, ir.DataType]:

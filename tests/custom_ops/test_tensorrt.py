@@ -5,6 +5,7 @@ It needs libspecquant_trt.so, installed or named by SPECQUANT_TENSORRT_LIBRARY (
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -119,6 +120,12 @@ def test_a_library_that_is_none(rng: np.random.Generator, tmp_path: Path, librar
     (tmp_path / "text.so").write_text("no library")
     with pytest.raises(SpecQuantError, match=r"cannot load .*text\.so"):
         tiny_engine(rng, tmp_path, tmp_path / "text.so", "sm89", 5, False)
+
+
+def test_the_name_that_rtx_opens() -> None:
+    """Without it, building a plugin aborts the process."""
+    prepare_plugins(trt)
+    ctypes.CDLL("libtensorrt_rtx.so")
 
 
 def test_a_missing_library_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
