@@ -157,7 +157,7 @@ struct Gemm {
 #pragma unroll
     for (int i = 0; i < token_frags * 2; ++i) activations(a[i / 2][i % 2], slot, i / 2, i % 2);
     float token_scale[token_frags][2];
-    int zero[token_frags][2];
+    uint32_t zero[token_frags][2];  // past the last token anything, and may wrap
     if constexpr (kFolds) {
 #pragma unroll
       for (int i = 0; i < token_frags; i += 2) {  // token rows are neighbours
@@ -165,7 +165,7 @@ struct Gemm {
         token_scale[i][0] = v.x, token_scale[i][1] = v.y, token_scale[i + 1][0] = v.z, token_scale[i + 1][1] = v.w;
         if constexpr (mode == kFoldZero) {
           const int4 z = *reinterpret_cast<const int4*>(slot + kZeros + token_row(i, 0) * 4);
-          zero[i][0] = -16 * z.x, zero[i][1] = -16 * z.y, zero[i + 1][0] = -16 * z.z, zero[i + 1][1] = -16 * z.w;
+          zero[i][0] = -16u * z.x, zero[i][1] = -16u * z.y, zero[i + 1][0] = -16u * z.z, zero[i + 1][1] = -16u * z.w;
         }
       }
     }

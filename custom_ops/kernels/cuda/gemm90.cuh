@@ -113,7 +113,7 @@ struct Consumer90 {
     const uint2 raw = *reinterpret_cast<const uint2*>(slot + G::kWeightScales + (which * G::kOutputs + output) * 2);
     const float2 low = __half22float2(half2_of(raw.x)), high = __half22float2(half2_of(raw.y));
     const float scale[4] = {low.x, low.y, high.x, high.y};
-    int row_sums[4];
+    uint32_t row_sums[4];
     if constexpr (G::kZeros) {
       const uint8_t* from = slot + G::kRowSums + which * G::kOutputs * 4;
 #pragma unroll
@@ -131,7 +131,8 @@ struct Consumer90 {
       for (int i = 0; i < 8; ++i) {
         const int w = i / 2, j = 4 * block + i % 4;
         int sum = sums[i / 4][j];
-        if constexpr (G::kZeros) sum += (i % 2 ? zero.y : zero.x) * row_sums[w];
+        // Unsigned: the zero-points of rows past the last token are anything.
+        if constexpr (G::kZeros) sum += static_cast<uint32_t>(i % 2 ? zero.y : zero.x) * row_sums[w];
         float& total = totals[i / 4][j];
         total = fmaf(static_cast<float>(sum) * scale[w], i % 2 ? token_scale.y : token_scale.x, total);
       }
@@ -195,7 +196,7 @@ struct Consumer90 {
         int zero = 0;
         if constexpr (mode == kChannel) {
           token_scale = reinterpret_cast<const float*>(gemm.shared + G::kEndScales)[row];
-          if (zeros) zero = reinterpret_cast<const int*>(gemm.shared + G::kEndZeros)[row];
+          if (zeros && token < args.tokens) zero = reinterpret_cast<const int*>(gemm.shared + G::kEndZeros)[row];
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

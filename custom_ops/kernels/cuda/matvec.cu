@@ -1,10 +1,10 @@
 // The product of up to 32 tokens, bound by how fast the weights come from memory.
 //
-// A block of threads takes 32 outputs, its warps steps of 64 features in turn; their sums meet in shared memory. Weights
-// are the rows of a fragment here and tokens its columns, so that one token costs what 8 do. With g = lane / 4 and
-// t = lane % 4, a 16-byte load holds 4 outputs (4g … 4g + 3) of block 4s + t of 8 features; words 0 and 1 are rows g and
-// g + 8 of one fragment, words 2 and 3 of another. Column n is token n. The kernel may start before the first stage is
-// done: weights, scales and C are on their way by then.
+// A block of threads takes 32 outputs, its warps steps of 64 features in turn; their sums meet in shared memory.
+// Weights are the rows of a fragment here and tokens its columns, so that one token costs what 8 do. With g = lane / 4
+// and t = lane % 4, a 16-byte load holds 4 outputs (4g … 4g + 3) of block 4s + t of 8 features; words 0 and 1 are rows
+// g and g + 8 of one fragment, words 2 and 3 of another. Column n is token n. The kernel may start before the first
+// stage is done: weights, scales and C are on their way by then.
 #include "args.h"
 #include "launch.h"
 #include "levels.cuh"
@@ -137,7 +137,7 @@ struct Matvec {
           for (int i = 0; i < 4; ++i) {
             sum[i] = magic;
             if constexpr (mode == kFoldZero)
-              sum[i] -= 16 * (i % 2 ? s.zero[f].y : s.zero[f].x) * s.sums[2 * pair + i / 2];
+              sum[i] -= 16u * (i % 2 ? s.zero[f].y : s.zero[f].x) * s.sums[2 * pair + i / 2];
           }
         }
         mma_s8(sum, a[pair][0], b[0], sum);
