@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from specquant.custom_ops import library_cuda
 from specquant.custom_ops.library_tensorrt import PLUGINS, library_path
 from specquant.custom_ops.schema import OPS
-from tests.custom_ops.test_cuda_kernels import EMULATED, DeviceArray
+from tests.cuda_arrays import EMULATED, DeviceArray, require_kernels
 from tests.ops import REFERENCE, random_input, random_weights
 
+require_kernels()
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 TYPES = {"float32": 0, "float16": 1, "int8": 2, "int32": 3, "int64": 8}  # nvinfer1::DataType
