@@ -21,7 +21,7 @@ from tests.ops import random_input, random_weights
 
 N, PARTS = 48, {"q_proj": 19, "k_proj": 7}
 M = sum(PARTS.values())
-QUICK = Recipe(k=5, group_size=8, act_group=8, samples=1, sequence_length=16)
+QUICK = Recipe(a_bits=4, k=5, group_size=8, act_group=8, samples=1, sequence_length=16)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -20,7 +20,7 @@ from specquant.exporter.recipe import Recipe, float_recipe
 from specquant.exporter.simulate import simulate
 from tests.model_folder import CONTEXT, VOCAB
 
-RECIPE = Recipe(k=5, group_size=8, act_group=8, samples=8, sequence_length=32)
+RECIPE = Recipe(a_bits=4, k=5, group_size=8, act_group=8, samples=8, sequence_length=32)
 
 
 @pytest.fixture
@@ -58,7 +58,8 @@ def test_smoothing_folds_away(
     model_folder: Path, llama: LlamaForCausalLM, tokens: torch.Tensor, subtract: bool
 ) -> None:
     """A branch of full rank holds the whole weight, to float16: then what is left of smoothing must be nothing."""
-    recipe = Recipe(k=64, a_bits=16, group_size=8, act_group=8, subtract=subtract, overrides={"down_proj": {"k": 88}})
+    overrides = {"down_proj": {"k": 88}}
+    recipe = Recipe(k=64, a_bits=16, head_bits=16, group_size=8, act_group=8, subtract=subtract, overrides=overrides)
     expected = logits(llama, tokens)
     norm = llama.model.layers[0].input_layernorm.weight.detach().numpy().copy()
     decoder = quantize(llama, recipe, tokens)
