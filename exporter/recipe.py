@@ -261,7 +261,7 @@ def _check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
 
 PRESETS: dict[str, Recipe] = {
     # Ours, and the default because it is the most accurate: data-driven basis, removed from the activation. 8-bit
-    # activations are as fast as 4-bit ones on CPUs and on Hopper, and lose 0.1 of perplexity where those lose 1.5.
+    # activations are about as fast as 4-bit ones on CPUs, and lose 0.1 of perplexity where those lose 1.5.
     "klt": Recipe(),
     # The same taught by the float model afterwards: for a GPU, and a calibration text of 2 MB.
     "refined": Recipe(
