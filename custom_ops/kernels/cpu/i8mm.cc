@@ -1,18 +1,12 @@
 // ARM's matrix product of bytes (FEAT_I8MM): 2 tokens by 2 outputs by 8 features, 32 multiplications. One token alone,
 // as in decoding, takes the dot product.
 #include "cpu_features.h"
-#include "neon.h"
+#include "dotprod.h"
 
 namespace specquant {
 namespace {
 
-struct I8mm : Neon {
-  static I dot(I sum, Weights w, Activation a) {
-    sum.low = vdotq_lane_s32(vdotq_lane_s32(sum.low, w.first[0], a, 0), w.second[0], a, 1);
-    sum.high = vdotq_lane_s32(vdotq_lane_s32(sum.high, w.first[1], a, 0), w.second[1], a, 1);
-    return sum;
-  }
-
+struct I8mm : DotProd {
   // Sums of two tokens in pairs: outputs 0 and 1 of the one, then of the other; 2 and 3; and so on.
   static int32x4_t zip1(int32x4_t a, int32x4_t b) {
     return vreinterpretq_s32_s64(vzip1q_s64(vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b)));
