@@ -133,11 +133,12 @@ def test_blocks_in_stages_equal_the_model(rng: np.random.Generator, name: str) -
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "phi3", "gemma3"])
 def test_quantised_export_equals_its_simulation(rng: np.random.Generator, tmp_path: Path, name: str) -> None:
-    """4-bit weights with branches; activations stay whole, since one that falls half-way between two steps may go
-    either way (tests/exporter/graph/test_quantised.py does them)."""
+    """4-bit weights with branches; activations stay whole, those of the head too, since one that falls half-way between
+    two steps may go either way (tests/exporter/graph/test_quantised.py does them)."""
     model = tiny_model(name, int(rng.integers(2**31)))
     tokens = torch.from_numpy(rng.integers(3, VOCAB, (4, 24)))
-    recipe = Recipe(a_bits=16, k=4, group_size=8, act_group=0, smooth_grid=(0.5,), samples=4, sequence_length=24)
+    whole = {"a_bits": 16, "act_group": 0, "head_bits": 16}
+    recipe = Recipe(**whole, k=4, group_size=8, smooth_grid=(0.5,), samples=4, sequence_length=24)
     decoder = quantize(copy.deepcopy(model), recipe, tokens)
     ids = rng.integers(3, VOCAB, 37)
     original = logits_of(model, ids)
