@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
 
-ABI = 3  # kAbi of kernels/cpu/kernels.h
+ABI = 4  # kAbi of kernels/cpu/kernels.h
 ORT_MINIMUM = (1, 20)
 FILE = "libspecquant_cpu.so"
 REBUILD = "run `pip install --force-reinstall .` (it needs g++)"
@@ -78,7 +78,7 @@ def _load(path: Path) -> ctypes.CDLL:
     library.specquant_attend.argtypes = [pointer, text]
     library.specquant_quantize.restype = text
     library.specquant_quantize.argtypes = [
-        pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, pointer, pointer, pointer, text
+        pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, pointer, pointer, text
     ]  # fmt: skip
     return library
 
@@ -161,22 +161,22 @@ def _encoded(isa: str | None) -> bytes | None:
 
 def quantize_activation(
     u: NDArray[np.float32], bits: int, group: int, isa: str | None = None, clip: float = 1.0
-) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
-    """`reference.quantize_activation` of u float32 [T, N], by the kernels. isa None: the fastest.
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """`reference.quantize_activation` of u float32 [T, N], by the kernels: q − zero_point [T, N] and scale [T, A].
 
+    isa None: the fastest.
     Raises SpecQuantError if the kernels refuse the sizes or this CPU lacks `isa`.
     """
     tokens, n = u.shape
     groups = n // group if group else 1
-    q = np.empty((tokens, n), np.int8)
-    scale, zero_point = np.empty((tokens, groups), np.float32), np.empty((tokens, groups), np.int32)
+    levels, scale = np.empty((tokens, n), np.int8), np.empty((tokens, groups), np.float32)
     u = np.ascontiguousarray(u, np.float32)
     for row in range(tokens):
-        outputs = (address(a[row]) for a in (q, scale, zero_point))
+        outputs = (address(a[row]) for a in (levels, scale))
         error = loaded().specquant_quantize(address(u[row]), n, bits, group, clip, *outputs, _encoded(isa))
         if error:
             raise SpecQuantError(error.decode())
-    return q.astype(np.int32) + (128 if bits == 8 else 0), scale, zero_point
+    return levels, scale
 
 
 def specquant_matmul(

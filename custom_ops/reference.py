@@ -22,11 +22,12 @@ TINY_RANGE = np.float32(1e-30)  # a group whose values span less counts as zeros
 def quantize_activation(
     u: Float, bits: int, group: int, clip: float = 1.0
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
-    """Asymmetric dynamic quantisation (Eq. 1) of u [..., N], per run of `group` features (0: all N).
+    """Dynamic quantisation (Eq. 1) of u [..., N], per run of `group` features (0: all N): asymmetric below 8 bits.
 
     Returns q int32 [..., N] in 0…2^bits − 1, scale float32 [..., A] and zero_point int32 [..., A], so that
-    u ≈ scale · (q − zero_point); A = N / group, or 1. The levels span `clip` of a group's range; what lies beyond is
-    clipped. The scale of a group with a NaN or an infinity is NaN.
+    u ≈ scale · (q − zero_point); A = N / group, or 1. At 8 bits levels are 0…254 around 127, so that q − zero_point
+    always fits a signed byte. The levels span `clip` of a group's range; what lies beyond is clipped. The scale of a
+    group with a NaN or an infinity is NaN.
     Raises SpecQuantError unless bits is in 2…8, group divides N and 0 < clip ≤ 1.
     """
     n = u.shape[-1]
@@ -37,10 +38,13 @@ def quantize_activation(
     if not 0 < clip <= 1:
         raise SpecQuantError(f"act_clip is {clip}; use more than 0, and at most 1")
     groups = u.astype(np.float32).reshape(*u.shape[:-1], n // (group or n), group or n)
-    qmax = np.float32(2**bits - 1)
+    qmax = np.float32(254 if bits == 8 else 2**bits - 1)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         low = np.float32(clip) * np.minimum(groups.min(axis=-1, keepdims=True), np.float32(0))
         high = np.float32(clip) * np.maximum(groups.max(axis=-1, keepdims=True), np.float32(0))
+        if bits == 8:
+            high = np.maximum(high, -low)
+            low = -high
         span = high - low
         empty, finite = span < TINY_RANGE, np.isfinite(span)
         inverse = np.where(empty | ~finite, np.float32(0), qmax / span)

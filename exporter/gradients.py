@@ -50,6 +50,9 @@ class FakeQuantize(torch.autograd.Function):
         u, y, clip = ctx.saved_tensors
         g = u.unflatten(-1, (-1, ctx.group or u.shape[-1]))
         lo, hi = g.amin(-1, keepdim=True).clamp(max=0) * clip, g.amax(-1, keepdim=True).clamp(min=0) * clip
+        if ctx.bits == 8:
+            hi = torch.maximum(hi, -lo)
+            lo = -hi
         half = (hi - lo) * (0.5 / (2**ctx.bits - 1))
         inside = ((g >= lo - half) & (g <= hi + half)).view_as(u)
         moved = torch.where(inside, y - u, y)

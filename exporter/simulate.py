@@ -18,16 +18,20 @@ def fake_quantize(u: Tensor, bits: int, group: int, clip: float | Tensor = 1.0) 
     if bits == 16:
         return u
     # A tensor: torch turns a division by or of a Python number into a product with a reciprocal, rounded twice.
-    qmax = torch.tensor(2**bits - 1, dtype=u.dtype, device=u.device)
+    levels = 254 if bits == 8 else 2**bits - 1
+    qmax = torch.tensor(levels, dtype=u.dtype, device=u.device)
     g = u.unflatten(-1, (-1, group)) if group else u.unsqueeze(-2)
     lo, hi = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
     lo, hi = lo * clip, hi * clip
+    if bits == 8:
+        hi = torch.maximum(hi, -lo)
+        lo = -hi
     span = hi - lo
     dead = span < 1e-30
     inverse = torch.where(dead, torch.zeros_like(span), qmax / span)
     scale = torch.where(dead, torch.zeros_like(span), span / qmax)
     zero = torch.round(-lo * inverse)
-    q = (torch.round(g * inverse) + zero).clamp(0, 2**bits - 1)
+    q = (torch.round(g * inverse) + zero).clamp(0, levels)
     return ((q - zero) * scale).view(u.shape)
 
 

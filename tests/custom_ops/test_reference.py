@@ -21,9 +21,12 @@ GROUPS = [(0, 0), (8, 8), (0, 16), (16, 0), (8, 24), (24, 8)]
 
 
 def quantised_by_hand(group: list[np.float32], bits: int) -> tuple[list[int], np.float32, int]:
-    """Levels, scale and zero-point of one group: Eq. 1, with Python's round, which is half to even."""
-    zero, qmax = np.float32(0), np.float32(2**bits - 1)
+    """Levels, scale and zero-point of one group: Eq. 1, with Python's round, which is half to even; 8 bits symmetric."""
+    zero, qmax = np.float32(0), np.float32(254 if bits == 8 else 2**bits - 1)
     lo, hi = min(zero, *group), max(zero, *group)
+    if bits == 8:
+        hi = max(-lo, hi)
+        lo = -hi
     inv = qmax / (hi - lo)
     z = round(float(-lo * inv))
     return [min(max(round(float(u * inv)) + z, 0), int(qmax)) for u in group], (hi - lo) / qmax, z
@@ -95,8 +98,8 @@ def test_integer_part_is_exact(rng: np.random.Generator) -> None:
     weights = random_weights(rng, "Int4ResidualMatMul", 512, 9, 0)
     weights["scales"][:] = 0.5
     weights["bias"] = rng.integers(-9, 9, 9).astype(np.float32)
-    x = rng.integers(-128, 128, (3, 512))
-    x[:, :2] = -128, 127  # the range is 255, so the scale is 1 and the levels are x itself
+    x = rng.integers(-127, 128, (3, 512))
+    x[:, 0] = -127  # 127 levels to each side, so the scale is 1 and the levels are x itself
     y = int4_residual_matmul(x.astype(np.float32), **weights, act_bits=8)
     total = x.astype(np.int64) @ unpack_int4(weights["qweight"], 512, 9).astype(np.int64)
     np.testing.assert_array_equal(y, total * 0.5 + weights["bias"])

@@ -18,30 +18,25 @@ bool suits(const Problem& p, const Activations& x) {
 void arrange_tokens(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
   if (!suits(p, x)) return interleave(p, x, row, rows);
   const Shape shape(p, x);
-  const int64_t past = x.rows % kTile, last = x.rows / kTile * shape.segments * kStepWords;
+  const int64_t past = x.rows % kTile, last = x.rows / kTile * shape.segments * kTile;
   if (past && row + rows == x.rows)  // what happens to lie there for the tokens that are missing may be slow: denormals
     for (int64_t s = 0; s < shape.segments; ++s)
-      for (int64_t half = 0; half < 2; ++half)
-        std::memset(reinterpret_cast<int32_t*>(x.steps) + last + s * kStepWords + half * kTile + past, 0,
-                    size_t(kTile - past) * sizeof(int32_t));
+      std::memset(reinterpret_cast<float*>(x.steps) + last + s * kTile + past, 0,
+                  size_t(kTile - past) * sizeof(float));
   for (int64_t t = row; t < row + rows; ++t) {
     const int8_t* a = x.a + t * x.features;
     int8_t* to = x.tiles + t / kTile * kTile * shape.features + t % kTile * shape.width;
-    auto* step = reinterpret_cast<int32_t*>(x.steps) + t / kTile * shape.segments * kStepWords + t % kTile;
-    for (int64_t s = 0; s < shape.segments; ++s, step += kStepWords) {
-      const int64_t at = t * shape.segments + s;
-      const int32_t moved = x.centred ? x.zero[at] : 0, zero = x.zero[at] - moved;
-      std::memcpy(step, x.scale + at, sizeof(float));
-      std::memcpy(step + kTile, &zero, sizeof zero);
+    auto* step = reinterpret_cast<float*>(x.steps) + t / kTile * shape.segments * kTile + t % kTile;
+    for (int64_t s = 0; s < shape.segments; ++s, step += kTile) {
+      *step = x.scale[t * shape.segments + s];
       for (int64_t k = 0; k < shape.segment; k += shape.width, a += shape.width, to += kTile * shape.width)
-        for (int64_t i = 0; i < shape.width; i += kBlock)
-          for (int64_t j = 0; j < kBlock; ++j) to[i + j] = int8_t(a[i + j] + moved);
+        std::memcpy(to, a, size_t(shape.width));
     }
   }
 }
 
 // C panels of up to kRows tokens.
-template <Zero Z, int C>
+template <int C>
 struct Block {
   const Problem& p;
   const Activations& x;
@@ -59,8 +54,8 @@ struct Block {
   const int8_t* factors(int64_t tile, int64_t feature) const {
     return x.tiles + (row + tile * kTile) * shape.features + feature * kTile;
   }
-  const int32_t* steps(int64_t tile, int64_t segment) const {
-    return reinterpret_cast<const int32_t*>(x.steps) + ((row / kTile + tile) * shape.segments + segment) * kStepWords;
+  const float* steps(int64_t tile, int64_t segment) const {
+    return reinterpret_cast<const float*>(x.steps) + ((row / kTile + tile) * shape.segments + segment) * kTile;
   }
 
   template <int R, int D>
@@ -86,7 +81,7 @@ struct Block {
         for (int c = 0; c < C; ++c) {
           __m512 total[kTile];
           load(sums[tile], c, total);
-          fold<Z>(products[tile][c], steps(tile, s), panels[c], s - first, total);
+          fold(products[tile][c], steps(tile, s), panels[c], s - first, total);
           store(total, c, sums[tile]);
         }
     }
@@ -104,14 +99,14 @@ struct Block {
   void run() {
     for (int64_t tile = 0; tile < tiles; ++tile) start_rows<4>(tile, 0);
     for (Run run(shape, 0); run.start < shape.features; run = Run(shape, run.end)) {
-      for (int c = 0; c < C; ++c) unpack(p, shape, run, panel + c, x.centred, panels[c]);
+      for (int c = 0; c < C; ++c) unpack(p, shape, run, panel + c, panels[c]);
       if (shape.segment >= kLong) {
         add_long(run);
       } else {
         for (int64_t tile = 0; tile < tiles; ++tile)
           for (int c = 0; c < C; ++c)
-            add_short<Z, C>(shape, run, factors(tile, run.start), steps(tile, run.start / shape.segment), panels[c], c,
-                            sums[tile]);
+            add_short<C>(shape, run, factors(tile, run.start), steps(tile, run.start / shape.segment), panels[c], c,
+                         sums[tile]);
       }
     }
     for (int64_t t = 0; t < rows; ++t)
@@ -120,23 +115,20 @@ struct Block {
   }
 };
 
-template <Zero Z, int C>
+template <int C>
 void multiply_blocks(const Problem& p, const Activations& x, const Shape& shape, int64_t row, int64_t rows,
                      int64_t panel, int64_t panels) {
   for (; panels >= C; panel += C, panels -= C)
     for (int64_t first = 0; first < rows; first += kRows)
-      Block<Z, C>(p, x, shape, row + first, std::min(kRows, rows - first), panel).run();
-  if constexpr (C > 1) multiply_blocks<Z, C / 2>(p, x, shape, row, rows, panel, panels);
+      Block<C>(p, x, shape, row + first, std::min(kRows, rows - first), panel).run();
+  if constexpr (C > 1) multiply_blocks<C / 2>(p, x, shape, row, rows, panel, panels);
 }
 
 void multiply_tiles(const Problem& p, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
   if (!suits(p, x)) return kAvx512Vnni.multiply(p, x, row, rows, panel, panels);
   const Shape shape(p, x);
-  const auto blocks = x.centred     ? multiply_blocks<Zero::kCentred, kPanels>
-                      : p.wide_sums ? multiply_blocks<Zero::kWide, kPanels>
-                                    : multiply_blocks<Zero::kNarrow, kPanels>;
   configure(shape.width);
-  blocks(p, x, shape, row, rows, panel, panels);
+  multiply_blocks<kPanels>(p, x, shape, row, rows, panel, panels);
   _tile_release();
 }
 
@@ -159,8 +151,9 @@ int64_t tile_peak(int64_t steps) {
 }
 
 // Through functions: another file's table may not be filled yet when this one is.
-void quantize(const float* u, int64_t n, int bits, int64_t group, float clip, int8_t* q, float* scale, int32_t* zero) {
-  kAvx512Vnni.quantize(u, n, bits, group, clip, q, scale, zero);
+void quantize(const float* u, int64_t n, int bits, int64_t group, int64_t segment, float clip, int8_t* q, float* scale,
+              int32_t* start) {
+  kAvx512Vnni.quantize(u, n, bits, group, segment, clip, q, scale, start);
 }
 void prepare_tokens(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
   kAvx512Vnni.prepare(p, x, row, rows);

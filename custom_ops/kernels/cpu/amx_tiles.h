@@ -17,7 +17,6 @@ constexpr int64_t kLeastRows = 32;     // of short segments: with fewer, VNNI is
 constexpr int64_t kRun = 1024;         // features at a time: a panel's and a tile of tokens' fit the L1 cache
 constexpr int64_t kWidest = 64, kLeastWidth = 32;  // of a tile of factors, in features
 constexpr int64_t kLong = 256;         // a segment from here on keeps four tiles of sums busy
-constexpr int64_t kStepWords = 2 * kTile;  // of a tile and segment: 16 scales, then 16 zeros
 
 template <int C>
 struct alignas(64) Sums {  // of C tiles side by side
@@ -31,7 +30,6 @@ struct alignas(64) Products {
 struct Panel {
   alignas(64) int8_t weights[kRun * kTile];
   alignas(64) float scales[kRun / kLeastWidth][kTile];
-  alignas(64) int32_t row_sums[kRun / kLeastWidth][kTile];
 };
 
 // Features of a tile of factors: whole tiles make up a segment.
@@ -76,19 +74,8 @@ void configure(int64_t width) {
   _tile_loadconfig(&layout);
 }
 
-template <class T>
-__m512i load_sums(const void* row_sums, int64_t at, int64_t all) {
-  T spare[kTile];
-  const auto sums = Zmm::load_sums(whole<kTile>(static_cast<const T*>(row_sums), at, all, spare));
-  if constexpr (sizeof(T) == 2) {
-    return sums.lanes;
-  } else {
-    return sums;
-  }
-}
-
 // Weights get their sign here, so that −8 Σ a falls away.
-void unpack(const Problem& p, const Shape& shape, const Run& run, int64_t panel, bool centred, Panel& to) {
+void unpack(const Problem& p, const Shape& shape, const Run& run, int64_t panel, Panel& to) {
   const __m512i mask = _mm512_set1_epi8(15), offset = _mm512_set1_epi8(8);
   const uint8_t* from = p.qweight + (panel * shape.features + run.start) * (kPanel / 2);
   int8_t* weights = to.weights;
@@ -103,36 +90,16 @@ void unpack(const Problem& p, const Shape& shape, const Run& run, int64_t panel,
     const int64_t g = s * groups / shape.segments;
     _mm512_store_ps(to.scales[i], Zmm::half(whole<kTile>(p.scales, g * p.out_features + column,
                                                          groups * p.out_features, spare)));
-    if (centred) continue;
-    const auto load = p.wide_sums ? load_sums<int32_t> : load_sums<int16_t>;
-    _mm512_store_si512(to.row_sums[i], load(p.row_sums, s * p.out_features + column, shape.segments * p.out_features));
   }
-}
-
-// Where the zero-points are: in the activations already, or to be multiplied by sums of weights of 16 or 32 bits.
-enum class Zero { kCentred, kNarrow, kWide };
-
-// Σ (q − z) · q_w of one token, from Σ a · q_w.
-template <Zero Z>
-inline __attribute__((always_inline)) __m512i add_zero(const int32_t* products, const int32_t* row_sums, int32_t zero) {
-  const __m512i sum = _mm512_load_si512(products);
-  if constexpr (Z == Zero::kCentred) return sum;
-  const __m512i sums = _mm512_load_si512(row_sums), factor = _mm512_set1_epi32(zero);
-  if constexpr (Z == Zero::kNarrow) return _mm512_dpwssd_epi32(sum, sums, factor);
-  return _mm512_add_epi32(sum, _mm512_mullo_epi32(sums, factor));
 }
 
 // sums += s · scales · products, in the vectors' order of operations.
-template <Zero Z>
-inline __attribute__((always_inline)) void fold(const Products& products, const int32_t* step, const Panel& panel,
+inline __attribute__((always_inline)) void fold(const Products& products, const float* step, const Panel& panel,
                                                 int64_t segment, __m512 (&sums)[kTile]) {
   const __m512 scales = _mm512_load_ps(panel.scales[segment]);
 #pragma GCC unroll 16
-  for (int t = 0; t < kTile; ++t) {
-    const __m512i sum = add_zero<Z>(products.rows[t], panel.row_sums[segment], step[kTile + t]);
-    const __m512 scale = _mm512_castsi512_ps(_mm512_set1_epi32(step[t]));
-    sums[t] = Zmm::fma(scale * scales, Zmm::to_float(sum), sums[t]);
-  }
+  for (int t = 0; t < kTile; ++t)
+    sums[t] = Zmm::fma(Zmm::splat(step[t]) * scales, Zmm::to_float(_mm512_load_si512(products.rows[t])), sums[t]);
 }
 
 template <int C>
@@ -159,18 +126,18 @@ inline __attribute__((always_inline)) void multiply_segment(const int8_t* a, con
 }
 
 // A tile's short segments: its sums stay in registers, and a segment is multiplied while the last one is folded.
-template <Zero Z, int C>
-void add_short(const Shape& shape, const Run& run, const int8_t* a, const int32_t* steps, const Panel& panel, int c,
+template <int C>
+void add_short(const Shape& shape, const Run& run, const int8_t* a, const float* steps, const Panel& panel, int c,
                Sums<C>& total) {
   Products products[2];
   __m512 sums[kTile];
   load(total, c, sums);
   const int64_t count = (run.end - run.start) / shape.segment, bytes = shape.segment * kTile;
   multiply_segment(a, panel.weights, shape, products[0]);
-  for (int64_t i = 0; i < count; ++i, steps += kStepWords) {
+  for (int64_t i = 0; i < count; ++i, steps += kTile) {
     if (i + 1 < count)
       multiply_segment(a + (i + 1) * bytes, panel.weights + (i + 1) * bytes, shape, products[(i + 1) % 2]);
-    fold<Z>(products[i % 2], steps, panel, i, sums);
+    fold(products[i % 2], steps, panel, i, sums);
   }
   store(sums, c, total);
 }

@@ -67,9 +67,9 @@ SPECQUANT_EXPORT const char* specquant_attend(const specquant::Attention* attent
   return nullptr;
 }
 
-// One row: u float32 [n] → q int8 [n] (less 128 where bits is 8), scale and zero_point [n / group, or 1].
+// One row: u float32 [n] → levels less their zero-point int8 [n], scale [n / group, or 1].
 SPECQUANT_EXPORT const char* specquant_quantize(const float* u, int64_t n, int32_t bits, int64_t group, float clip,
-                                                int8_t* q, float* scale, int32_t* zero_point, const char* isa) {
+                                                int8_t* levels, float* scale, const char* isa) {
   const specquant::Kernels* kernels = specquant::select(isa, message, sizeof message);
   if (!kernels) return message;
   if (bits < 2 || bits > 8) return "bits must be 2 to 8";
@@ -78,11 +78,12 @@ SPECQUANT_EXPORT const char* specquant_quantize(const float* u, int64_t n, int32
     return "group must be 0, or a divisor of n that 8 divides";
   const int64_t padded = specquant::round_up(n, specquant::kBlock);
   const std::unique_ptr<float[]> values(new (std::nothrow) float[size_t(padded)]());
-  const std::unique_ptr<int8_t[]> levels(new (std::nothrow) int8_t[size_t(padded)]);
-  if (!values || !levels) return "there is no memory for the row";
+  const std::unique_ptr<int8_t[]> whole(new (std::nothrow) int8_t[size_t(padded)]);
+  const std::unique_ptr<int32_t[]> starts(new (std::nothrow) int32_t[size_t(group ? n / group : 1)]);
+  if (!values || !whole || !starts) return "there is no memory for the row";
   std::memcpy(values.get(), u, size_t(n) * sizeof(float));
-  kernels->quantize(values.get(), n, bits, group, clip, levels.get(), scale, zero_point);
-  std::memcpy(q, levels.get(), size_t(n));
+  kernels->quantize(values.get(), n, bits, group, group ? group : n, clip, whole.get(), scale, starts.get());
+  std::memcpy(levels, whole.get(), size_t(n));
   return nullptr;
 }
 

@@ -1,5 +1,6 @@
 // One op call: checks, the scratch, and how the work is cut into tasks. Needs no instruction set.
 #include <algorithm>
+#include <cstring>
 
 #include "half.h"
 #include "steps.h"
@@ -45,9 +46,7 @@ Activations lay_out(const Problem& p, char* base, char** end) {
   x.low = arena.take<float>(rows * x.columns);
   x.a = arena.take<int8_t>(rows * x.features);
   x.scale = arena.take<float>(rows * x.segments);
-  x.zero = arena.take<int32_t>(rows * x.segments);
   x.start = arena.take<int32_t>(rows * x.segments);
-  x.centred = p.act_bits < 8;
   const int64_t whole_tiles = rows < kWidestTile ? rows : round_up(rows, kWidestTile);
   x.tiles = arena.take<int8_t>(whole_tiles * x.features);
   x.steps = arena.take<Step>(whole_tiles * x.segments);
@@ -117,16 +116,14 @@ void store_low(const Problem& p, const Activations& x, int64_t rows) {
 }  // namespace
 
 void interleave(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
-  const int64_t blocks = round_up(p.in_features, kBlock) / kBlock / x.segments;  // in a segment
+  const int64_t blocks = round_up(p.in_features, kBlock) / kBlock;
   for (int64_t t = 0; t < rows; ++t) {
     const int8_t* a = x.a + (row + t) * x.features;
     int8_t* to = x.tiles + row * x.features + t * kBlock;
+    for (int64_t k = 0; k < blocks; ++k) std::memcpy(to + k * rows * kBlock, a + k * kBlock, kBlock);
     for (int64_t s = 0; s < x.segments; ++s) {
       const int64_t at = (row + t) * x.segments + s;
-      const int32_t zero = x.zero[at], moved = x.centred ? zero : 0;
-      for (int64_t k = 0; k < blocks; ++k, a += kBlock, to += rows * kBlock)
-        for (int64_t i = 0; i < kBlock; ++i) to[i] = int8_t(a[i] + moved);
-      x.steps[s * x.rows + row + t] = {x.scale[at], zero - moved, x.start[at] - moved * int32_t(8 * kBlock * blocks)};
+      x.steps[s * x.rows + row + t] = {x.scale[at], x.start[at]};
     }
   }
 }
@@ -137,7 +134,7 @@ int64_t segment_length(const Problem& p) {
 }
 
 const char* check(const Problem& p) {
-  // Σ w·a, 8 Σ a and z · row_sums are at most 15·128·N, 8·128·N and 8·128·N: 3968 · 2^19 < 2^31.
+  // Σ w·a and 8 Σ a are at most 15·127·N and 8·127·N: 2921 · 2^19 < 2^31.
   if (p.in_features < 1 || p.in_features > kMostFeatures) return "in-features must be 1 to 524288";
   if (p.out_features < 1 || p.out_features > kMostOutputs) return "out-features must be 1 to 2^31";
   if (p.tokens < 0 || p.tokens > kMostOutputs) return "the number of tokens must be 0 to 2^31";

@@ -98,12 +98,6 @@ struct Neon {
   }
   static Activation activation(const int8_t* a) { return vld1_s8(a); }
   static I widen(int16x8_t value) { return {vmovl_s16(vget_low_s16(value)), vmovl_high_s16(value)}; }
-  static I load_sums(const int16_t* from) { return widen(vld1q_s16(from)); }
-  static I load_sums(const int32_t* from) { return {vld1q_s32(from), vld1q_s32(from + 4)}; }
-  static I start(int32_t start, I sums, int32_t zero) {
-    const int32x4_t first = vdupq_n_s32(start);
-    return {vmlaq_n_s32(first, sums.low, zero), vmlaq_n_s32(first, sums.high, zero)};
-  }
   static F lowest_nibble(I packed) {
     const int32x4_t mask = vdupq_n_s32(15), middle = vdupq_n_s32(8);
     return to_float({vsubq_s32(vandq_s32(packed.low, mask), middle), vsubq_s32(vandq_s32(packed.high, mask), middle)});
@@ -114,7 +108,7 @@ struct Neon {
   static I gather(const uint8_t* from, int64_t stride) {
     int32_t lanes[W];
     for (int i = 0; i < W; ++i) std::memcpy(lanes + i, from + i * stride, sizeof(int32_t));
-    return load_sums(lanes);
+    return {vld1q_s32(lanes), vld1q_s32(lanes + 4)};
   }
   static I bytes(const uint8_t* from) { return widen(vreinterpretq_s16_u16(vmovl_u8(vld1_u8(from)))); }
   // The float16 in the low and in the high half of each lane.

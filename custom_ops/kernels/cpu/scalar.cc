@@ -73,14 +73,6 @@ struct Portable {
     for (int j = 0; j < 4; ++j) sum += (w >> (8 * j) & 15) * a[j] + (w >> (8 * j + 4) & 15) * a[j + 4];
     return sum;
   }
-  typedef uint32_t Wrapping __attribute__((vector_size(32)));  // row_sums come from a file, and may hold anything
-  template <class Sum>
-  static Wrapping load_sums(const Sum* from) {
-    Wrapping value;
-    for (int i = 0; i < W; ++i) value[i] = uint32_t(from[i]);
-    return value;
-  }
-  static I start(int32_t start, Wrapping sums, int32_t zero) { return I(sums * uint32_t(zero) + uint32_t(start)); }
   static F lowest_nibble(I packed) { return to_float((packed & 15) - 8); }
   static I next_nibble(I packed) { return packed >> 4; }
 

@@ -19,7 +19,7 @@ static inline int64_t round_up(int64_t value, int64_t multiple) {
 // What one segment of a token's activations brings to the product besides the sum of products.
 struct Step {
   float scale;
-  int32_t zero, start;
+  int32_t start;
 };
 
 // The prepared activations of a run of tokens. Rows are indexed from `first_token` of the problem.
@@ -30,12 +30,10 @@ struct Activations {
   int64_t segments;  // row stride of the three below
   float* u;          // what is multiplied by the INT4 weights; zeros from N on
   float* low;        // x · B[:, :rank]; zeros from rank on
-  int8_t* a;         // quantised u, less 128 where it has 8 bits
+  int8_t* a;         // quantised u: levels less their zero-point
   float* scale;      // per segment; NaN where the group holds a NaN or an infinity
-  int32_t* zero;     // −z per segment, z in the units of a
   int32_t* start;    // −8 Σ a per segment: what the weights' offset of 8 has to be paid back
   // The same once more, as tiles read it: what several tokens need at once lies together.
-  bool centred;      // zero is 0 everywhere: it has been added to a, which still fits a byte
   int64_t rows;      // that are there
   // Filled by Kernels::arrange, here as `interleave` does.
   int8_t* tiles;     // [rows / kTileTokens, blocks of features, tokens, kBlock]
@@ -61,11 +59,10 @@ constexpr int64_t kMostTileRows = 12;
 struct Kernels {
   const char* name;
   bool (*supported)();
-  // q int8 [N] (offset as in Activations::a), scale and zero_point [N / group, or 1] of one row, whose levels span
-  // `clip` of every group's range. u is readable,
-  // and q writable, up to a multiple of 8, where u holds zeros.
-  void (*quantize)(const float* u, int64_t n, int bits, int64_t group, float clip, int8_t* q, float* scale,
-                   int32_t* zero_point);
+  // q int8 [N], levels less their zero-point, scale [N / group, or 1] and start [N / segment] of one row, whose levels
+  // span `clip` of every group's range. u is readable, and q writable, up to a multiple of 8, where u holds zeros.
+  void (*quantize)(const float* u, int64_t n, int bits, int64_t group, int64_t segment, float clip, int8_t* q,
+                   float* scale, int32_t* start);
   // Rows [row, row + rows) of the activations, from x.
   void (*prepare)(const Problem& problem, const Activations& activations, int64_t row, int64_t rows);
   // Those rows, at most kTileTokens and all of them prepared, as `multiply` reads them: `interleave`, or its own way.

@@ -45,21 +45,6 @@ void weight_streams(const Problem& p, int64_t column, const uint8_t* (&streams)[
   }
 }
 
-// acc = −8 Σ a − z · row_sums for segment s: what the products of stored nibbles, q_w + 8, are added to.
-template <class V, class Sum, int T, int C>
-inline __attribute__((always_inline)) void start_integer(const Problem& p, const Activations& x, const Step* steps,
-                                                         int64_t column, int64_t s, typename V::I (&acc)[T][C]) {
-  Sum spare[C * V::W];
-  const Sum* row_sums = whole<C * V::W>(static_cast<const Sum*>(p.row_sums), s * p.out_features + column,
-                                        x.segments * p.out_features, spare);
-#pragma GCC unroll 8
-  for (int v = 0; v < C; ++v) {
-    const auto sums = V::load_sums(row_sums + v * V::W);
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) acc[t][v] = V::start(steps[t].start, sums, steps[t].zero);
-  }
-}
-
 // Whether V multiplies two tokens at once (dot_pair), whose sums lie in another order meanwhile (pair, unpair).
 template <class V, class = void>
 struct InPairs : std::false_type {};
@@ -91,11 +76,62 @@ inline __attribute__((always_inline)) void add_block(const uint8_t* (&weights)[C
   }
 }
 
+// Whether V adds the products of some blocks as int16 before they are widened (kShorts).
+template <class V, class = void>
+struct InShorts : std::false_type {};
+template <class V>
+struct InShorts<V, std::void_t<decltype(V::kShorts)>> : std::true_type {};
+
+// Blocks whose products int16 holds: 2 · 15 · 128 for each half of a block, eight times below 2^15.
+constexpr int64_t kShortBlocks = 4;
+
+// Bytes of weights that one token asks for before it needs them: the hardware alone does not keep up with it.
+constexpr int64_t kAhead = 1024;
+
+// acc += Σ nibble · a over B ≤ kShortBlocks blocks. One half of the nibbles at a time: everything stays in registers.
+template <class V, int T, int C, int B>
+inline __attribute__((always_inline)) void add_short_blocks(const uint8_t* (&weights)[C], const int8_t* a,
+                                                            int64_t stride, typename V::I (&acc)[T][C]) {
+  typename V::I shorts[T][C];
+#pragma GCC unroll 8
+  for (int i = 0; i < T * C; ++i) shorts[i / C][i % C] = V::splat_int(0);
+#pragma GCC unroll 4
+  for (int k = 0; k < B; ++k) {
+    if constexpr (T == 1)
+      for (int v = 0; v < C; v += 64 / (4 * V::W)) __builtin_prefetch(weights[v] + k * kPanel * 4 + kAhead);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      typename V::I nibbles[C];
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v) nibbles[v] = V::nibbles(weights[v] + k * kPanel * 4, half);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const auto four = V::four(a + k * stride + t * kBlock + 4 * half);
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) V::add_products(shorts[t][v], nibbles[v], four);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < C; ++v) {
+    weights[v] += B * kPanel * 4;
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) acc[t][v] = V::add(acc[t][v], V::widen(shorts[t][v]));
+  }
+}
+
 // acc += Σ nibble · a over `blocks` blocks, `stride` bytes of activations apart. Few sums are kept twice, for every
 // other block: the multipliers would wait for one chain of them.
 template <class V, int T, int C>
 inline __attribute__((always_inline)) void add_blocks(const uint8_t* (&weights)[C], const int8_t* a, int64_t stride,
                                                       int64_t blocks, typename V::I (&acc)[T][C]) {
+  if constexpr (InShorts<V>::value) {
+    int64_t k = 0;
+    for (; k + kShortBlocks <= blocks; k += kShortBlocks, a += kShortBlocks * stride)
+      add_short_blocks<V, T, C, kShortBlocks>(weights, a, stride, acc);
+    for (; k < blocks; ++k, a += stride) add_short_blocks<V, T, C, 1>(weights, a, stride, acc);
+    return;
+  }
   constexpr bool pairs = InPairs<V>::value && T % 2 == 0;
   if constexpr (pairs)
     for (int t = 0; t < T; t += 2)
@@ -118,7 +154,7 @@ inline __attribute__((always_inline)) void add_blocks(const uint8_t* (&weights)[
       for (int v = 0; v < C; ++v) V::unpair(acc[t][v], acc[t + 1][v]);
 }
 
-// sums += Σ_segments s · scales[g] · acc, acc = Σ (q − z) · q_w exactly, because check() bounds N.
+// sums += Σ_segments s · scales[g] · acc, acc = Σ a · q_w exactly, because check() bounds N.
 template <class V, int T, int C>
 void add_integer(const Problem& p, const Activations& x, int64_t row, int64_t column, float* sums) {
   const uint8_t* weights[C];
@@ -131,16 +167,10 @@ void add_integer(const Problem& p, const Activations& x, int64_t row, int64_t co
   const Step* steps = x.steps + row;
   for (int64_t s = 0, g = 0, left = segments_in_group; s < x.segments; ++s) {
     typename V::I acc[T][C];
-    if (x.centred) {
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t)
+    for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
-        for (int v = 0; v < C; ++v) acc[t][v] = V::splat_int(steps[t].start);
-    } else if (p.wide_sums) {
-      start_integer<V, int32_t, T, C>(p, x, steps, column, s, acc);
-    } else {
-      start_integer<V, int16_t, T, C>(p, x, steps, column, s, acc);
-    }
+      for (int v = 0; v < C; ++v) acc[t][v] = V::splat_int(steps[t].start);
     add_blocks<V, T, C>(weights, a, stride, blocks, acc);
     uint16_t spare[C * V::W];
     const uint16_t* scales = whole<C * V::W>(p.scales, g * p.out_features + column, groups * p.out_features, spare);
@@ -256,22 +286,18 @@ void multiply_rows(const Problem& p, const Activations& x, int64_t row, int64_t 
   if constexpr (T > 1) multiply_rows<V, T / 2>(p, x, row, rows, panel, panels);
 }
 
-// Asks for the scales and sums of some panels: their rows lie too far apart for the hardware to see them coming.
-inline void touch(const Problem& p, const Activations& x, int64_t panel, int64_t panels) {
+// Asks for the scales of some panels: their rows lie too far apart for the hardware to see them coming.
+inline void touch(const Problem& p, int64_t panel, int64_t panels) {
   constexpr int64_t line = 32;  // elements of two bytes
   const int64_t first = panel * kPanel, end = std::min(first + panels * kPanel, p.out_features);
   const int64_t groups = p.group_size ? p.in_features / p.group_size : 1;
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t i = first; i < end; i += line) __builtin_prefetch(p.scales + g * p.out_features + i, 0, 2);
-  if (x.centred || p.wide_sums) return;
-  const auto* sums = static_cast<const int16_t*>(p.row_sums);
-  for (int64_t s = 0; s < x.segments; ++s)
-    for (int64_t i = first; i < end; i += line) __builtin_prefetch(sums + s * p.out_features + i, 0, 2);
 }
 
 template <class V>
 void multiply(const Problem& p, const Activations& x, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
-  if (rows == 1 && p.qweight && p.act_bits < 16 && short_panels(p)) touch(p, x, panel, panels);
+  if (rows == 1 && p.qweight && p.act_bits < 16 && short_panels(p)) touch(p, panel, panels);
   multiply_rows<V, V::kTokens>(p, x, row, rows, panel, panels);
 }
 

@@ -10,13 +10,13 @@
 namespace specquant {
 namespace {
 
+// Levels less their zero-point, which fits a byte (docs/ops.md), with a scale per group and −8 Σ of every segment.
 template <class E>
-void quantize_row(const float* u, int64_t n, int bits, int64_t group, float clip, int8_t* q, float* scale,
-                  int32_t* zero_point) {
+void quantize_row(const float* u, int64_t n, int bits, int64_t group, int64_t segment, float clip, int8_t* q,
+                  float* scale, int32_t* start) {
   using F = typename E::F;
   const int64_t length = group ? group : n;
-  const float qmax = float((1 << bits) - 1);
-  const float offset = bits == 8 ? 128.0f : 0.0f;  // 0..255 does not fit a signed byte
+  const float qmax = bits == 8 ? 254.0f : float((1 << bits) - 1);
   for (int64_t g = 0; g * length < n; ++g) {
     const float* values = u + g * length;
     F low = E::splat(0.0f), high = E::splat(0.0f), poison = E::splat(0.0f);
@@ -26,18 +26,28 @@ void quantize_row(const float* u, int64_t n, int bits, int64_t group, float clip
       high = E::max(high, value);
       poison = poison + (value - value);  // 0 if finite, else NaN
     }
-    const float lo = clip * E::smallest(low), range = clip * E::largest(high) - lo;
+    float lo = clip * E::smallest(low), hi = clip * E::largest(high);
+    if (bits == 8) lo = -(hi = hi > -lo ? hi : -lo);
+    const float range = hi - lo;
     const bool finite = !E::any_nan(poison) && range <= 3.402823466e38f;
     const bool used = finite && range >= 1e-30f;
     const float inverse = used ? qmax / range : 0.0f;
     const float zero = used ? __builtin_rintf(-lo * inverse) : 0.0f;
     scale[g] = finite ? (used ? range / qmax : 0.0f) : __builtin_nanf("");
-    zero_point[g] = int32_t(zero);
-    for (int64_t i = 0; i < length; i += 8) {
-      // A multiplication by `used` would keep NaN, so unused groups get their zeros here.
-      const F value = used ? E::load(values + i) : E::splat(0.0f);
-      const F level = E::round(value * E::splat(inverse)) + E::splat(zero);
-      E::store_int8(q + g * length + i, E::min(E::max(level, E::splat(0.0f)), E::splat(qmax)) - E::splat(offset));
+    for (int64_t from = 0; from < length; from += segment) {
+      F sum = E::splat(0.0f);
+      for (int64_t i = from; i < from + segment; i += 8) {
+        // A multiplication by `used` would keep NaN, so unused groups get their zeros here.
+        const F value = used ? E::load(values + i) : E::splat(0.0f);
+        const F level = E::min(E::max(E::round(value * E::splat(inverse)), E::splat(-zero)), E::splat(qmax - zero));
+        E::store_int8(q + g * length + i, level);
+        sum = sum + level;
+      }
+      float lanes[8];  // whole numbers below 2^24, which all of them together may pass
+      E::store(lanes, sum);
+      int32_t total = 0;
+      for (const float lane : lanes) total += int32_t(lane);
+      *start++ = -8 * total;
     }
   }
 }
@@ -127,26 +137,14 @@ void subtract_branch(const Problem& p, const Activations& x, int64_t row) {
   }
 }
 
-// What the integer product needs of one quantised row: per segment scale, −z and −8 Σ a.
+// What the integer product needs of one row: levels, and per segment scale and −8 Σ a.
 template <class E>
 void quantize_for_product(const Problem& p, const Activations& x, int64_t row) {
-  int8_t* a = x.a + row * x.features;
   float* scale = x.scale + row * x.segments;
-  int32_t* zero = x.zero + row * x.segments;
-  quantize_row<E>(x.u + row * x.features, p.in_features, p.act_bits, p.act_group, p.act_clip, a, scale, zero);
+  quantize_row<E>(x.u + row * x.features, p.in_features, p.act_bits, p.act_group, segment_length(p), p.act_clip,
+                  x.a + row * x.features, scale, x.start + row * x.segments);
   const int64_t groups = p.act_group ? p.in_features / p.act_group : 1;
-  const int64_t segment = round_up(segment_length(p), kBlock);
-  const int32_t offset = p.act_bits == 8 ? 128 : 0;
-  for (int64_t s = x.segments - 1; s >= 0; --s) {  // backwards: groups spread over their segments in place
-    const int64_t g = s * groups / x.segments;
-    scale[s] = scale[g];
-    zero[s] = offset - zero[g];
-  }
-  for (int64_t s = 0; s < x.segments; ++s) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < segment; ++i) sum += a[s * segment + i];
-    x.start[row * x.segments + s] = -8 * sum;
-  }
+  for (int64_t s = x.segments - 1; s >= 0; --s) scale[s] = scale[s * groups / x.segments];  // backwards: in place
 }
 
 template <class E>

@@ -82,20 +82,6 @@ struct Ymm {
     const auto* four = reinterpret_cast<const FourBytes*>(a);
     return {splat_int(four[0]), splat_int(four[1])};
   }
-  struct Narrow {
-    I lanes;
-  };
-  static Narrow load_sums(const int16_t* from) {
-    return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
-  }
-  static I load_sums(const int32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
-  // start + sums · zero. As pairs of int16: zero's upper half meets the 0 above the sum.
-  static I start(int32_t start, Narrow sums, int32_t zero) {
-    return _mm256_add_epi32(splat_int(start), _mm256_madd_epi16(sums.lanes, splat_int(zero)));
-  }
-  static I start(int32_t start, I sums, int32_t zero) {
-    return _mm256_add_epi32(splat_int(start), _mm256_mullo_epi32(sums, splat_int(zero)));
-  }
   static F lowest_nibble(I packed) {
     return to_float(_mm256_sub_epi32(_mm256_and_si256(packed, splat_int(15)), splat_int(8)));
   }

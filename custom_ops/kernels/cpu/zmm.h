@@ -52,20 +52,6 @@ struct Zmm {
     __asm__("vpdpbusd %1, %2, %0" : "+v"(sum) : "v"(a.high), "v"(w.high));
     return sum;
   }
-  struct Narrow {
-    I lanes;
-  };
-  static Narrow load_sums(const int16_t* from) {
-    return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
-  }
-  static I load_sums(const int32_t* from) { return _mm512_loadu_si512(from); }
-  // start + sums · zero. As pairs of int16: zero's upper half meets the 0 above the sum.
-  static I start(int32_t start, Narrow sums, int32_t zero) {
-    return _mm512_dpwssd_epi32(splat_int(start), sums.lanes, splat_int(zero));
-  }
-  static I start(int32_t start, I sums, int32_t zero) {
-    return _mm512_add_epi32(splat_int(start), _mm512_mullo_epi32(sums, splat_int(zero)));
-  }
   // A table of 16 floats indexed by the lane's low 4 bits; the bits above are ignored.
   static F lowest_nibble(I packed) {
     return _mm512_permutexvar_ps(packed, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));

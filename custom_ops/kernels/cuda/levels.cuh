@@ -11,11 +11,15 @@ constexpr float kMagic = 12582912.0f;
 struct Quantizer {
   float inverse, zero, scale, qmax;
 
-  // From the smallest and largest value, 0 included; NaN if one of them was.
+  // From the smallest and largest value, 0 included; NaN if one of them was. 8 bits are symmetric.
   __device__ __forceinline__ Quantizer(float lowest, float highest, float clip, int bits)
-      : qmax(static_cast<float>((1 << bits) - 1)) {
-    const float low = __fmul_rn(clip, lowest);
-    const float range = __fsub_rn(__fmul_rn(clip, highest), low);
+      : qmax(bits == 8 ? 254.0f : static_cast<float>((1 << bits) - 1)) {
+    float low = __fmul_rn(clip, lowest), high = __fmul_rn(clip, highest);
+    if (bits == 8) {
+      high = high > -low || high != high ? high : -low;  // a NaN stays
+      low = -high;
+    }
+    const float range = __fsub_rn(high, low);
     const bool finite = range <= 3.402823466e38f;
     const bool used = finite && range >= 1e-30f;
     inverse = used ? __fdiv_rn(qmax, range) : 0.0f;
