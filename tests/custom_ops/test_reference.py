@@ -21,7 +21,7 @@ GROUPS = [(0, 0), (8, 8), (0, 16), (16, 0), (8, 24), (24, 8)]
 
 
 def quantised_by_hand(group: list[np.float32], bits: int) -> tuple[list[int], np.float32, int]:
-    """Levels, scale and zero-point of one group: Eq. 1, with Python's round, which is half to even; 8 bits symmetric."""
+    """Levels, scale and zero-point of one group: Eq. 1, with Python's round, half to even; 8 bits are symmetric."""
     zero, qmax = np.float32(0), np.float32(254 if bits == 8 else 2**bits - 1)
     lo, hi = min(zero, *group), max(zero, *group)
     if bits == 8:
