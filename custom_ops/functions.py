@@ -9,7 +9,7 @@ from __future__ import annotations
 from onnx import FunctionProto, parser
 
 from specquant.custom_ops.functions_attention import INT4_KV_ATTENTION
-from specquant.custom_ops.schema import DOMAIN, OPS, VERSION
+from specquant.custom_ops.schema import DOMAIN, OPS, PROLOGUES, VERSION
 
 OPSET = 23  # the first with RMSNormalization, which the graph uses
 
@@ -34,7 +34,53 @@ _SPECTRAL_BRANCH = """
 }
 """
 
-# x H: a product with the Hadamard matrix, which is made of its definition, H[i, j] = (−1)^popcount(i & j) / √block, and
+# x̂ (docs/ops.md). A shape is inferred of branches that are not taken, too: both halves are as long, whatever x is.
+_GATED = """
+    is_#NAME = Equal (prologue, of_#NAME)
+    x_#NAME = If (is_#NAME) <
+        then_branch = gate_by_#NAME () => (#NAME_gated) {
+            #NAME_axis = Constant <value_ints = [-1]> ()
+            #NAME_start = Constant <value_ints = [0]> ()
+            #NAME_two = Constant <value_ints = [2]> ()
+            #NAME_width = Shape <start = -1> (x_float)
+            #NAME_half = Div (#NAME_width, #NAME_two)
+            #NAME_end = Mul (#NAME_half, #NAME_two)
+            #NAME_gate = Slice (x_float, #NAME_start, #NAME_half, #NAME_axis)
+            #NAME_up = Slice (x_float, #NAME_half, #NAME_end, #NAME_axis)
+            #ACTIVATION
+            #NAME_gated = Mul (#NAME_active, #NAME_up)
+        },
+        else_branch = not_#NAME () => (not_by_#NAME) { not_by_#NAME = Identity (#BEFORE) }
+    >
+"""
+_SILU = """silu_sigmoid = Sigmoid (silu_gate)
+            silu_active = Mul (silu_gate, silu_sigmoid)"""
+_GELU = 'gelu_active = Gelu <approximate = "tanh"> (gelu_gate)'
+
+
+def _gated(name: str, activation: str, before: str) -> str:
+    return _GATED.replace("#NAME", name).replace("#ACTIVATION", activation).replace("#BEFORE", before)
+
+
+_PROLOGUE = f"""
+    x_float = Cast <to = 1> (x)
+    prologue = Constant <value_int: int = @prologue> ()
+    of_norm = Constant <value_int = {PROLOGUES.index("rms_norm")}> ()
+    of_silu = Constant <value_int = {PROLOGUES.index("silu_gate")}> ()
+    of_gelu = Constant <value_int = {PROLOGUES.index("gelu_gate")}> ()
+    is_norm = Equal (prologue, of_norm)
+    x_norm = If (is_norm) <
+        then_branch = norm_x () => (normed) {{
+            normed = RMSNormalization <axis = -1, epsilon: float = @epsilon> (x_float, norm)
+        }},
+        else_branch = no_norm () => (not_normed) {{ not_normed = Identity (x_float) }}
+    >
+{_gated("silu", _SILU, "x_norm")}
+{_gated("gelu", _GELU, "x_silu")}
+    x_hat = Identity (x_gelu)
+"""
+
+# x̂ H: a product with the Hadamard matrix, which is made of its definition, H[i, j] = (−1)^popcount(i & j) / √block, and
 # folded when a session is created. Shapes are inferred of the branch that is not taken, too: hence at least 1.
 _ROTATED = """
     block = Constant <value_int: int = @hadamard> ()
@@ -68,17 +114,17 @@ _ROTATED = """
             h_plus = Reciprocal (h_root)
             h_minus = Neg (h_plus)
             h_matrix = Where (h_odd, h_minus, h_plus)
-            h_tokens = Flatten <axis = -1> (x_float)
+            h_tokens = Flatten <axis = -1> (x_hat)
             h_rest = Constant <value_ints = [0, -1]> ()
             h_first = Constant <value_ints = [0]> ()
             h_last = Unsqueeze (h_block, h_first)
             h_shape = Concat <axis = 0> (h_rest, h_last)
             h_blocks = Reshape (h_tokens, h_shape)
             h_product = MatMul (h_blocks, h_matrix)
-            h_x_shape = Shape (x_float)
+            h_x_shape = Shape (x_hat)
             turned = Reshape (h_product, h_x_shape)
         },
-        else_branch = leave () => (left) { left = Identity (x_float) }
+        else_branch = leave () => (left) { left = Identity (x_hat) }
     >
 """
 
@@ -91,7 +137,7 @@ _ROTATED = """
 # a NaN or an infinity needs no care: one of inv, s and the rounded value is NaN or infinite too, and reaches y as NaN.
 _INT4_RESIDUAL_MATMUL = """
 {
-    x_float = Cast <to = 1> (x)
+#PROLOGUE
 #ROTATED
     u = Identity (x_rotated)
     m = Shape <start = 1> (scales)
@@ -187,7 +233,7 @@ _INT4_RESIDUAL_MATMUL = """
     padded = If (in_whole_blocks) <
         then_branch = whole () => (same) { same = Identity (input) },
         else_branch = pad () => (longer) {
-            n = Shape <start = -1> (x)
+            n = Shape <start = -1> (u)
             rows = Shape <end = 1> (weight)
             missing = Sub (rows, n)
             pads = Concat <axis = 0> (zero, missing)
@@ -196,14 +242,16 @@ _INT4_RESIDUAL_MATMUL = """
         }
     >
     product = MatMul (padded, weight)
-    y32 = Add (product, bias)
+    biased = Add (product, bias)
+    residual32 = Cast <to = 1> (residual)
+    y32 = Add (biased, residual32)
     y = CastLike (y32, x)
 }
 """
 
 _SPECQUANT_MATMUL = """
 {
-    x_float = Cast <to = 1> (x)
+#PROLOGUE
 #ROTATED
     x32 = Identity (x_rotated)
     branch, low = specquant.SpectralBranch (x32, basis, coef, rank)
@@ -218,11 +266,14 @@ _SPECQUANT_MATMUL = """
         },
         else_branch = keep () => (kept) { kept = Identity (x32) }
     >
-    residual = specquant.Int4ResidualMatMul
+    absent = Constant <value_floats = [0.0]> ()
+    product = specquant.Int4ResidualMatMul
         <group_size: int = @group_size, act_bits: int = @act_bits, act_group: int = @act_group,
          act_clip: float = @act_clip>
-        (u, qweight, scales, row_sums, bias)
-    y32 = Add (branch, residual)
+        (u, qweight, scales, row_sums, bias, absent, absent)
+    sum = Add (branch, product)
+    residual32 = Cast <to = 1> (residual)
+    y32 = Add (sum, residual32)
     y = CastLike (y32, x)
 }
 """
@@ -248,7 +299,7 @@ def _function(name: str) -> FunctionProto:
     inputs, outputs = (", ".join(tensor.name for tensor in tensors) for tensors in (op.inputs, op.outputs))
     header = f'<opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}], domain: "{DOMAIN}">'
     signature = f"{name} {f'<{attributes}>' if attributes else ''} ({inputs}) => ({outputs})"
-    body = _BODIES[name].replace("#ROTATED", _ROTATED)
+    body = _BODIES[name].replace("#PROLOGUE", _PROLOGUE).replace("#ROTATED", _ROTATED)
     function: FunctionProto = parser.parse_function(f"{header}\n{signature}\n{body}")
     function.doc_string = op.doc
     return function

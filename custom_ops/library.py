@@ -19,15 +19,16 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
+from specquant.custom_ops.schema import GATES
 
-ABI = 4  # kAbi of kernels/cpu/kernels.h
+ABI = 5  # kAbi of kernels/cpu/kernels.h
 ORT_MINIMUM = (1, 20)
 FILE = "libspecquant_cpu.so"
 REBUILD = "run `pip install --force-reinstall .` (it needs g++)"
 
-_POINTERS = ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias", "y", "low")
+_POINTERS = ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias", "norm", "residual", "y", "low")
 _SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group", "hadamard")
-_FLAGS = ("act_bits", "subtract", "half", "wide_sums")
+_FLAGS = ("act_bits", "subtract", "half", "wide_sums", "prologue")
 
 
 class _Problem(ctypes.Structure):
@@ -36,7 +37,7 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_int64) for name in _SIZES]
         + [(name, ctypes.c_int32) for name in _FLAGS]
-        + [("act_clip", ctypes.c_float)]
+        + [(name, ctypes.c_float) for name in ("act_clip", "epsilon")]
         + [(name, ctypes.c_void_p) for name in _POINTERS]
     )
 
@@ -195,9 +196,15 @@ def specquant_matmul(
     act_clip: float = 1.0,
     hadamard: int = 0,
     subtract: int = 0,
+    prologue: int = 0,
+    epsilon: float = 1e-5,
+    norm: NDArray[np.float32] | None = None,
+    residual: NDArray[Any] | None = None,
     isa: str | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """y and low of x [T, N] (float32 or float16) by the kernels, on one thread; shapes as in docs/ops.md.
+    """y and low of x [T, N], or [T, 2N] with a gate (float32 or float16), by the kernels, on one thread.
+
+    Shapes as in docs/ops.md, but that norm and residual are None where unused.
 
     Without qweight this is `SpectralBranch`, without basis `Int4ResidualMatMul` (then low is None), else
     `SpecQuantMatMul`. rank None: all columns; isa None: the fastest. Raises SpecQuantError if sizes disagree.
@@ -207,7 +214,10 @@ def specquant_matmul(
     source = scales if scales is not None else coef
     if source is None or source.ndim != 2:
         raise SpecQuantError("there are neither scales nor coef; give weights, a branch or both")
-    (tokens, n), m, r = x.shape, source.shape[1], 0 if basis is None else basis.shape[1]
+    (tokens, width), m, r = x.shape, source.shape[1], 0 if basis is None else basis.shape[1]
+    n = width // 2 if prologue in GATES else width
+    if prologue in GATES and width % 2:
+        raise SpecQuantError(f"x has {width} features; a gate and what it gates are two halves")
     wide = row_sums is not None and row_sums.dtype == np.int32
     segment = segment_length(n, group_size, act_group)
     y = np.empty((tokens, m), x.dtype)
@@ -220,11 +230,14 @@ def specquant_matmul(
         operand("scales", scales, (n // (group_size or n), m), np.float16),
         operand("row_sums", row_sums, (n // segment, m), np.int32 if wide else np.int16),
         operand("bias", bias, (m,), np.float32),
+        operand("norm", norm, (n,), np.float32),
+        operand("residual", residual, (tokens, m), x.dtype.type),
         y,
         low,
     )
     sizes = (tokens, n, m, r, r if rank is None else rank, group_size, act_group, hadamard)
-    problem = _Problem(*sizes, act_bits, subtract, x.dtype == np.float16, wide, act_clip, *map(address, operands))
+    flags = (act_bits, subtract, x.dtype == np.float16, wide, prologue)
+    problem = _Problem(*sizes, *flags, act_clip, epsilon, *map(address, operands))
     error = loaded().specquant_run(ctypes.byref(problem), _encoded(isa))
     if error:
         raise SpecQuantError(error.decode())

@@ -10,7 +10,7 @@ from onnx import TensorProto, TensorShapeProto, TypeProto, defs, shape_inference
 from onnx.reference.op_run import OpRun
 
 from specquant.custom_ops import attention, reference
-from specquant.custom_ops.schema import DOMAIN, FLOAT, FLOAT_TYPES, OPS, VERSION, Op, Tensor
+from specquant.custom_ops.schema import DOMAIN, FLOAT, FLOAT_TYPES, GATES, OPS, VERSION, Op, Tensor
 
 Dims = list[TensorShapeProto.Dimension]
 
@@ -36,7 +36,10 @@ def reference_ops() -> list[type[OpRun]]:
 def _schema(op: Op) -> defs.OpSchema:
     def parameter(tensor: Tensor) -> defs.OpSchema.FormalParameter:
         kind = tensor.types[0] if tensor.types == (FLOAT,) else f"T_{tensor.name}"
-        return defs.OpSchema.FormalParameter(tensor.name, kind, tensor.doc)
+        option = defs.OpSchema.FormalParameterOption
+        return defs.OpSchema.FormalParameter(
+            tensor.name, kind, tensor.doc, param_option=option.Optional if tensor.optional else option.Single
+        )
 
     constraints: dict[str, tuple[str, ...]] = {FLOAT: FLOAT_TYPES}
     others = (tensor for tensor in (*op.inputs, *op.outputs) if tensor.types != (FLOAT,))
@@ -64,14 +67,19 @@ def _infer(op: Op, context: shape_inference.InferenceContext) -> None:
     """
     sizes: dict[str, TensorShapeProto.Dimension] = {}
     leading: Dims | None = None
-    for index, tensor in enumerate(op.inputs):
+    for index, tensor in enumerate(op.inputs[: context.get_num_inputs()]):
         kind = context.get_input_type(index)
         if kind is None or not kind.tensor_type.HasField("shape"):
             continue
         dims = list(kind.tensor_type.shape.dim)
         symbols = tensor.shape
+        if tensor.optional and [dim.dim_value for dim in dims] == [1]:  # a dummy
+            continue
         if symbols[:1] == ("...",):
-            symbols, leading, dims = symbols[1:], dims[:-1], dims[-1:]
+            leading = dims[:-1] if index == 0 else leading
+            symbols, dims = symbols[1:], dims[-1:]
+        if index == 0 and dims and _is_gated(op, context):
+            dims = [_half(dims[0])]
         if len(dims) != len(symbols):
             raise shape_inference.InferenceError(f"{op.name}: {tensor.name} has {len(dims)} axes, not {len(symbols)}")
         for symbol, dim in zip(symbols, dims, strict=True):
@@ -91,6 +99,20 @@ def _infer(op: Op, context: shape_inference.InferenceContext) -> None:
             dims = [sizes.get(symbol, unknown) for symbol in symbols]
             output.tensor_type.shape.dim.extend([*(leading or []), *dims])
         context.set_output_type(index, output)
+
+
+def _is_gated(op: Op, context: shape_inference.InferenceContext) -> bool:
+    if not any(attribute.name == "prologue" for attribute in op.attributes):
+        return False
+    given = context.get_attribute("prologue")
+    return given is not None and given.i in GATES
+
+
+def _half(dim: TensorShapeProto.Dimension) -> TensorShapeProto.Dimension:
+    half = TensorShapeProto.Dimension()
+    if dim.HasField("dim_value"):
+        half.dim_value = dim.dim_value // 2
+    return half
 
 
 def _element_type(tensor: Tensor, x: TypeProto) -> int:

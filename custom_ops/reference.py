@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from specquant.custom_ops.attention import walsh_hadamard
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length, unpack_int4
+from specquant.custom_ops.schema import GATES, PROLOGUES
 
 Float = NDArray[np.floating[Any]]
 TINY_RANGE = np.float32(1e-30)  # a group whose values span less counts as zeros
@@ -53,6 +54,32 @@ def quantize_activation(
     zero_point = np.rint(-low * inverse)
     q = np.clip(np.rint(groups * inverse) + zero_point, 0, qmax)
     return q.astype(np.int32).reshape(u.shape), scale[..., 0], zero_point[..., 0].astype(np.int32)
+
+
+def prologue_of(x: Float, prologue: int, norm: Float | None, epsilon: float) -> NDArray[np.float32]:
+    """x̂ float32 [..., N] (docs/ops.md): x, x / √(mean(x²) + epsilon) · norm [N], or act(gate) · up of x [..., 2N].
+
+    Raises SpecQuantError if `prologue` is unknown, there is no norm [N] for rms_norm, or x no two halves for a gate.
+    """
+    x32, n = x.astype(np.float32), x.shape[-1]
+    if not 0 <= prologue < len(PROLOGUES):
+        raise SpecQuantError(f"prologue is {prologue}; use 0 to {len(PROLOGUES) - 1}")
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
+        if PROLOGUES[prologue] == "rms_norm":
+            if norm is None or norm.shape != (n,):
+                raise SpecQuantError(f"norm should be float32 [{n}]")
+            root = np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(epsilon))
+            return x32 / root * norm.astype(np.float32)
+        if prologue not in GATES:
+            return x32
+        if n % 2:
+            raise SpecQuantError(f"x has {n} features; a gate and what it gates are two halves")
+        gate, up = np.split(x32, 2, axis=-1)
+        if PROLOGUES[prologue] == "silu_gate":
+            w = gate
+        else:  # ½ (1 + tanh v) is 1 / (1 + e^−2v), which does not cancel
+            w = np.float32(2 * np.sqrt(2 / np.pi)) * gate * (1 + np.float32(0.044715) * gate * gate)
+        return gate / (1 + np.exp(-w)) * up
 
 
 def block_hadamard(x: Float, block: int) -> NDArray[np.float32]:
@@ -112,6 +139,11 @@ def _matmul4(
     return y
 
 
+def _finish(y: NDArray[np.float32], bias: Float, residual: Float | None) -> NDArray[np.float32]:
+    y = y + bias.astype(np.float32)
+    return y if residual is None else y + residual.astype(np.float32)
+
+
 def spectral_branch(x: Float, basis: Float, coef: Float, rank: NDArray[np.int64]) -> tuple[Float, Float]:
     """`SpectralBranch`: x [..., N], basis [N, r], coef [r, M], rank i64[1] → y [..., M], low [..., r]."""
     y, low = _branch(x.astype(np.float32), basis, coef, int(rank[0]))
@@ -124,21 +156,26 @@ def int4_residual_matmul(
     scales: Float,
     row_sums: NDArray[np.integer[Any]],
     bias: Float,
+    norm: Float | None = None,
+    residual: Float | None = None,
     *,
     group_size: int = 0,
     act_bits: int = 16,
     act_group: int = 0,
     act_clip: float = 1.0,
     hadamard: int = 0,
+    prologue: int = 0,
+    epsilon: float = 1e-5,
 ) -> Float:
-    """`Int4ResidualMatMul`: y = x H · Q4(W) + bias.
+    """`Int4ResidualMatMul`: y = x̂ H · Q4(W) + bias + residual, x̂ as `prologue_of` says.
 
-    x [..., N], qweight i8[P, Q, 64], scales [G, M], row_sums [S, M], bias [M] → y [..., M].
+    x [..., N] or [..., 2N], qweight i8[P, Q, 64], scales [G, M], row_sums [S, M], bias [M], residual [..., M] or of
+    one zero → y [..., M].
     Raises SpecQuantError if sizes or attributes disagree.
     """
-    u = block_hadamard(x, hadamard)
+    u = block_hadamard(prologue_of(x, prologue, norm, epsilon), hadamard)
     y = _matmul4(u, qweight, scales, row_sums, group_size, act_bits, act_group, act_clip)
-    return (y + bias.astype(np.float32)).astype(x.dtype)
+    return _finish(y, bias, residual).astype(x.dtype)
 
 
 def specquant_matmul(
@@ -150,6 +187,8 @@ def specquant_matmul(
     scales: Float,
     row_sums: NDArray[np.integer[Any]],
     bias: Float,
+    norm: Float | None = None,
+    residual: Float | None = None,
     *,
     group_size: int = 0,
     act_bits: int = 16,
@@ -157,13 +196,15 @@ def specquant_matmul(
     act_clip: float = 1.0,
     hadamard: int = 0,
     subtract: int = 0,
+    prologue: int = 0,
+    epsilon: float = 1e-5,
 ) -> Float:
-    """`SpecQuantMatMul`: low = x H · B[:, :rank], y = low · C[:rank] + (x H − s · low · Bᵀ) · Q4(R) + bias.
+    """`SpecQuantMatMul`: low = x̂ H · B[:, :rank], y = low · C[:rank] + (x̂ H − s · low · Bᵀ) · Q4(R) + bias + residual.
 
     s is `subtract`. Shapes as in the two ops above. Raises SpecQuantError if sizes or attributes disagree.
     """
-    x32 = block_hadamard(x, hadamard)
+    x32 = block_hadamard(prologue_of(x, prologue, norm, epsilon), hadamard)
     y, low = _branch(x32, basis, coef, int(rank[0]))
     u = x32 - low @ basis.astype(np.float32).T if subtract else x32
     y += _matmul4(u, qweight, scales, row_sums, group_size, act_bits, act_group, act_clip)
-    return (y + bias.astype(np.float32)).astype(x.dtype)
+    return _finish(y, bias, residual).astype(x.dtype)

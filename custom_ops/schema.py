@@ -5,22 +5,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DOMAIN = "specquant"
 VERSION = 1
 FLOAT = "Tf"  # the type variable of x and y
 FLOAT_TYPES = ("float", "float16")
+PROLOGUES = ("none", "rms_norm", "silu_gate", "gelu_gate")  # by the value of the attribute `prologue`
+GATES = (2, 3)  # those with x [..., 2N]: gate, then up
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output. `types` are ONNX element types, or (FLOAT,); `shape` uses the symbols of docs/ops.md."""
+    """An input or output. `types` are ONNX element types, or (FLOAT,); `shape` uses the symbols of docs/ops.md.
+
+    optional: may be a dummy of one element, and is left out of what a TensorRT plugin takes (`core`).
+    """
 
     name: str
     types: tuple[str, ...]
     shape: tuple[str, ...]
     doc: str
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Op:
-    """An operator. Every input is mandatory: a model-local function cannot ask whether one is there."""
+    """An operator. An artifact gives it every input: a model-local function cannot ask whether one is there."""
 
     name: str
     doc: str
@@ -43,7 +49,7 @@ class Op:
     attributes: tuple[Attribute, ...]
 
 
-_X = Tensor("x", (FLOAT,), ("...", "N"), "Activations; every leading axis counts tokens.")
+_X = Tensor("x", (FLOAT,), ("...", "N"), "Activations, 2N of them with a gate; every leading axis counts tokens.")
 _Y = Tensor("y", (FLOAT,), ("...", "M"), "Outputs of all linears that share x, side by side.")
 _LOW = Tensor("low", (FLOAT,), ("...", "r"), "x · B[:, :rank]; columns from rank on are 0.")
 _BRANCH = (
@@ -56,6 +62,8 @@ _WEIGHTS = (
     Tensor("scales", ("float16",), ("G", "M"), "A scale per weight group and output."),
     Tensor("row_sums", ("int16", "int32"), ("S", "M"), "Σ q over each segment: the zero-point's share."),
     Tensor("bias", ("float",), ("M",), "Added to y; zeros where there is none."),
+    Tensor("norm", ("float",), ("N",), "Factors of rms_norm; else a dummy of one element.", optional=True),
+    Tensor("residual", (FLOAT,), ("...", "M"), "Added to y; a dummy of one zero where there is none.", optional=True),
 )
 _GROUPS = (
     Attribute("group_size", 0, "Features per weight scale; 0: one scale per output."),
@@ -63,6 +71,10 @@ _GROUPS = (
     Attribute("act_group", 0, "Features per activation scale; 0: one scale per token."),
     Attribute("act_clip", 1.0, "Share of the range of a group of activations that the levels span; beyond is clipped."),
     Attribute("hadamard", 0, "Features of a Hadamard transform that x passes through, block by block; 0: none."),
+)
+_PROLOGUE = (
+    Attribute("prologue", 0, "What becomes of x first: an index of PROLOGUES."),
+    Attribute("epsilon", 1e-5, "Of rms_norm."),
 )
 _SUBTRACT = Attribute("subtract", 0, "1: x loses its part in the span of B before it is quantised.")
 _CACHE = ("int8",)
@@ -95,13 +107,13 @@ OPS = {
     op.name: op
     for op in (
         Op("SpectralBranch", "low = x · B[:, :rank]; y = low · C.", (_X, *_BRANCH), (_Y, _LOW), ()),
-        Op("Int4ResidualMatMul", "y = Qa(x H) · Ŵ + bias.", (_X, *_WEIGHTS), (_Y,), _GROUPS),
+        Op("Int4ResidualMatMul", "y = Qa(x̂ H) · Ŵ + bias + residual.", (_X, *_WEIGHTS), (_Y,), (*_GROUPS, *_PROLOGUE)),
         Op(
             "SpecQuantMatMul",
-            "low = x H · B[:, :rank]; y = low · C + Qa(x H − subtract · low · Bᵀ) · Ŵ + bias.",
+            "low = x̂ H · B[:, :rank]; y = low · C + Qa(x̂ H − subtract · low · Bᵀ) · Ŵ + bias + residual.",
             (_X, *_BRANCH, *_WEIGHTS),
             (_Y,),
-            (*_GROUPS, _SUBTRACT),
+            (*_GROUPS, _SUBTRACT, *_PROLOGUE),
         ),
         Op(
             "Int4KVAttention",
@@ -112,3 +124,9 @@ OPS = {
         ),
     )
 }
+
+
+def core(op: Op) -> Op:
+    """The op without prologue and residual: what TensorRT plugins take, in graphs that are lowered to them."""
+    inputs = tuple(tensor for tensor in op.inputs if not tensor.optional)
+    return replace(op, inputs=inputs, attributes=tuple(a for a in op.attributes if a not in _PROLOGUE))

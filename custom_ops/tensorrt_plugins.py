@@ -12,7 +12,7 @@ import numpy as np
 
 from specquant.custom_ops import library_cuda
 from specquant.custom_ops.library_tensorrt import PLUGINS, prepare_plugins
-from specquant.custom_ops.schema import DOMAIN, FLOAT, OPS, VERSION, Op
+from specquant.custom_ops.schema import DOMAIN, FLOAT, OPS, VERSION, Op, core
 
 _ALIGNMENT = 256  # of the workspace; TensorRT promises none
 # TensorRT has no int16: row_sums are int32 in a lowered graph.
@@ -29,7 +29,7 @@ def register(api: Any) -> None:
     registry = api.get_plugin_registry()
     for name in PLUGINS:
         if registry.get_creator(name, str(VERSION), DOMAIN) is None:
-            creator = _creator_class(api)(OPS[name])
+            creator = _creator_class(api)(core(OPS[name]))
             registry.register_creator(creator, DOMAIN)
             _REGISTERED.append(creator)
 

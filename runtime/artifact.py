@@ -18,7 +18,7 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.kv_rows import row_bytes
 
 MANIFEST = "specquant.json"
-FORMAT = 1
+FORMAT = 2  # 2: norms, gates and residuals inside the matrix products
 REQUIRED_FILES = ("model.onnx", "tokenizer.json")
 _BLOCK = 1 << 20
 
@@ -104,7 +104,7 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """specquant.json, format 1 (docs/formats.md)."""
+    """specquant.json, format 2 (docs/formats.md)."""
 
     format: int
     name: str
@@ -129,7 +129,7 @@ def open_artifact(folder: str | Path, verify: bool = False, progress: ReadBytes 
     """Read `folder`/specquant.json and check the files it names: size always, sha256 when `verify`.
 
     model.onnx points into model.onnx.data by offset, so a data file of the right size covers every offset.
-    Raises SpecQuantError: no artifact there, a newer format, a manifest that is not one, a file that is
+    Raises SpecQuantError: no artifact there, an older or newer format, a manifest that is not one, a file that is
     missing, truncated or (with `verify`) edited.
     """
     folder = Path(folder)
@@ -186,6 +186,8 @@ def _read_manifest(folder: Path) -> Manifest:
         raise SpecQuantError(
             f"{path} has format {version} and this version reads up to {FORMAT}: pip install --upgrade specquant"
         )
+    if isinstance(version, int) and version < FORMAT:
+        raise SpecQuantError(f"{path} has format {version}, which this version no longer reads: re-export the model")
     try:
         manifest = typed(content, Manifest, "")
     except ValueError as error:

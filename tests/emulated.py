@@ -20,6 +20,7 @@ from typing import Any
 from specquant.custom_ops import library
 from specquant.custom_ops.kv_rows import row_bytes
 from specquant.custom_ops.packing import segment_length
+from specquant.custom_ops.schema import GATES
 
 LIST, RUN, ATTEND, QUANTIZE = range(4)
 
@@ -28,13 +29,15 @@ def matmul_bytes(p: Any) -> dict[str, int]:
     """Bytes behind each pointer of a `Problem` (kernels.h)."""
     n, m, r, element = p.in_features, p.out_features, p.basis_rank, 2 if p.half else 4
     return {
-        "x": p.tokens * n * element,
+        "x": p.tokens * n * element * (2 if p.prologue in GATES else 1),
         "basis": n * r * 2,
         "coef": r * m * 2,
         "qweight": -(-m // 16) * -(-n // 8) * 64,
         "scales": n // (p.group_size or n) * m * 2,
         "row_sums": n // segment_length(n, p.group_size, p.act_group) * m * (4 if p.wide_sums else 2),
         "bias": m * 4,
+        "norm": n * 4,
+        "residual": p.tokens * m * element,
         "y": p.tokens * m * element,
         "low": p.tokens * r * element,
     }

@@ -88,9 +88,9 @@ class Kernel {
 struct MatMulKind {
   const char* name;
   bool branch;   // basis, coef, rank
-  bool weights;  // qweight, scales, row_sums, bias
+  bool weights;  // qweight, scales, row_sums, bias, norm, residual
 
-  size_t inputs() const { return 1 + (branch ? 3 : 0) + (weights ? 4 : 0); }
+  size_t inputs() const { return 1 + (branch ? 3 : 0) + (weights ? 6 : 0); }
 };
 
 std::unique_ptr<Kernel> make_matmul(const Api& api, const MatMulKind& kind, const KernelInfo* info);

@@ -135,8 +135,8 @@ std::vector<Op> describe_all(const Api& api) {
   for (const ElementType real : {kFloat, kFloat16}) {
     matmul(kBranch, {real, kFloat16, kFloat16, kInt64}, {real, real});
     for (const ElementType sums : {kInt16, kInt32}) {
-      matmul(kResidual, {real, kInt8, kFloat16, sums, kFloat}, {real});
-      matmul(kFused, {real, kFloat16, kFloat16, kInt64, kInt8, kFloat16, sums, kFloat}, {real});
+      matmul(kResidual, {real, kInt8, kFloat16, sums, kFloat, kFloat, real}, {real});
+      matmul(kFused, {real, kFloat16, kFloat16, kInt64, kInt8, kFloat16, sums, kFloat, kFloat, real}, {real});
     }
     ops.push_back(describe(api, "Int4KVAttention", nullptr,
                            {real, kInt8, kInt8, kInt32, kInt32, kInt64, kFloat, kFloat, kFloat}, {real, kInt8, kInt8}));

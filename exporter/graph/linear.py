@@ -8,15 +8,27 @@ import onnx_ir as ir
 from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
 from specquant.custom_ops.schema import DOMAIN
 from specquant.exporter.decoder import FloatLinear, Linear, QuantLinear
+from specquant.exporter.graph.prologue import Prologue, RmsNorm
 from specquant.exporter.graph.writer import GraphWriter
 
 
-def linear(graph: GraphWriter, x: ir.Value, entry: Linear, rank: ir.Value | None) -> ir.Value:
-    """y [batch, sequence, M] of x [batch, sequence, N]. `rank` is the graph's input of that name, if it has one."""
+def linear(
+    graph: GraphWriter,
+    x: ir.Value,
+    entry: Linear,
+    rank: ir.Value | None,
+    prologue: Prologue | None = None,
+    residual: ir.Value | None = None,
+) -> ir.Value:
+    """y [batch, sequence, M] of x: the prologue's outcome [batch, sequence, N] times the weights, plus residual (as y).
+
+    `rank` is the graph's input of that name, if it has one. A quantised linear is one node, whatever surrounds it.
+    """
     if isinstance(entry, FloatLinear):
-        return _float_linear(graph, x, entry)
+        y = _float_linear(graph, prologue.nodes(graph, x) if prologue else x, entry)
+        return y if residual is None else graph.op("Add", [residual, y], f"{entry.name}.residual", y.shape)
     output = ir.val(entry.name, graph.float_type, ("batch", "sequence", entry.q.shape[1]))
-    quant_linear(graph, x, entry, rank, output)
+    quant_linear(graph, x, entry, rank, output, prologue, residual)
     return output
 
 
@@ -30,7 +42,15 @@ def _float_linear(graph: GraphWriter, x: ir.Value, entry: FloatLinear) -> ir.Val
     return graph.op("Add", [product, graph.floats(f"{entry.name}.bias", entry.bias)], entry.name, shape)
 
 
-def quant_linear(graph: GraphWriter, x: ir.Value, entry: QuantLinear, rank: ir.Value | None, output: ir.Value) -> None:
+def quant_linear(
+    graph: GraphWriter,
+    x: ir.Value,
+    entry: QuantLinear,
+    rank: ir.Value | None,
+    output: ir.Value,
+    prologue: Prologue | None = None,
+    residual: ir.Value | None = None,
+) -> None:
     """Write `output` with one `SpecQuantMatMul`, or one `Int4ResidualMatMul` where there is no branch (docs/ops.md)."""
     name, (n, m) = entry.name, entry.q.shape
     segment = segment_length(n, entry.group_size, entry.act_group)
@@ -41,6 +61,10 @@ def quant_linear(graph: GraphWriter, x: ir.Value, entry: QuantLinear, rank: ir.V
         graph.tensor(f"{name}.scales", entry.scales),
         graph.tensor(f"{name}.row_sums", row_sums(entry.q, segment)),
         graph.tensor(f"{name}.bias", bias),
+        graph.tensor(f"{prologue.name}.weight", prologue.weight)
+        if isinstance(prologue, RmsNorm)
+        else graph.once("no_norm", np.zeros(1, np.float32)),
+        residual or graph.once("no_residual", np.zeros(1, graph.float_type.numpy())),
     ]
     attributes: dict[str, int | float] = {
         "group_size": entry.group_size,
@@ -49,6 +73,10 @@ def quant_linear(graph: GraphWriter, x: ir.Value, entry: QuantLinear, rank: ir.V
         "act_clip": entry.act_clip,
         "hadamard": entry.hadamard,
     }
+    if prologue:
+        attributes["prologue"] = prologue.index
+    if isinstance(prologue, RmsNorm):
+        attributes["epsilon"] = prologue.epsilon
     op_type, inputs = "Int4ResidualMatMul", [x, *weights]
     if entry.basis is not None and entry.coef is not None:
         branch = [graph.tensor(f"{name}.basis", entry.basis), graph.tensor(f"{name}.coef", entry.coef), rank]

@@ -7,13 +7,13 @@ import onnx_ir as ir
 
 from specquant.custom_ops.functions import OPSET, function_protos
 from specquant.custom_ops.schema import DOMAIN, VERSION
-from specquant.exporter.decoder import Decoder, DecoderLayer, QuantLinear
+from specquant.exporter.decoder import Decoder, DecoderLayer, Linear, QuantLinear
 from specquant.exporter.graph.attention import AttentionInputs, attention, attention_inputs
 from specquant.exporter.graph.head import embed, embed_half, last_positions, lm_head, lm_head_int
 from specquant.exporter.graph.kv_attention import cache_row
 from specquant.exporter.graph.linear import linear
-from specquant.exporter.graph.mlp import gated_mlp
 from specquant.exporter.graph.norm import head_norms, rms_norm
+from specquant.exporter.graph.prologue import Gate, Prologue, RmsNorm
 from specquant.exporter.graph.writer import FloatType, GraphWriter
 
 IR_VERSION = 11  # the first that knows opset 23
@@ -101,16 +101,22 @@ def _block(
 ) -> ir.Value:
     """x + norm(o(attention(qkv(norm(x))))), then x + norm(mlp(norm(x))); x [batch, sequence, hidden]."""
     config = decoder.config
-    shape = ("batch", "sequence", config.hidden_size)
 
-    def norm(value: ir.Value, field: str) -> ir.Value:
+    def norm(field: str) -> RmsNorm | None:
         weight = layer.norms.get(field)
-        return value if weight is None else rms_norm(graph, value, weight, config.rms_norm_eps, f"{name}.{field}")
+        return None if weight is None else RmsNorm(f"{name}.{field}", weight, config.rms_norm_eps)
 
-    qkv = linear(graph, norm(x, "input_norm"), layer.qkv, rank)
+    def add(x: ir.Value, h: ir.Value, entry: Linear, before: Prologue | None, after: RmsNorm | None) -> ir.Value:
+        """x + norm(linear of h): one node, unless there is a norm."""
+        if after is None:
+            return linear(graph, h, entry, rank, before, x)
+        h = after.nodes(graph, linear(graph, h, entry, rank, before))
+        return graph.op("Add", [x, h], f"{after.name}.residual", x.shape)
+
+    qkv = linear(graph, x, layer.qkv, rank, norm("input_norm"))
     qkv = head_norms(graph, qkv, layer, config, name)
     h = attention(graph, qkv, past, present, shared, layer, config, f"{name}.self_attn")
-    h = norm(linear(graph, h, layer.o, rank), "attention_output_norm")
-    x = graph.op("Add", [x, h], f"{name}.attention_residual", shape)
-    h = gated_mlp(graph, norm(x, "mlp_norm"), layer, config, rank, f"{name}.mlp")
-    return graph.op("Add", [x, norm(h, "mlp_output_norm")], f"{name}.mlp_residual", shape)
+    x = add(x, h, layer.o, None, norm("attention_output_norm"))
+    both = linear(graph, x, layer.gate_up, rank, norm("mlp_norm"))
+    gate = Gate(f"{name}.mlp", config.activation, config.intermediate_size)
+    return add(x, both, layer.down, gate, norm("mlp_output_norm"))

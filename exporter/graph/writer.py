@@ -22,6 +22,7 @@ class GraphWriter:
         self.float_type = ir.DataType.FLOAT if float_type == "float32" else ir.DataType.FLOAT16
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
+        self._shared: dict[str, ir.Value] = {}
 
     def node(
         self,
@@ -53,6 +54,12 @@ class GraphWriter:
     def tensor(self, name: str, array: NDArray[Any]) -> ir.Value:
         """An initialiser that holds the array itself, not a copy."""
         return self.initializer(ir.tensor(array, name=name))
+
+    def once(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """An initialiser that several nodes share."""
+        if name not in self._shared:
+            self._shared[name] = self.tensor(name, array)
+        return self._shared[name]
 
     def lazy(self, name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], NDArray[Any]]) -> ir.Value:
         """An initialiser computed only when it is written, so that the model is not in memory twice."""

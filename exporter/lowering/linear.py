@@ -8,8 +8,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from specquant.custom_ops.packing import unpack_int4
-from specquant.custom_ops.schema import DOMAIN, OPS
+from specquant.custom_ops.schema import DOMAIN, OPS, core
 from specquant.exporter.lowering.context import Attributes, Lowering, attributes, dims
+from specquant.exporter.lowering.surroundings import add_residual, prologue
 
 
 def portable_linear(low: Lowering, node: ir.Node) -> ir.Value:
@@ -19,9 +20,9 @@ def portable_linear(low: Lowering, node: ir.Node) -> ir.Value:
     the branch, which is the same as long as activations are not rounded: C′ = C − subtract · Bᵀ Ŵ.
     """
     at, graph, name = _operands(node), low.graph, str(node.name)
-    n, m = int(dims(node.inputs[0])[-1]), int(dims(node.outputs[0])[-1])
-    shape = (*dims(node.outputs[0])[:-1], m)
-    x = _rotated(low, low.input(node, 0), int(attributes(node).get("hadamard", 0)), n, name)
+    x, m = prologue(low, node, at["norm"]), int(dims(node.outputs[0])[-1])
+    n, shape = int(dims(x)[-1]), (*dims(node.outputs[0])[:-1], m)
+    x = _rotated(low, x, int(attributes(node).get("hadamard", 0)), n, name)
     y = graph.op("MatMul", [x, _weights(low, node, at, n, m)], f"{name}.residual", shape)
     if "basis" in at:
         basis, coef = _branch(low, node, at, n, m)
@@ -33,19 +34,22 @@ def portable_linear(low: Lowering, node: ir.Node) -> ir.Value:
     bias = low.array(node, at["bias"])
     if bias.any():
         y = graph.op("Add", [y, graph.floats(f"{name}.bias", bias)], f"{name}.biased", shape)
+    y = add_residual(low, node, at["residual"], y)
     y.name = node.outputs[0].name  # of the head: `logits`
     return y
 
 
 def plugin_linear(low: Lowering, node: ir.Node) -> ir.Value:
-    """The same node, as a plugin of that name in namespace `specquant` takes it.
+    """The same node, as a plugin of that name in namespace `specquant` takes it: its op's `core`.
 
-    row_sums become int32, since TensorRT has no int16. The rank is a constant there: with fewer columns than the
-    artifact's, `basis` and `coef` are cut.
+    Prologue and residual become standard operators around it. row_sums become int32, since TensorRT has no int16. The
+    rank is a constant there: with fewer columns than the artifact's, `basis` and `coef` are cut.
     """
     at, graph, name = _operands(node), low.graph, str(node.name)
-    inputs = [low.input(node, 0)]
-    for key, index in list(at.items())[1:]:
+    x, op = prologue(low, node, at["norm"]), core(OPS[node.op_type])
+    inputs = [x]
+    for key in (tensor.name for tensor in op.inputs[1:]):
+        index = at[key]
         array = low.array(node, index)
         if key == "basis":
             array = array[:, : low.rank]
@@ -56,9 +60,13 @@ def plugin_linear(low: Lowering, node: ir.Node) -> ir.Value:
         elif key == "row_sums":
             array = array.astype(np.int32)
         inputs.append(graph.tensor(f"{name}.{key}", np.ascontiguousarray(array)))
-    output = ir.val(str(node.outputs[0].name), graph.float_type, dims(node.outputs[0]))
-    graph.node(node.op_type, inputs, [output], name, DOMAIN, **attributes(node))
-    return output
+    y = ir.val(f"{name}.product", graph.float_type, dims(node.outputs[0]))
+    kept = {a.name for a in op.attributes}
+    given = {key: value for key, value in attributes(node).items() if key in kept}
+    graph.node(node.op_type, inputs, [y], name, DOMAIN, **given)
+    y = add_residual(low, node, at["residual"], y)
+    y.name = node.outputs[0].name  # of the head: `logits`
+    return y
 
 
 def _operands(node: ir.Node) -> dict[str, int]:

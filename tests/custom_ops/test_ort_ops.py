@@ -12,7 +12,7 @@ import pytest
 
 from specquant.custom_ops import library
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.schema import OPS
+from specquant.custom_ops.schema import GATES, OPS, PROLOGUES
 from tests.ops import REFERENCE, Arrays, op_model, random_input, random_weights
 
 ort = pytest.importorskip("onnxruntime")
@@ -21,10 +21,19 @@ try:
 except SpecQuantError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
-ATTRIBUTES = {"group_size": 16, "act_bits": 4, "act_group": 8, "act_clip": 0.75, "hadamard": 16, "subtract": 1}
+ATTRIBUTES: dict[str, Any] = {
+    "group_size": 16,
+    "act_bits": 4,
+    "act_group": 8,
+    "act_clip": 0.75,
+    "hadamard": 16,
+    "subtract": 1,
+    "prologue": 0,
+    "epsilon": 1e-5,
+}
 
 
-def attributes_of(op: str, **changes: int) -> dict[str, Any]:
+def attributes_of(op: str, **changes: float) -> dict[str, Any]:
     return {attribute.name: (ATTRIBUTES | changes)[attribute.name] for attribute in OPS[op].attributes}
 
 
@@ -59,6 +68,25 @@ def test_op_equals_reference(rng: np.random.Generator, op: str, float_type: type
             size = max(float(np.abs(value.astype(np.float32)).max(initial=0)), 1.0)
             tolerance = 1e-5 if float_type is np.float32 else 2**-10
             np.testing.assert_allclose(output, value, rtol=0, atol=tolerance * size)
+
+
+@pytest.mark.parametrize("op", list(REFERENCE)[1:])
+@pytest.mark.parametrize("prologue", range(len(PROLOGUES)))
+@pytest.mark.parametrize("float_type", [np.float32, np.float16])
+def test_prologue_and_residual(rng: np.random.Generator, op: str, prologue: int, float_type: type) -> None:
+    attributes = attributes_of(op, prologue=prologue, act_bits=16, epsilon=0.25)
+    weights, width = random_weights(rng, op, 48, 37, 7, 16, 8), 96 if prologue in GATES else 48
+    weights["norm"] = (rng.uniform(-2, 2, 48) if prologue == 1 else np.zeros(1)).astype(np.float32)
+    for shape in ((2, 5), (1, 1), (3, 0)):
+        x = random_input(rng, (*shape, width), float_type)
+        for residual in (rng.standard_normal((*shape, 37)), np.zeros(1)):
+            weights["residual"] = residual.astype(float_type)
+            (y,) = session(op_model(op, width, weights, float_type, attributes)).run(None, {"x": x})
+            (expected,) = expected_outputs(op, x, weights, attributes)
+            assert (y.dtype, y.shape) == (expected.dtype, expected.shape)
+            size = max(float(np.abs(expected.astype(np.float32)).max(initial=0)), 1.0)
+            tolerance = 1e-5 if float_type is np.float32 else 2e-3
+            np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance * size)
 
 
 @pytest.mark.parametrize("rank", [-1, 0, 3, 7, 99])
@@ -118,6 +146,8 @@ def test_shapes_are_inferred(rng: np.random.Generator, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"bias": np.ones(36, np.float32)}, r"bias is \[36\] and should be \[37\]"),
+        ({"residual": np.ones((1, 2, 36), np.float32)}, r"residual is \[1, 2, 36\] and should be \[1, 2, 37\]"),
+        ({"residual": np.ones(1, np.float32)}, r"residual is \[1\] and should be \[1, 2, 37\]"),
         ({"qweight": np.ones((3, 5, 64), np.int8)}, r"qweight is \[3, 5, 64\] and should be \[3, 6, 64\]"),
         ({"scales": np.ones((2, 37), np.float16)}, r"scales is \[2, 37\] and should be \[3, 37\]"),
         ({"row_sums": np.ones((3, 37), np.int16)}, r"row_sums is \[3, 37\] and should be \[6, 37\]"),
@@ -137,6 +167,10 @@ def test_shapes_that_do_not_fit_are_one_line(rng: np.random.Generator, changes: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"prologue": 7}, "prologue must be 0 to 3"),
+        ({"prologue": 1}, r"norm is \[1\] and should be \[48\]"),
+        ({"prologue": 1, "epsilon": -1.0}, "epsilon must be at least 0"),
+        ({"prologue": 3}, "group_size and act_group must be 0, or a divisor"),
         ({"hadamard": 24}, "hadamard must be 0, or a power of two"),
         ({"hadamard": -16}, "hadamard must be 0, or a power of two"),
         ({"act_clip": 0.0}, "act_clip must be more than 0"),

@@ -12,7 +12,7 @@ from onnx import shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from specquant.custom_ops.onnx_binding import reference_ops, register_schemas
-from specquant.custom_ops.schema import OPS
+from specquant.custom_ops.schema import GATES, OPS, core
 from tests.ops import REFERENCE, Arrays, op_model, random_weights
 
 N, M, RANK = 48, 37, 5
@@ -20,11 +20,15 @@ N, M, RANK = 48, 37, 5
 
 def attributes_of(op: str) -> dict[str, int]:
     given = {"group_size": 16, "act_bits": 4, "act_group": 8, "act_clip": 0.5, "hadamard": 16, "subtract": 1}
+    given |= {"prologue": 0, "epsilon": 1e-5}
     return {attribute.name: given[attribute.name] for attribute in OPS[op].attributes}
 
 
 def model_without_function(op: str, weights: Arrays) -> onnx.ModelProto:
-    model = op_model(op, N, weights, np.float32, attributes_of(op))
+    return without_function(op_model(op, N, weights, np.float32, attributes_of(op)))
+
+
+def without_function(model: onnx.ModelProto) -> onnx.ModelProto:
     del model.functions[:]
     return model
 
@@ -54,7 +58,7 @@ def test_checker_refuses_what_the_schema_does_not_have(rng: np.random.Generator,
     with pytest.raises(onnx.checker.ValidationError, match="groups"):
         onnx.checker.check_model(model)
     model = model_without_function(op, weights)
-    del model.graph.node[0].input[-1]
+    del model.graph.node[0].input[len(core(OPS[op]).inputs) - 1 :]
     with pytest.raises(onnx.checker.ValidationError, match="input"):
         onnx.checker.check_model(model)
 
@@ -82,6 +86,40 @@ def test_reference_evaluator_runs_the_reference(rng: np.random.Generator, op: st
     )
     for output, value in zip(outputs, expected if isinstance(expected, tuple) else [expected], strict=True):
         np.testing.assert_array_equal(output, value)
+
+
+@pytest.mark.parametrize("op", list(REFERENCE)[1:])
+def test_shape_inference_of_prologue_and_residual(rng: np.random.Generator, op: str) -> None:
+    arrays = random_weights(rng, op, N, M, RANK, 16, 8)
+    arrays |= {"residual": rng.standard_normal((2, 3, M)).astype(np.float32)}
+    for prologue in range(4):
+        width, norm = 2 * N if prologue in GATES else N, N if prologue == 1 else 1
+        weights = arrays | {"norm": np.ones(norm, np.float32)}
+        attributes = attributes_of(op) | {"prologue": prologue}
+        for changes, accepted in (({}, True), ({"norm": np.ones(N - 8, np.float32)}, False)):
+            model = without_function(op_model(op, width, weights | changes, np.float32, attributes))
+            if accepted:
+                onnx.checker.check_model(model, full_check=True)
+            else:
+                with pytest.raises(shape_inference.InferenceError, match=op):
+                    onnx.checker.check_model(model, full_check=True)
+        if op == "SpecQuantMatMul":  # whose basis says what N is
+            model = without_function(op_model(op, width + 16, weights, np.float32, attributes))
+            with pytest.raises(shape_inference.InferenceError, match="N is 48 in basis"):
+                onnx.checker.check_model(model, full_check=True)
+
+
+def test_what_a_plugin_takes_passes_the_checker(rng: np.random.Generator) -> None:
+    for op in list(REFERENCE)[1:]:
+        model = model_without_function(op, random_weights(rng, op, N, M, RANK, 16, 8))
+        node, kept = model.graph.node[0], core(OPS[op])
+        assert [tensor.name for tensor in kept.inputs] == list(node.input)[: len(node.input) - 2]
+        del node.input[-2:]
+        given = [attribute for attribute in node.attribute if attribute.name in {a.name for a in kept.attributes}]
+        assert len(given) == len(node.attribute) - 2
+        del node.attribute[:]
+        node.attribute.extend(given)
+        onnx.checker.check_model(model, full_check=True)
 
 
 def test_a_device_needs_no_onnx() -> None:

@@ -19,7 +19,7 @@ import tensorrt_rtx as trt
 from specquant.custom_ops import tensorrt_plugins
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import PLUGINS
-from specquant.custom_ops.schema import DOMAIN, OPS, VERSION
+from specquant.custom_ops.schema import DOMAIN, OPS, VERSION, core
 from specquant.exporter.engine_builder import Limits, build_engine
 from specquant.exporter.graph import build_model, save_model
 from specquant.exporter.lowering import lower
@@ -46,7 +46,7 @@ def creators() -> Iterator[dict[str, Any]]:
 
 def fields(op: str, **given: int | float) -> Any:
     kinds = {int: (np.int64, trt.PluginFieldType.INT64), float: (np.float32, trt.PluginFieldType.FLOAT32)}
-    values = {a.name: type(a.default)(given.get(a.name, a.default)) for a in OPS[op].attributes}
+    values = {a.name: type(a.default)(given.get(a.name, a.default)) for a in core(OPS[op]).attributes}
     made = [(n, np.array([v], kinds[type(v)][0]), kinds[type(v)][1]) for n, v in values.items()]
     return trt.PluginFieldCollection([trt.PluginField(*each) for each in made])
 

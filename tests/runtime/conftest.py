@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from specquant.runtime.artifact import FORMAT
+
 CORPUS = ["The capital of France is Paris. Der Fluß fließt. 日本の首都は東京です。 👩‍👩‍👧‍👦 e\u0301 नमस्ते " * 3]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -170,7 +172,7 @@ def write_manifest(folder: Path, model: dict[str, Any], layers: list[dict[str, A
         if path.name != "specquant.json"
     }
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "name": "tiny",
         "model": model,
         "recipe": {"preset": "test"},

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.runtime.artifact import open_artifact, record_evaluation
+from specquant.runtime.artifact import FORMAT, open_artifact, record_evaluation
 
 Edit = Callable[[Path, Callable[[dict[str, Any]], object]], None]
 
@@ -38,8 +38,14 @@ def test_not_json(plain_folder: Path, text: str) -> None:
 
 
 def test_newer_format(plain_folder: Path, edit_manifest: Edit) -> None:
-    edit_manifest(plain_folder, lambda content: content.update(format=2, model="something else"))
-    with pytest.raises(SpecQuantError, match=r"format 2 .*--upgrade"):
+    edit_manifest(plain_folder, lambda content: content.update(format=FORMAT + 1, model="something else"))
+    with pytest.raises(SpecQuantError, match=rf"format {FORMAT + 1} .*--upgrade"):
+        open_artifact(plain_folder)
+
+
+def test_older_format(plain_folder: Path, edit_manifest: Edit) -> None:
+    edit_manifest(plain_folder, lambda content: content.update(format=1))
+    with pytest.raises(SpecQuantError, match=r"\A[^\n]*format 1, which [^\n]*: re-export the model\Z"):
         open_artifact(plain_folder)
 
 

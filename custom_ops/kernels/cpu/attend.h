@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 
+#include "exponential.h"
 #include "kv_rows.h"
 #include "steps.h"
 
@@ -17,17 +18,6 @@ namespace {
 
 constexpr int64_t kBlockTokens = 256;  // tokens between two corrections of the running maximum: a stack buffer's size
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// e^x for x ≤ 0, within 2 ulp; 0 below −87, NaN for NaN. Powers of two apart, |f| ≤ ln 2 / 2, where seven terms do.
-template <class V>
-inline __attribute__((always_inline)) typename V::F exponential(typename V::F x) {
-  using F = typename V::F;
-  const F n = V::round(x * V::splat(1.44269504f));
-  const F f = V::fma(n, V::splat(2.12194440e-4f), V::fma(n, V::splat(-0.693359375f), x));  // ln 2 in two parts
-  F p = V::splat(1.0f / 720.0f);
-  for (const float term : {1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) p = V::fma(p, f, V::splat(term));
-  return V::power_of_two(p, n, x);
-}
 
 // The queries of a tile: value `column` of row r is at [column · R + r], columns in the order in which `score` meets
 // the nibbles. sums[r] = Σ q.

@@ -9,7 +9,15 @@
 
 namespace specquant {
 
-constexpr int32_t kAbi = 4;  // raised when Problem, Attention, or an exported function, changes
+constexpr int32_t kAbi = 5;  // raised when Problem, Attention, or an exported function, changes
+
+// What becomes of x before anything else, row by row in float32.
+enum Prologue : int32_t {
+  kNoPrologue,
+  kRmsNorm,   // x / √(mean(x²) + epsilon) · norm
+  kSiluGate,  // silu(gate) · up, x being gate and up side by side
+  kGeluGate,  // likewise, gelu by tanh
+};
 
 // One call of an op. SpectralBranch: qweight is null; Int4ResidualMatMul: basis is null; SpecQuantMatMul: neither.
 // Passed across the C ABI as it is (custom_ops/library.py mirrors it), hence the plain types.
@@ -26,14 +34,18 @@ struct Problem {
   int32_t subtract;      // 1: the branch's part of x is removed before it is quantised
   int32_t half;          // 1: x, y and low are float16; 0: float32
   int32_t wide_sums;     // 1: row_sums is int32; 0: int16
+  int32_t prologue;      // a Prologue
   float act_clip;        // share of a group's range that the levels span, in (0, 1]
-  const void* x;         // [T, N]
+  float epsilon;         // of kRmsNorm
+  const void* x;         // [T, N], with a gate [T, 2N]
   const uint16_t* basis;   // float16 [N, r]
   const uint16_t* coef;    // float16 [r, M]
   const uint8_t* qweight;  // [P, Q, 64], two nibbles a byte
   const uint16_t* scales;  // float16 [G, M]
   const void* row_sums;    // [S, M]
   const float* bias;       // [M], or null
+  const float* norm;       // [N], of kRmsNorm
+  const void* residual;    // [T, M], added to y; or null
   void* y;                 // [T, M]
   void* low;               // [T, r], or null when nobody asks for it
 };

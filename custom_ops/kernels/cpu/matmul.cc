@@ -143,6 +143,9 @@ const char* check(const Problem& p) {
   const bool power = p.hadamard >= kBlock && p.hadamard <= 4096 && (p.hadamard & (p.hadamard - 1)) == 0;
   if (p.hadamard && (!power || p.in_features % p.hadamard))
     return "hadamard must be 0, or a power of two from 8 to 4096 that divides in-features";
+  if (p.prologue < kNoPrologue || p.prologue > kGeluGate) return "prologue must be 0 to 3";
+  if (p.prologue == kRmsNorm && !p.norm) return "norm is missing";
+  if (p.prologue == kRmsNorm && !(p.epsilon >= 0.0f)) return "epsilon must be at least 0";
   if (p.basis) {
     if (!p.coef) return "coef is missing";
     if (p.basis_rank < 0 || p.basis_rank > p.in_features) return "the basis must have 0 to in-features columns";

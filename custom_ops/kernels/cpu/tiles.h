@@ -234,9 +234,27 @@ void add_float(const Problem& p, const Activations& x, int64_t row, int64_t colu
   }
 }
 
+// Last, so that small products are not lost beside a large residual.
 template <class V, int T, int C>
-void store_tile(const Problem& p, const Activations& x, int64_t row, int64_t column, const Tile<V, T, C>& sums) {
+void add_residual(const Problem& p, const Activations& x, int64_t row, int64_t column, Tile<V, T, C>& sums) {
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < C; ++v) {
+      const int64_t at = (x.first_token + row + t) * p.out_features + column + v * V::W, all = p.tokens * p.out_features;
+      float* const sum = &sums[t][v * V::W];
+      if (p.half) {
+        uint16_t spare[V::W];
+        V::store(sum, V::load(sum) + V::half(whole<V::W>(static_cast<const uint16_t*>(p.residual), at, all, spare)));
+      } else {
+        float spare[V::W];
+        V::store(sum, V::load(sum) + V::load(whole<V::W>(static_cast<const float*>(p.residual), at, all, spare)));
+      }
+    }
+}
+
+template <class V, int T, int C>
+void store_tile(const Problem& p, const Activations& x, int64_t row, int64_t column, Tile<V, T, C>& sums) {
   const int64_t left = p.out_features - column, lanes = left < C * V::W ? left : C * V::W;
+  if (p.residual) add_residual<V, T, C>(p, x, row, column, sums);
   for (int t = 0; t < T; ++t) {
     const int64_t at = (x.first_token + row + t) * p.out_features + column;
     if (!p.half && left >= C * V::W) {

@@ -1,10 +1,11 @@
-// The steps on one run of tokens: to float32, rotation, down-projection, subtraction, quantisation.
+// The steps on one run of tokens: prologue, rotation, down-projection, subtraction, quantisation.
 //
 // E is a vector of 8 float lanes: along features, so that groups (multiples of 8) have no tail.
 #pragma once
 
 #include "hadamard.h"
 #include "half.h"
+#include "prologue.h"
 #include "steps.h"
 
 namespace specquant {
@@ -147,24 +148,10 @@ void quantize_for_product(const Problem& p, const Activations& x, int64_t row) {
   for (int64_t s = x.segments - 1; s >= 0; --s) scale[s] = scale[s * groups / x.segments];  // backwards: in place
 }
 
-template <class E>
-void to_float(const Problem& p, const Activations& x, int64_t row) {
-  const int64_t n = p.in_features, base = (x.first_token + row) * n;
-  float* u = x.u + row * x.features;
-  if (!p.half) {
-    std::memcpy(u, static_cast<const float*>(p.x) + base, size_t(n) * sizeof(float));
-  } else {
-    const auto* half = static_cast<const uint16_t*>(p.x);
-    uint16_t spare[8];
-    for (int64_t i = 0; i < n; i += 8) E::store(u + i, E::half(whole<8>(half, base + i, p.tokens * n, spare)));
-  }
-  std::memset(u + n, 0, size_t(x.features - n) * sizeof(float));
-}
-
 template <class V, class E, int T>
 void prepare_rows(const Problem& p, const Activations& x, int64_t row) {
   for (int t = 0; t < T; ++t) {
-    to_float<E>(p, x, row + t);
+    prologue<E>(p, x, row + t);
     float* u = x.u + (row + t) * x.features;
     for (int64_t i = 0; p.hadamard && i < p.in_features; i += p.hadamard)
       p.hadamard < 64 ? walsh_hadamard(u + i, p.hadamard) : walsh_hadamard<E>(u + i, p.hadamard);

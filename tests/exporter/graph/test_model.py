@@ -12,10 +12,10 @@ import pytest
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import unpack_int4
-from specquant.exporter.decoder import FloatLinear
+from specquant.exporter.decoder import Decoder, FloatLinear
 from specquant.exporter.graph import build_model, save_model
 from specquant.exporter.graph.writer import FloatType
-from tests.tiny import quantised_decoder, tiny_llama
+from tests.tiny import float_decoder, quantised_decoder, tiny_llama, tiny_model
 
 RECIPE = {"act_bits": 4, "group_size": 8, "act_group": 8, "rank": 5, "subtract": True}
 
@@ -90,6 +90,31 @@ def test_only_functions_that_are_called_are_attached(rng: np.random.Generator) -
     assert not build_model(decoder, "float32", {}).functions
 
 
+def nodes_of_layer(decoder: Decoder, layer: int) -> list[str]:
+    nodes = build_model(decoder, "float32", {}).graph
+    return [node.op_type for node in nodes if str(node.name).startswith(f"model.layers.{layer}.")]
+
+
+def test_a_quantised_layer_of_llama_is_five_nodes(rng: np.random.Generator) -> None:
+    _, decoder = tiny_llama(int(rng.integers(2**31)))
+    quantised = quantised_decoder(decoder, rng, **RECIPE)
+    ours = "SpecQuantMatMul"
+    qkv, _, *rest = nodes_of_layer(quantised, 0)
+    assert [qkv, *rest] == [ours] * 4
+    *_, gate_up, split, sigmoid, mul, again, down, add = nodes_of_layer(quantised, 1)  # its down_proj is a float one
+    assert (gate_up, split, sigmoid, mul, again, down, add) == (ours, "Split", "Sigmoid", "Mul", "Mul", "MatMul", "Add")
+    assert len(nodes_of_layer(quantised, 1)) == 10
+    assert len(nodes_of_layer(decoder, 0)) == 13
+
+
+def test_norms_between_a_block_and_its_residual_stay_nodes(rng: np.random.Generator) -> None:
+    decoder = quantised_decoder(float_decoder(tiny_model("gemma3", int(rng.integers(2**31)))), rng, **RECIPE)
+    nodes = nodes_of_layer(decoder, 0)
+    ours = "SpecQuantMatMul"
+    assert nodes[0] == ours
+    assert nodes[-7:] == [ours, "RMSNormalization", "Add", ours, ours, "RMSNormalization", "Add"]
+
+
 def test_tensors_have_the_names_of_their_modules(rng: np.random.Generator, tmp_path: Path) -> None:
     _, decoder = tiny_llama(int(rng.integers(2**31)))
     decoder = quantised_decoder(decoder, rng, **RECIPE)
@@ -102,6 +127,7 @@ def test_tensors_have_the_names_of_their_modules(rng: np.random.Generator, tmp_p
     np.testing.assert_array_equal(unpack_int4(arrays[f"{name}.qweight"], *entry.q.shape), entry.q)
     np.testing.assert_array_equal(arrays[f"{name}.scales"], entry.scales)
     np.testing.assert_array_equal(arrays["model.norm.weight"], decoder.final_norm)
+    np.testing.assert_array_equal(arrays["model.layers.1.mlp_norm.weight"], decoder.layers[1].mlp_norm)
     assert arrays["rank"].tolist() == [5]
 
 

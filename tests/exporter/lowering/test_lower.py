@@ -110,6 +110,16 @@ def test_quantised_weights(
     assert difference(rng, changed(decoder, hadamard=hadamard), tmp_path) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "qwen3"])
+@pytest.mark.parametrize("float_type", ["float32", "float16"])
+def test_norms_gates_and_residuals_become_nodes(
+    rng: np.random.Generator, tmp_path: Path, name: str, float_type: FloatType
+) -> None:
+    decoder = float_decoder(tiny_model(name, int(rng.integers(2**31))))
+    decoder = quantised_decoder(decoder, rng, 16, 8, 0, 5, True)
+    assert difference(rng, decoder, tmp_path, float_type) < (1e-4 if float_type == "float32" else 5e-2)
+
+
 def test_quantised_activations_become_floats(rng: np.random.Generator, tmp_path: Path) -> None:
     """8-bit activations are close to none; the lowered graph is that of the same weights with 16-bit ones."""
     _, decoder = tiny_llama(int(rng.integers(2**31)))
@@ -210,6 +220,8 @@ def test_the_custom_profile_keeps_our_ops(rng: np.random.Generator, tmp_path: Pa
     assert len(ours) == 8
     assert ours[-1].op_type == "Int4ResidualMatMul"
     assert ours[-1].outputs[0].name == "logits"
+    kinds = [node.op_type for node in model.graph if str(node.name).startswith("model.layers.0.")]
+    assert [kinds.count(kind) for kind in ("RMSNormalization", "Split", "Sigmoid", "Add")] == [2, 1, 1, 2]
     for node in ours[:-1]:
         arrays = {str(v.name).rsplit(".", 1)[1]: v.const_value.numpy() for v in node.inputs[1:] if v is not None}
         assert arrays["row_sums"].dtype == np.int32  # TensorRT has no int16

@@ -1,0 +1,86 @@
+// From x to the float32 row that a product takes: as it is, normed, or one half gated by the other.
+//
+// E is a vector of 8 float lanes along features.
+#pragma once
+
+#include "exponential.h"
+#include "half.h"
+#include "steps.h"
+
+namespace specquant {
+namespace {
+
+// 8 values from x[index] on, of `total`; zeros beyond.
+template <class E>
+inline __attribute__((always_inline)) typename E::F load_x(const float* x, int64_t index, int64_t total) {
+  float spare[8];
+  return E::load(whole<8>(x, index, total, spare));
+}
+template <class E>
+inline __attribute__((always_inline)) typename E::F load_x(const uint16_t* x, int64_t index, int64_t total) {
+  uint16_t spare[8];
+  return E::half(whole<8>(x, index, total, spare));
+}
+
+// u / √(mean(u²) + epsilon) · norm of n features, in place. u holds zeros up to a multiple of 8.
+template <class E>
+void rms_norm(float* u, int64_t n, const float* norm, float epsilon) {
+  using F = typename E::F;
+  F sums[2] = {E::splat(0.0f), E::splat(0.0f)};
+  for (int64_t i = 0; i < n; i += 8) {
+    const F value = E::load(u + i);
+    sums[i / 8 % 2] = E::fma(value, value, sums[i / 8 % 2]);
+  }
+  float lanes[8], sum = 0.0f;
+  E::store(lanes, sums[0] + sums[1]);
+  for (const float lane : lanes) sum += lane;
+  const F factor = E::splat(1.0f / __builtin_sqrtf(sum / float(n) + epsilon));
+  for (int64_t i = 0; i < n; i += 8) E::store(u + i, E::load(u + i) * factor * load_x<E>(norm, i, n));
+}
+
+// g / (1 + e^−w), w of g's sign. One exponential, of −|w|, so that nothing overflows: the numerator is g or g e^w.
+template <class E>
+inline __attribute__((always_inline)) typename E::F sigmoid_gate(typename E::F g, typename E::F w) {
+  using F = typename E::F;
+  const F zero = E::splat(0.0f), one = E::splat(1.0f), power = exponential<E>(E::min(w, zero - w));
+  return E::fma(E::min(zero, g), power, E::max(zero, g)) / (one + power);  // this order of min and max keeps a NaN
+}
+
+// u[i] = act(gate[i]) · up[i] of a row of x: n gates from `base` on, then n ups. gelu: by tanh, which is 1 / (1 + e^−w)
+// with w = 2 √(2/π) (g + 0.044715 g³).
+template <class E, class X>
+void gate(const X* x, int64_t base, int64_t n, int64_t total, bool gelu, float* u) {
+  using F = typename E::F;
+  for (int64_t i = 0; i < n; i += 8) {
+    const F g = load_x<E>(x, base + i, total), up = load_x<E>(x, base + n + i, total);
+    const F w = gelu ? g * E::fma(g * g, E::splat(0.0713548163f), E::splat(1.59576912f)) : g;
+    E::store(u + i, sigmoid_gate<E>(g, w) * up);
+  }
+}
+
+template <class E, class X>
+void prologue_of(const Problem& p, const X* x, int64_t token, float* u) {
+  const int64_t n = p.in_features;
+  if (p.prologue == kSiluGate || p.prologue == kGeluGate) {
+    gate<E>(x, token * 2 * n, n, p.tokens * 2 * n, p.prologue == kGeluGate, u);
+  } else {
+    for (int64_t i = 0; i < n; i += 8) E::store(u + i, load_x<E>(x, token * n + i, p.tokens * n));
+  }
+}
+
+// A row of u, zeros from in_features on.
+template <class E>
+void prologue(const Problem& p, const Activations& x, int64_t row) {
+  const int64_t n = p.in_features, token = x.first_token + row;
+  float* u = x.u + row * x.features;
+  if (p.half) {
+    prologue_of<E>(p, static_cast<const uint16_t*>(p.x), token, u);
+  } else {
+    prologue_of<E>(p, static_cast<const float*>(p.x), token, u);
+  }
+  std::memset(u + n, 0, size_t(x.features - n) * sizeof(float));
+  if (p.prologue == kRmsNorm) rms_norm<E>(u, n, p.norm, p.epsilon);
+}
+
+}  // namespace
+}  // namespace specquant
