@@ -9,7 +9,7 @@
 
 namespace specquant {
 
-constexpr int32_t kAbi = 3;  // raised when Problem, Attention, or an exported function, changes
+constexpr int32_t kAbi = 4;  // raised when Problem, Attention, or an exported function, changes
 
 // One call of an op. SpectralBranch: qweight is null; Int4ResidualMatMul: basis is null; SpecQuantMatMul: neither.
 // Passed across the C ABI as it is (custom_ops/library.py mirrors it), hence the plain types.
