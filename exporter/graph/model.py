@@ -75,7 +75,7 @@ def build_model(decoder: Decoder, float_type: FloatType, metadata: dict[str, str
 
 
 def _cache(decoder: Decoder, graph: GraphWriter, name: str, length: str) -> KeyValue:
-    row, dtype = cache_row(graph, decoder.config)
+    row, dtype = cache_row(graph, decoder)
     shape = ("batch", decoder.config.num_kv_heads, length, row)
     key, value = (ir.val(f"{name}.{part}", dtype, shape) for part in ("key", "value"))
     return key, value
@@ -109,7 +109,7 @@ def _block(
 
     qkv = linear(graph, norm(x, "input_norm"), layer.qkv, rank)
     qkv = head_norms(graph, qkv, layer, config, name)
-    h = attention(graph, qkv, past, present, shared, layer, config, f"{name}.self_attn")
+    h = attention(graph, qkv, past, present, shared, layer, decoder, f"{name}.self_attn")
     h = norm(linear(graph, h, layer.o, rank), "attention_output_norm")
     x = graph.op("Add", [x, h], f"{name}.attention_residual", shape)
     h = gated_mlp(graph, norm(x, "mlp_norm"), layer, config, rank, f"{name}.mlp")
