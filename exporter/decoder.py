@@ -133,8 +133,8 @@ class Decoder:
 
     @property
     def attention_op(self) -> Literal["Int4KVAttention", "HalfKVAttention", "GroupQueryAttention"]:
-        """What attends in the graph: an op of ours (docs/ops.md), its cache of 4 bits or of float16; or ONNX Runtime's, its
-        cache in the graph's float type, where no linear is quantised and none of our ops is needed."""
+        """What attends in the graph: an op of ours (docs/ops.md), cache of 4 bits or of float16; or, where no linear
+        is quantised and none of our ops is needed, ONNX Runtime's with a cache in the graph's float type."""
         if self.config.kv_bits == 4:
             return "Int4KVAttention"
         quantised = any(isinstance(entry, QuantLinear) for layer in self.layers for entry in layer.linears)

@@ -42,32 +42,37 @@ struct HalfTile {
   const Attention& a;
   const QueryTile& tile;
   const Partial& out;
-  const int64_t d, group, before;
+  const int64_t d, group;
   alignas(64) float queries[kMostTileFloats];  // R rows after R rows, the last ones fewer: [features, rows]
   alignas(64) float panels[kMostTileFloats];
   alignas(64) float scores[kMostHalfRows * kHalfBlock];
   float corrections[kMostHalfRows];  // what y has to be multiplied by, since the largest score has grown
+  int64_t places[kMostHalfRows];     // of the rows' tokens in the cache
 
   HalfTile(const Attention& attention, const QueryTile& rows, const Partial& result)
       : a(attention), tile(rows), out(result), d(attention.head_dim),
-        group(attention.num_heads / attention.kv_num_heads), before(tokens_before(attention, rows.batch)) {}
+        group(attention.num_heads / attention.kv_num_heads) {}
 
   // Tokens [from, to) of the block of `count` from `start` on that one of the rows [row, row + rows) sees.
   struct Seen {
     int64_t from, to;
   };
   Seen seen(int64_t row, int64_t rows, int64_t start, int64_t count) const {
-    const int64_t first = before + (tile.row + row) / group, last = before + (tile.row + row + rows - 1) / group;
-    const int64_t from = a.window > 0 ? std::clamp<int64_t>(first + 1 - a.window - start, 0, count) : 0;
-    return {from, std::clamp<int64_t>(last + 1 - start, from, count)};
+    const int64_t from = a.window > 0 ? std::clamp<int64_t>(places[row] + 1 - a.window - start, 0, count) : 0;
+    return {from, std::clamp<int64_t>(places[row + rows - 1] + 1 - start, from, count)};
   }
 
   void load_queries() {
     const float factor = a.scale != 0.0f ? a.scale : 1.0f / __builtin_sqrtf(float(d));
+    const int64_t before = tokens_before(a, tile.batch), first_head = tile.kv_head * group;
     float x[kMostHeadDim];
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t token = (tile.row + r) / group, run = r / R * R, width = std::min<int64_t>(R, tile.rows - run);
-      read_head(a, tile.batch, token, tile.kv_head * group + (tile.row + r) % group, x);
+    int64_t token = tile.row / group, head = tile.row % group;
+    for (int64_t r = 0; r < tile.rows; ++r, ++head) {
+      if (head == group) ++token, head = 0;
+      places[r] = before + token;
+      const int64_t run = r / R * R, width = std::min<int64_t>(R, tile.rows - run);
+      prefetch_head(a, tile.batch, token + kAhead, first_head + head);
+      read_head(a, tile.batch, token, first_head + head, x);
       place(a, tile.batch, token, nullptr, x);
       float* const to = queries + run * d + r % R;
       for (int64_t i = 0; i < d; ++i) to[i * width] = x[i] * factor;

@@ -56,11 +56,13 @@ void append_task(void* argument, size_t index) {
     work.kernels.append(a, b, head % a.kv_num_heads, token, std::min(token + kAppendTokens, added));
 }
 
-void store(const Attention& a, int64_t at, float value) {
+// y of a head, from `at` on.
+void store(const Attention& a, int64_t at, const float* values, float factor) {
   if (a.half) {
-    static_cast<uint16_t*>(a.y)[at] = float_to_half(value);
+    for (int64_t i = 0; i < a.head_dim; ++i) static_cast<uint16_t*>(a.y)[at + i] = float_to_half(values[i] * factor);
   } else {
-    static_cast<float*>(a.y)[at] = value;
+    float* const to = static_cast<float*>(a.y) + at;
+    for (int64_t i = 0; i < a.head_dim; ++i) to[i] = values[i] * factor;
   }
 }
 
@@ -96,8 +98,7 @@ void attend_task(void* argument, size_t index) {
       to[a.head_dim] = largest[r];
       to[a.head_dim + 1] = sum[r];
     } else {
-      const float inverse = 1.0f / sum[r];
-      for (int64_t i = 0; i < a.head_dim; ++i) store(a, at + i, y[r * a.head_dim + i] * inverse);
+      store(a, at, y + r * a.head_dim, 1.0f / sum[r]);
     }
   }
 }
@@ -117,7 +118,7 @@ void merge(const Work& work) {
       sum += share * from[a.head_dim + 1];
       for (int64_t i = 0; i < a.head_dim; ++i) y[i] += share * from[i];
     }
-    for (int64_t i = 0; i < a.head_dim; ++i) store(a, head * a.head_dim + i, y[i] / sum);
+    store(a, head * a.head_dim, y, 1.0f / sum);
   }
 }
 
