@@ -1,11 +1,12 @@
-"""What `Int4KVAttention` computes, in NumPy (docs/ops.md): the oracle of its kernels' tests.
+"""What `Int4KVAttention` and `HalfKVAttention` compute, in NumPy (docs/ops.md): the oracle of their kernels' tests.
 
-Sizes: B batch, S new tokens (padding included), H heads, K kv heads, d head_dim, E = d/2 + 4 bytes of a cache row,
+Sizes: B batch, S new tokens (padding included), H heads, K kv heads, d head_dim, E = d/2 + 4 bytes of a packed row,
 P and T capacity of the cache before and after, C rows of the rotary tables, R their columns (2R ≤ d).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,31 +71,103 @@ def int4_kv_attention(
     """
     if not 0 < clip <= 1:
         raise SpecQuantError(f"clip is {clip}; use more than 0, and at most 1")
-    batch, sequence, width = qkv.shape
-    d = width // (num_heads + 2 * kv_num_heads)
-    capacity = max(past_key.shape[2], int(total_sequence_length))
+    q, k, v = _heads(qkv, num_heads, kv_num_heads, cos[position_ids], sin[position_ids])
     for name, past in (("past_key", past_key), ("past_value", past_value)):
-        if past.shape != (batch, kv_num_heads, past_key.shape[2], row_bytes(d)) or past.dtype != np.int8:
-            raise SpecQuantError(f"{name} is {past.dtype} {list(past.shape)}; its rows should be {row_bytes(d)} bytes")
-    heads = qkv.astype(np.float32).reshape(batch, sequence, num_heads + 2 * kv_num_heads, d).transpose(0, 2, 1, 3)
-    turned = rotary(heads[:, :-kv_num_heads], cos[position_ids][:, None], sin[position_ids][:, None])
-    q, k = turned[:, :num_heads], turned[:, num_heads:] - key_offset[:, None]
+        _check_cache(name, past, (len(qkv), kv_num_heads, past_key.shape[2], row_bytes(q.shape[-1])), np.int8)
+    k = k - key_offset[:, None]
     if hadamard:
         q, k = walsh_hadamard(q), walsh_hadamard(k)
-    v = heads[:, -kv_num_heads:]
-    present = [np.zeros((batch, kv_num_heads, capacity, row_bytes(d)), np.int8) for _ in range(2)]
+    new = pack_rows(k, clip), pack_rows(v, clip)
+    capacity = max(past_key.shape[2], int(total_sequence_length))
+    present = _append((past_key, past_value), new, seqlens_k, capacity)
+    y = _attend(q, unpack_rows, present, seqlens_k, local_window_size, scale)
+    return y.astype(qkv.dtype), present[0], present[1]
+
+
+def half_kv_attention(
+    qkv: Float,
+    past_key: NDArray[np.float16],
+    past_value: NDArray[np.float16],
+    seqlens_k: NDArray[np.int32],
+    total_sequence_length: NDArray[np.int32],
+    position_ids: NDArray[np.int64],
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+    *,
+    num_heads: int = 1,
+    kv_num_heads: int = 1,
+    local_window_size: int = -1,
+    scale: float = 0.0,
+) -> tuple[Float, NDArray[np.float16], NDArray[np.float16]]:
+    """`HalfKVAttention`: the same over a cache of float16, to which keys (after their rotation) and values are rounded.
+
+    past_key and past_value float16 [B, K, P, d], present_key and present_value [B, K, T, d], and the rest as in
+    `int4_kv_attention`. Raises SpecQuantError if sizes disagree.
+    """
+    q, k, v = _heads(qkv, num_heads, kv_num_heads, cos[position_ids], sin[position_ids])
+    for name, past in (("past_key", past_key), ("past_value", past_value)):
+        _check_cache(name, past, (len(qkv), kv_num_heads, past_key.shape[2], q.shape[-1]), np.float16)
+    with np.errstate(over="ignore"):
+        new = k.astype(np.float16), v.astype(np.float16)
+    capacity = max(past_key.shape[2], int(total_sequence_length))
+    present = _append((past_key, past_value), new, seqlens_k, capacity)
+    y = _attend(q, lambda rows: rows.astype(np.float32), present, seqlens_k, local_window_size, scale)
+    return y.astype(qkv.dtype), present[0], present[1]
+
+
+def _heads(qkv: Float, num_heads: int, kv_num_heads: int, cos: Float, sin: Float) -> tuple[Float, Float, Float]:
+    """q, k, v float32 [B, heads, S, d] of qkv; q and k turned by cos and sin [B, S, R]."""
+    batch, sequence, width = qkv.shape
+    count = num_heads + 2 * kv_num_heads
+    heads = qkv.astype(np.float32).reshape(batch, sequence, count, width // count).transpose(0, 2, 1, 3)
+    turned = rotary(heads[:, :-kv_num_heads], cos[:, None], sin[:, None])
+    return turned[:, :num_heads], turned[:, num_heads:], heads[:, -kv_num_heads:]
+
+
+def _check_cache(name: str, past: NDArray[Any], shape: tuple[int, ...], kind: Any) -> None:
+    if past.shape != shape or past.dtype != kind:
+        wanted = f"{np.dtype(kind)} {list(shape)}"
+        raise SpecQuantError(f"{name} is {past.dtype} {list(past.shape)} and should be {wanted}")
+
+
+def _append(
+    caches: tuple[NDArray[Any], NDArray[Any]],
+    new: tuple[NDArray[Any], NDArray[Any]],
+    seqlens_k: NDArray[np.int32],
+    capacity: int,
+) -> list[NDArray[Any]]:
+    """Key and value cache [B, K, T, E] of [B, K, P, E] and the new rows [B, K, S, E]."""
+    present = []
+    for past, rows in zip(caches, new, strict=True):
+        cache = np.zeros((*past.shape[:2], capacity, past.shape[3]), past.dtype)
+        for b, last in enumerate(seqlens_k):
+            total, start = int(last) + 1, max(0, int(last) + 1 - rows.shape[2])
+            cache[b, :, :start] = past[b, :, :start]
+            cache[b, :, start:total] = rows[b, :, : total - start]
+        present.append(cache)
+    return present
+
+
+def _attend(
+    q: Float,
+    unpack: Callable[[NDArray[Any]], NDArray[np.float32]],
+    present: list[NDArray[Any]],
+    seqlens_k: NDArray[np.int32],
+    window: int,
+    scale: float,
+) -> NDArray[np.float32]:
+    """softmax(scale · q k̂ᵀ) v̂ float32 [B, S, H · d]; 0 for padding. unpack: rows of the cache → their values."""
+    batch, num_heads, sequence, d = q.shape
     y = np.zeros((batch, sequence, num_heads, d), np.float32)
     for b in range(batch):
         total = int(seqlens_k[b]) + 1
-        start = max(0, total - sequence)  # where the new tokens go
-        for cache, past, new in zip(present, (past_key, past_value), (k, v), strict=True):
-            cache[b, :, :start] = past[b, :, :start]
-            cache[b, :, start:total] = pack_rows(new[b, :, : total - start], clip)
-        keys, values = (np.repeat(unpack_rows(c[b, :, :total]), num_heads // kv_num_heads, axis=0) for c in present)
+        start = max(0, total - sequence)  # where the new tokens went
+        group = num_heads // present[0].shape[1]
+        keys, values = (np.repeat(unpack(cache[b, :, :total]), group, axis=0) for cache in present)
         for t in range(total - start):
-            seen = slice(max(0, start + t + 1 - local_window_size) if local_window_size > 0 else 0, start + t + 1)
+            seen = slice(max(0, start + t + 1 - window) if window > 0 else 0, start + t + 1)
             scores = np.einsum("hd,hjd->hj", q[b, :, t], keys[:, seen]) * np.float32(scale or d**-0.5)
             weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
             weights /= weights.sum(axis=-1, keepdims=True)
             y[b, t] = np.einsum("hj,hjd->hd", weights, values[:, seen])
-    return y.reshape(batch, sequence, num_heads * d).astype(qkv.dtype), present[0], present[1]
+    return y.reshape(batch, sequence, num_heads * d)

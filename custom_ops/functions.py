@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from onnx import FunctionProto, parser
 
-from specquant.custom_ops.functions_attention import INT4_KV_ATTENTION
+from specquant.custom_ops.functions_attention import HALF_KV_ATTENTION
+from specquant.custom_ops.functions_int4_kv import INT4_KV_ATTENTION
 from specquant.custom_ops.schema import DOMAIN, OPS, PROLOGUES, VERSION
 
 OPSET = 23  # the first with RMSNormalization, which the graph uses
@@ -283,6 +284,7 @@ _BODIES = {
     "Int4ResidualMatMul": _INT4_RESIDUAL_MATMUL,
     "SpecQuantMatMul": _SPECQUANT_MATMUL,
     "Int4KVAttention": INT4_KV_ATTENTION,
+    "HalfKVAttention": HALF_KV_ATTENTION,
 }
 _CALLS = {"SpecQuantMatMul": {"SpectralBranch", "Int4ResidualMatMul"}}  # other ops that a body calls
 

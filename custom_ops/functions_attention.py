@@ -1,37 +1,21 @@
-"""`Int4KVAttention` as a model-local function of standard operators: what runs where our library is not registered.
-
-It computes what attention.py says, the cache's bytes included, at the speed that a cache in float32 would have plus
-its packing. Sizes as there; k and v are one tensor of 2K heads until they are cached.
+"""Attention over a KV cache as a model-local function of standard operators: what runs where our library is not
+registered. Sizes as in attention.py; k and v are one tensor of 2K heads until they are cached.
 """
 
 from __future__ import annotations
 
-# ONNX before opset 26 cannot reinterpret bits, so a float16 is put together and taken apart by arithmetic, exact in
-# float32: with e = max(exponent, 1), |x| · 2^(25 − e) is its mantissa with the leading one (a subnormal: without), and
-# its bits are that + 1024 (e − 1). The exponent is the number of powers of two, from 2^−14, that |x| reaches.
-# A loop with no iterations is the Hadamard transform that was not asked for.
-INT4_KV_ATTENTION = """
-{
+# placed_q, placed_k and v: float32 [B, heads, S, d], after rotary positions.
+_HEADS = """
     zero = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
     minus_one = Constant <value_ints = [-1]> ()
-    minus_two = Constant <value_ints = [-2]> ()
-    two = Constant <value_ints = [2]> ()
     zero_0d = Constant <value_int = 0> ()
     one_0d = Constant <value_int = 1> ()
     zero_f = Constant <value_float = 0.0> ()
     one_f = Constant <value_float = 1.0> ()
-    two_f = Constant <value_float = 2.0> ()
-    sixteen_f = Constant <value_float = 16.0> ()
-    byte_f = Constant <value_float = 256.0> ()
-    mantissa_f = Constant <value_float = 1024.0> ()
-    sign_f = Constant <value_float = 32768.0> ()
-    bias_f = Constant <value_float = 25.0> ()
-    nan = Div (zero_f, zero_f)
     heads_0d = Constant <value_int: int = @num_heads> ()
     kv_heads_0d = Constant <value_int: int = @kv_num_heads> ()
     window = Constant <value_int: int = @local_window_size> ()
-    hadamard = Constant <value_int: int = @hadamard> ()
     heads = Reshape (heads_0d, one)
     kv_heads = Reshape (kv_heads_0d, one)
     both_heads = Add (kv_heads, kv_heads)
@@ -70,118 +54,12 @@ INT4_KV_ATTENTION = """
     turned = Concat <axis = -1> (first, second, still)
 
     placed_q, placed_k = Split <axis = 1> (turned, q_and_k)
-    offset_axes = Constant <value_ints = [1]> ()
-    offset_row = Unsqueeze (key_offset, offset_axes)
-    moved_k = Sub (placed_k, offset_row)
-    moved = Concat <axis = 1> (placed_q, moved_k)
-    powers = Constant <value_ints = [2, 4, 8, 16, 32, 64, 128, 256]> ()
-    is_power = LessOrEqual (powers, d)
-    power_count = Cast <to = 7> (is_power)
-    stage_count = ReduceSum <keepdims = 0> (power_count)
-    stages = Mul (stage_count, hadamard)
-    always = Cast <to = 9> (one_0d)
-    moved_shape = Shape (moved)
-    last_step, butterflies = Loop (stages, always, one, moved) <
-        body = stage (int64 i, bool go, int64[1] step, float[b, h, s, d] values)
-            => (bool still_go, int64[1] next_step, float[b, h, s, d] combined) {
-            still_go = Identity (go)
-            next_step = Add (step, step)
-            pair = Concat <axis = 0> (minus_one, two, step)
-            pairs = Reshape (values, pair)
-            left = Slice (pairs, zero, one, one)
-            right = Slice (pairs, one, two, one)
-            sum = Add (left, right)
-            difference = Sub (left, right)
-            stacked = Concat <axis = 1> (sum, difference)
-            combined = Reshape (stacked, moved_shape)
-        }
-    >
     root_d = Sqrt (d_f)
     inverse_root = Div (one_f, root_d)
-    is_rotated = Cast <to = 9> (hadamard)
-    factor = Where (is_rotated, inverse_root, one_f)
-    rotated = Mul (butterflies, factor)
-    q, k = Split <axis = 1> (rotated, q_and_k)
+"""
 
-    new = Concat <axis = 1> (k, v)
-    lo = ReduceMin (new, minus_one)
-    hi = ReduceMax (new, minus_one)
-    self_difference = Sub (new, new)
-    poison = ReduceSum (self_difference, minus_one)
-    range = Sub (hi, lo)
-    clip = Constant <value_float: float = @clip> ()
-    half_f = Constant <value_float = 0.5> ()
-    clipped_share = Sub (one_f, clip)
-    share_a_side = Mul (half_f, clipped_share)
-    cut = Mul (range, share_a_side)
-    both_cuts = Add (cut, cut)
-    span = Sub (range, both_cuts)
-    levels_f = Constant <value_float = 15.0> ()
-    step_size = Div (span, levels_f)
-    step_16 = Cast <to = 10> (step_size)
-    lo_cut = Add (lo, cut)
-    lo_16 = Cast <to = 10> (lo_cut)
-    scale = Cast <to = 1> (step_16)
-    low = Cast <to = 1> (lo_16)
-    parameters = Concat <axis = -1> (scale, low)
-    unbounded = IsInf (parameters)
-    lost = IsNaN (parameters)
-    bad_parameter = Or (unbounded, lost)
-    bad_count = Cast <to = 1> (bad_parameter)
-    bad_sum = ReduceSum (bad_count, minus_one)
-    bad_or_poison = Add (bad_sum, poison)
-    is_good = Equal (bad_or_poison, zero_f)
-    has_step = Greater (scale, zero_f)
-    reciprocal = Div (one_f, scale)
-    inverse = Where (has_step, reciprocal, zero_f)
-    above = Sub (new, low)
-    in_steps = Mul (above, inverse)
-    rounded = Round (in_steps)
-    clipped = Clip (rounded, zero_f, levels_f)
-    level = Where (is_good, clipped, zero_f)
-    half = Div (d, two)
-    level_low = Slice (level, zero, half, minus_one)
-    level_high = Slice (level, half, d, minus_one)
-    shifted_high = Mul (level_high, sixteen_f)
-    nibbles = Add (level_low, shifted_high)
-
-    magnitude = Abs (parameters)
-    exponents = Constant <value_floats = [-14.0, -13.0, -12.0, -11.0, -10.0, -9.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0,
-        -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0]> ()
-    binary_powers = Pow (two_f, exponents)
-    each = Unsqueeze (magnitude, minus_one)
-    reaches = GreaterOrEqual (each, binary_powers)
-    reached = Cast <to = 1> (reaches)
-    exponent = ReduceSum <keepdims = 0> (reached, minus_one)
-    e = Max (exponent, one_f)
-    up = Sub (bias_f, e)
-    up_factor = Pow (two_f, up)
-    mantissa = Mul (magnitude, up_factor)
-    e_less_one = Sub (e, one_f)
-    e_bits = Mul (e_less_one, mantissa_f)
-    unsigned_bits = Add (mantissa, e_bits)
-    is_negative = Less (parameters, zero_f)
-    sign = Where (is_negative, sign_f, zero_f)
-    finite_bits = Add (unsigned_bits, sign)
-    nan_bits = Constant <value_float = 32256.0> ()
-    bits = Where (is_good, finite_bits, nan_bits)
-    over = Div (bits, byte_f)
-    high_byte = Floor (over)
-    high_part = Mul (high_byte, byte_f)
-    low_byte = Sub (bits, high_part)
-    low_column = Unsqueeze (low_byte, minus_one)
-    high_column = Unsqueeze (high_byte, minus_one)
-    byte_pairs = Concat <axis = -1> (low_column, high_column)
-    kept_axes = Constant <value_ints = [0, 0, 0, -1]> ()
-    parameter_bytes = Reshape (byte_pairs, kept_axes)
-    unsigned_row = Concat <axis = -1> (nibbles, parameter_bytes)
-    top_f = Constant <value_float = 128.0> ()
-    wraps = GreaterOrEqual (unsigned_row, top_f)
-    wrap = Where (wraps, byte_f, zero_f)
-    signed_row = Sub (unsigned_row, wrap)
-    rows = Cast <to = 3> (signed_row)
-
-    past_both = Concat <axis = 1> (past_key, past_value)
+# past_both [B, 2K, P, E] and rows [B, 2K, S, E] become present [B, 2K, T, E].
+_APPEND = """
     before = Shape <start = 2, end = 3> (past_key)
     longest_32 = Reshape (total_sequence_length, one)
     longest = Cast <to = 7> (longest_32)
@@ -190,7 +68,6 @@ INT4_KV_ATTENTION = """
     axis_2 = Constant <value_ints = [2]> ()
     no_pad = Constant <value_ints = [0]> ()
     pads = Concat <axis = 0> (no_pad, missing)
-    nothing = Constant <value = int8 {0}> ()
     padded = Pad (past_both, pads, nothing, axis_2)
     last = Cast <to = 7> (seqlens_k)
     total = Add (last, one_0d)
@@ -213,49 +90,10 @@ INT4_KV_ATTENTION = """
     is_new_row = Unsqueeze (is_new, cache_axes)
     present = Where (is_new_row, placed, padded)
     halves = Concat <axis = 0> (kv_heads, kv_heads)
-    present_key, present_value = Split <axis = 1> (present, halves)
+"""
 
-    cached = Cast <to = 1> (present)
-    is_wrapped = Less (cached, zero_f)
-    unwrap = Where (is_wrapped, byte_f, zero_f)
-    data = Add (cached, unwrap)
-    packed = Slice (data, zero, half, minus_one)
-    tail = Shape <start = 3> (data)
-    stored = Slice (data, half, tail, minus_one)
-    in_high = Div (packed, sixteen_f)
-    high_level = Floor (in_high)
-    high_weight = Mul (high_level, sixteen_f)
-    low_level = Sub (packed, high_weight)
-    levels = Concat <axis = -1> (low_level, high_level)
-    pair_shape = Constant <value_ints = [0, 0, 0, 2, 2]> ()
-    stored_pairs = Reshape (stored, pair_shape)
-    stored_low = Slice (stored_pairs, zero, one, minus_one)
-    stored_high = Slice (stored_pairs, one, two, minus_one)
-    stored_over = Mul (stored_high, byte_f)
-    stored_bits = Add (stored_low, stored_over)
-    has_sign = GreaterOrEqual (stored_bits, sign_f)
-    sign_bit = Where (has_sign, sign_f, zero_f)
-    plain_bits = Sub (stored_bits, sign_bit)
-    in_exponents = Div (plain_bits, mantissa_f)
-    stored_exponent = Floor (in_exponents)
-    stored_e = Max (stored_exponent, one_f)
-    stored_e_less_one = Sub (stored_e, one_f)
-    stored_e_bits = Mul (stored_e_less_one, mantissa_f)
-    stored_mantissa = Sub (plain_bits, stored_e_bits)
-    down = Sub (stored_e, bias_f)
-    down_factor = Pow (two_f, down)
-    stored_size = Mul (stored_mantissa, down_factor)
-    opposite = Neg (stored_size)
-    signed_size = Where (has_sign, opposite, stored_size)
-    top_exponent = Constant <value_float = 31.0> ()
-    is_nan = GreaterOrEqual (stored_exponent, top_exponent)
-    decoded = Where (is_nan, nan, signed_size)
-    cached_scale = Slice (decoded, zero, one, minus_two)
-    cached_low = Slice (decoded, one, two, minus_two)
-    scale_column = Squeeze (cached_scale, minus_one)
-    low_row = Squeeze (cached_low, minus_one)
-    scaled = Mul (levels, scale_column)
-    dequantised = Add (scaled, low_row)
+# y of q [B, H, S, d] and dequantised [B, 2K, T, d].
+_ATTEND = """
     is_held_row = Unsqueeze (is_held, cache_axes)
     seen = Where (is_held_row, dequantised, zero_f)
     keys, values = Split <axis = 1> (seen, halves)
@@ -298,5 +136,33 @@ INT4_KV_ATTENTION = """
     y_shape = Concat <axis = 0> (batch_sequence, minus_one)
     y_32 = Reshape (output_by_token, y_shape)
     y = CastLike (y_32, qkv)
-}
 """
+
+# Every float16 is a float32, so the cache is extended as the latter, which more operators take.
+_ROUND = """
+    q = Identity (placed_q)
+    new = Concat <axis = 1> (placed_k, v)
+    new_16 = Cast <to = 10> (new)
+    rows = Cast <to = 1> (new_16)
+    past_16 = Concat <axis = 1> (past_key, past_value)
+    past_both = Cast <to = 1> (past_16)
+    nothing = Constant <value_float = 0.0> ()
+"""
+
+_WIDEN = """
+    present_16 = Cast <to = 10> (present)
+    present_key, present_value = Split <axis = 1> (present_16, halves)
+    dequantised = Identity (present)
+"""
+
+
+def kv_attention(store: str, read: str) -> str:
+    """The function's body.
+
+    store: from placed_q, placed_k and v to q, the cache's `rows`, past_both, and `nothing`, a cached zero; read: from
+    present to present_key, present_value and dequantised.
+    """
+    return "{" + _HEADS + store + _APPEND + read + _ATTEND + "}\n"
+
+
+HALF_KV_ATTENTION = kv_attention(_ROUND, _WIDEN)

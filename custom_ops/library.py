@@ -21,7 +21,7 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
 from specquant.custom_ops.schema import GATES
 
-ABI = 5  # kAbi of kernels/cpu/kernels.h
+ABI = 6  # kAbi of kernels/cpu/kernels.h
 ORT_MINIMUM = (1, 20)
 FILE = "libspecquant_cpu.so"
 REBUILD = "run `pip install --force-reinstall .` (it needs g++)"

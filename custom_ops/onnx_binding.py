@@ -29,6 +29,7 @@ def reference_ops() -> list[type[OpRun]]:
         "Int4ResidualMatMul": reference.int4_residual_matmul,
         "SpecQuantMatMul": reference.specquant_matmul,
         "Int4KVAttention": attention.int4_kv_attention,
+        "HalfKVAttention": attention.half_kv_attention,
     }
     return [_op_run(op, runs[op.name]) for op in OPS.values()]
 

@@ -77,28 +77,39 @@ _PROLOGUE = (
     Attribute("epsilon", 1e-5, "Of rms_norm."),
 )
 _SUBTRACT = Attribute("subtract", 0, "1: x loses its part in the span of B before it is quantised.")
-_CACHE = ("int8",)
-_ATTENTION_INPUTS = (
-    Tensor("qkv", (FLOAT,), ("B", "S", "W"), "Queries, keys and values side by side, before rotary positions."),
-    Tensor("past_key", _CACHE, ("B", "K", "P", "E"), "Packed keys, as kv_rows.py lays them out."),
-    Tensor("past_value", _CACHE, ("B", "K", "P", "E"), "Packed values."),
+_QKV = Tensor("qkv", (FLOAT,), ("B", "S", "W"), "Queries, keys and values side by side, before rotary positions.")
+_INT4_PAST, _HALF_PAST = (
+    (
+        Tensor("past_key", (kind,), ("B", "K", "P", row), f"Keys {form}."),
+        Tensor("past_value", (kind,), ("B", "K", "P", row), f"Values {form}."),
+    )
+    for kind, row, form in (("int8", "E", "as kv_rows.py packs them"), ("float16", "d", "in float16"))
+)
+_POSITIONS = (
     Tensor("seqlens_k", ("int32",), ("B",), "Tokens of each row, the new ones included, less one."),
     Tensor("total_sequence_length", ("int32",), (), "The longest row."),
     Tensor("position_ids", ("int64",), ("B", "S"), "Rows of cos and sin for the new tokens."),
     Tensor("cos", ("float",), ("C", "R"), "Rotary table."),
     Tensor("sin", ("float",), ("C", "R"), "Rotary table."),
-    Tensor("key_offset", ("float",), ("K", "d"), "Taken from keys before they are cached; softmax does not see it."),
 )
-_ATTENTION_OUTPUTS = (
-    Tensor("y", (FLOAT,), ("B", "S", "O"), "softmax(scale · q k̂ᵀ) v̂ of every query head, side by side."),
-    Tensor("present_key", _CACHE, ("B", "K", "T", "E"), "past_key and the new tokens; may be past_key's memory."),
-    Tensor("present_value", _CACHE, ("B", "K", "T", "E"), "past_value and the new tokens."),
+_OFFSET = Tensor(
+    "key_offset", ("float",), ("K", "d"), "Taken from keys before they are cached: softmax is blind to it."
 )
-_ATTENTION_ATTRIBUTES = (
+_ATTENDED = Tensor("y", (FLOAT,), ("B", "S", "O"), "softmax(scale · q k̂ᵀ) v̂ of every query head, side by side.")
+_INT4_PRESENT, _HALF_PRESENT = (
+    (
+        Tensor("present_key", (kind,), ("B", "K", "T", row), "past_key and the new tokens; may be past_key's memory."),
+        Tensor("present_value", (kind,), ("B", "K", "T", row), "past_value and the new tokens."),
+    )
+    for kind, row in (("int8", "E"), ("float16", "d"))
+)
+_ATTENTION = (
     Attribute("num_heads", 1, "Query heads."),
     Attribute("kv_num_heads", 1, "Key and value heads; divides num_heads."),
     Attribute("local_window_size", -1, "Tokens that a query sees, itself included; -1: all before it."),
     Attribute("scale", 0.0, "What q · k is multiplied by; 0: 1 / √d."),
+)
+_ROUNDING = (
     Attribute("hadamard", 0, "1: queries and keys are rotated by a Hadamard matrix before the cache."),
     Attribute("clip", 1.0, "Share of a cached row's range that its levels span, in (0, 1]."),
 )
@@ -118,9 +129,16 @@ OPS = {
         Op(
             "Int4KVAttention",
             "Appends k and v to a 4-bit KV cache; y = softmax(scale · q k̂ᵀ) v̂ over it, causal, with rotary positions.",
-            _ATTENTION_INPUTS,
-            _ATTENTION_OUTPUTS,
-            _ATTENTION_ATTRIBUTES,
+            (_QKV, *_INT4_PAST, *_POSITIONS, _OFFSET),
+            (_ATTENDED, *_INT4_PRESENT),
+            (*_ATTENTION, *_ROUNDING),
+        ),
+        Op(
+            "HalfKVAttention",
+            "Appends k and v to a float16 KV cache; y = softmax(scale · q k̂ᵀ) v̂ over it, causal, with rotations.",
+            (_QKV, *_HALF_PAST, *_POSITIONS),
+            (_ATTENDED, *_HALF_PRESENT),
+            _ATTENTION,
         ),
     )
 }

@@ -188,6 +188,7 @@ def manifest_of(decoder: Decoder, source: Source, model: Any, calibration: dict[
             "float_type": decoder.recipe["float_type"],
             "tied_embeddings": decoder.lm_head is None,
             "kv_bits": c.kv_bits,
+            "attention": decoder.attention_op,
             "head_bits": c.head_bits,
         },
         "recipe": decoder.recipe,

@@ -74,7 +74,7 @@ class DecoderConfig:
     attention_scale: float  # what q · k is multiplied by
     embedding_scale: float = 1.0  # what rows of the embedding are multiplied by, though not as the head reads them
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    kv_bits: int = 16  # of the KV cache: 4, or 16 for the graph's float type
+    kv_bits: int = 16  # of the KV cache: 4 or 16 (`Decoder.attention_op`)
     kv_clip: float = 1.0  # share of a cached row's range that its 4-bit levels span
     head_bits: int = 16  # of the head, 8 or 4, beside an embedding in float16; 16: both in the graph's float type
 
@@ -130,3 +130,12 @@ class Decoder:
     rope_cos: NDArray[np.float32]
     rope_sin: NDArray[np.float32]
     recipe: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def attention_op(self) -> Literal["Int4KVAttention", "HalfKVAttention", "GroupQueryAttention"]:
+        """What attends in the graph: an op of ours (docs/ops.md), cache of 4 bits or of float16; or, where no linear
+        is quantised and none of our ops is needed, ONNX Runtime's with a cache in the graph's float type."""
+        if self.config.kv_bits == 4:
+            return "Int4KVAttention"
+        quantised = any(isinstance(entry, QuantLinear) for layer in self.layers for entry in layer.linears)
+        return "HalfKVAttention" if quantised else "GroupQueryAttention"

@@ -1,4 +1,6 @@
-"""The 4-bit KV cache in PyTorch: what `Int4KVAttention` (docs/ops.md) does to keys and values, for the simulation."""
+"""The KV cache in PyTorch: what `Int4KVAttention` and `HalfKVAttention` (docs/ops.md) do to keys and values, for the
+simulation.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from specquant.custom_ops.kv_rows import rotates_keys
 
-NAME = "specquant_int4_kv"
+NAME, NAME_HALF = "specquant_int4_kv", "specquant_half_kv"
 LEVELS = 15  # the largest 4-bit level
 _OFFSET = "specquant_key_offset"  # buffer of an attention module: float32 [kv_heads, head_dim]
 
@@ -90,6 +92,13 @@ def use_int4_cache(model: nn.Module, clip: float) -> None:
     model.set_attn_implementation(name)  # type: ignore[operator]
 
 
+def use_half_cache(model: nn.Module) -> None:
+    """Let every attention of a transformers model see keys (after RoPE) and values rounded to float16."""
+    AttentionInterface.register(NAME_HALF, _half_attention)
+    AttentionMaskInterface.register(NAME_HALF, sdpa_mask)
+    model.set_attn_implementation(NAME_HALF)  # type: ignore[operator]
+
+
 def set_key_offset(attention: nn.Module, offset: NDArray[np.float32] | None) -> None:
     """Give an attention module its key offset, float32 [kv_heads, head_dim]; None: zero."""
     attention.register_buffer(_OFFSET, torch.zeros(1, 1) if offset is None else torch.from_numpy(offset))
@@ -120,4 +129,13 @@ def _attention(
         query, key = hadamard(query), hadamard(key)
     key, value = (fake_quantize_rows(x, clip).to(dtype) for x in (key, value))
     output: tuple[Tensor, None] = sdpa_attention_forward(module, query.to(dtype), key, value, attention_mask, **options)
+    return output
+
+
+def _half_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """As `_attention`. Gradients pass straight through."""
+    key, value = (x + (x.half().to(x.dtype) - x).detach() for x in (key, value))
+    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return output

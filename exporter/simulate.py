@@ -10,7 +10,7 @@ from specquant.exporter.decoder import Decoder, FloatLinear, Linear
 from specquant.exporter.families import Family
 from specquant.exporter.gptq import expand
 from specquant.exporter.head import ACT_BITS, quantize_table
-from specquant.exporter.kv import block_hadamard, set_key_offset, use_int4_cache
+from specquant.exporter.kv import block_hadamard, set_key_offset, use_half_cache, use_int4_cache
 
 
 def fake_quantize(u: Tensor, bits: int, group: int, clip: float | Tensor = 1.0) -> Tensor:
@@ -124,6 +124,8 @@ def simulate(model: nn.Module, family: Family, decoder: Decoder) -> nn.Module:
             set_key_offset(layer.get_submodule(family.attention), numbers.key_offset)
     if decoder.config.kv_bits == 4:
         use_int4_cache(model, decoder.config.kv_clip)
+    elif decoder.attention_op == "HalfKVAttention":
+        use_half_cache(model)
     return model.eval()
 
 

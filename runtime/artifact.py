@@ -18,7 +18,8 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.kv_rows import row_bytes
 
 MANIFEST = "specquant.json"
-FORMAT = 2  # 2: norms, gates and residuals inside the matrix products
+FORMAT = 2  # 2: norms, gates and residuals inside the matrix products, and 8-bit activations symmetric
+ATTENTION = {"": (4, 16), "Int4KVAttention": (4,), "HalfKVAttention": (16,), "GroupQueryAttention": (16,)}  # kv_bits
 REQUIRED_FILES = ("model.onnx", "tokenizer.json")
 _BLOCK = 1 << 20
 
@@ -28,10 +29,11 @@ ReadBytes = Callable[[int], None]  # told how many more bytes have been hashed
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The sizes of the decoder, in elements. float_type is `float32` or `float16`: the type of logits and KV cache.
+    """The sizes of the decoder, in elements. float_type is `float32` or `float16`: the type of logits, and of
+    GroupQueryAttention's KV cache.
 
-    kv_bits 4: the cache is packed, rows of head_dim / 2 + 4 bytes (docs/ops.md). head_bits: of the head, 16 being
-    float_type.
+    kv_bits 4: the cache is packed, rows of head_dim / 2 + 4 bytes. attention: the graph's op, of ATTENTION; by default
+    (in artifacts from before HalfKVAttention) what kv_bits says. head_bits: of the head, 16 being float_type.
     """
 
     family: str
@@ -48,12 +50,15 @@ class ModelInfo:
     bos_token_id: int | None = None
     tied_embeddings: bool = False
     kv_bits: int = 16
+    attention: str = ""
     head_bits: int = 16
 
     @property
     def cache_row(self) -> tuple[int, np.dtype[Any]]:
         """What a token takes in the cache of one kv head, keys or values: elements, and their type."""
-        return (row_bytes(self.head_dim), np.dtype(np.int8)) if self.kv_bits == 4 else (self.head_dim, self.float_dtype)
+        if self.kv_bits == 4:
+            return row_bytes(self.head_dim), np.dtype(np.int8)
+        return self.head_dim, np.dtype(np.float16) if self.attention == "HalfKVAttention" else self.float_dtype
 
     @property
     def float_dtype(self) -> np.dtype[Any]:
@@ -221,6 +226,10 @@ def _check_values(manifest: Manifest, path: Path) -> None:
             raise SpecQuantError(f"{path} says {item.name} = {value}, which must be positive: re-export the model")
     if model.kv_bits not in (4, 16):
         raise SpecQuantError(f"{path} says kv_bits = {model.kv_bits}, not 4 or 16: re-export the model")
+    if model.kv_bits not in ATTENTION.get(model.attention, ()):
+        raise SpecQuantError(
+            f"{path} says attention = {model.attention!r} with kv_bits = {model.kv_bits}: re-export the model"
+        )
     if model.head_bits not in (4, 8, 16):
         raise SpecQuantError(f"{path} says head_bits = {model.head_bits}, not 4, 8 or 16: re-export the model")
     if model.float_type not in ("float32", "float16"):

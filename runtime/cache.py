@@ -13,9 +13,9 @@ _FIRST_CAPACITY = 256  # tokens: a short chat never grows
 class KVCache:
     """Per layer a key and a value array [rows, kv_heads, capacity, width]; row b holds lengths[b] tokens.
 
-    width is head_dim floats, or the bytes that a 4-bit cache packs them into (int8). Past and present are one buffer:
-    the graph's attention writes the new tokens at lengths[b] and reads what is before them, so appending costs no copy,
-    and what lies beyond lengths[b] is never read.
+    width is head_dim floats (of 32 or 16 bits), or the bytes that a 4-bit cache packs them into (int8). Past and
+    present are one buffer: the graph's attention writes the new tokens at lengths[b] and reads what is before them, so
+    appending costs no copy, and what lies beyond lengths[b] is never read.
     """
 
     def __init__(self, *, layers: int, rows: int, kv_heads: int, width: int, dtype: np.dtype[Any], limit: int) -> None:

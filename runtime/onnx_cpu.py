@@ -17,8 +17,8 @@ from specquant.runtime.cache import KVCache
 # A block of prefill has at most this many logits: its longest buffer stays at 64 MB whatever the prompt.
 _MAX_LOGITS = 1 << 24
 # Tokens of a block. GroupQueryAttention multiplies all tokens of a call with one another, those ahead too, so that 512
-# tokens take 0.55 s of one core in blocks of 128, 0.82 s at once (docs/performance.md); our own attention does not.
-_BLOCK, _BLOCK_INT4_CACHE = 128, 512
+# tokens take 0.55 s of one core in blocks of 128, 0.82 s at once (docs/performance.md); ours does not.
+_BLOCK, _BLOCK_OUR_ATTENTION = 128, 512
 
 
 class OnnxCpu:
@@ -31,7 +31,8 @@ class OnnxCpu:
         self.model = model
         self.context = context
         self.dtype: np.dtype[np.floating] = np.dtype(model.float_type)
-        self.prompt_block = _BLOCK_INT4_CACHE if model.kv_bits == 4 else _BLOCK
+        ours = model.kv_bits == 4 or model.attention == "HalfKVAttention"
+        self.prompt_block = _BLOCK_OUR_ATTENTION if ours else _BLOCK
         self.block = max(1, min(self.prompt_block, _MAX_LOGITS // model.vocab_size))  # of prefill with all its logits
         self.session = _open(folder, threads, custom_ops)
         names = {item.name for item in self.session.get_overridable_initializers()}

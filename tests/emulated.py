@@ -46,7 +46,8 @@ def matmul_bytes(p: Any) -> dict[str, int]:
 def attention_bytes(a: Any) -> dict[str, int]:
     """Bytes behind each pointer of an `Attention` (attention.h)."""
     element, d = 2 if a.half else 4, a.head_dim
-    tables, cache = a.context * a.rotary * 4, a.batch * a.kv_num_heads * row_bytes(d)
+    tables, row = a.context * a.rotary * 4, row_bytes(d) if a.kv_bits == 4 else 2 * d
+    cache = a.batch * a.kv_num_heads * row
     return {
         "qkv": a.batch * a.sequence * (a.num_heads + 2 * a.kv_num_heads) * d * element,
         "past_key": cache * a.past_rows,

@@ -14,6 +14,7 @@ from torch import nn
 from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
 from specquant.custom_ops.reference import int4_residual_matmul, specquant_matmul
 from specquant.exporter.decoder import Decoder, FloatLinear, Linear, QuantLinear
+from specquant.exporter.kv import use_half_cache
 from specquant.exporter.quantize import quantize
 from specquant.exporter.recipe import float_recipe
 
@@ -158,7 +159,9 @@ def quantised_decoder(
 
 
 def simulate(model: Any, decoder: Decoder, rank: int) -> None:
-    """Let the linears of `model` compute what `decoder`'s do, in NumPy, with `rank` columns of each branch."""
+    """Let the linears of `model` compute what `decoder`'s do, in NumPy, with `rank` columns of each branch, and its
+    attention see keys and values as a float16 cache holds them."""
+    use_half_cache(model)
     for block, layer in zip(model.model.layers, decoder.layers, strict=True):
         for entry in layer.linears:
             start = 0

@@ -23,7 +23,7 @@ import torch
 from specquant.custom_ops.packing import unpack_int4
 from specquant.exporter.decoder import FloatLinear, QuantLinear
 from specquant.exporter.families import family_of
-from specquant.exporter.kv import set_key_offset, use_int4_cache
+from specquant.exporter.kv import set_key_offset, use_half_cache, use_int4_cache
 from specquant.exporter.simulate import sim_linears
 from specquant.exporter.sources import load_model, resolve
 from specquant.runtime import load
@@ -91,6 +91,8 @@ def simulated(folder: Path, source: str) -> torch.nn.Module:
     caches = [node for node in graph if node.op_type == "Int4KVAttention"]
     if caches:
         use_int4_cache(model, float(caches[0].attributes["clip"].value))
+    if any(node.op_type == "HalfKVAttention" for node in graph):
+        use_half_cache(model)
     base = model.get_submodule(family.decoder)
     base.get_submodule(family.embedding).weight.data = tensor("model.embed_tokens.weight")
     if "lm_head" in nodes:

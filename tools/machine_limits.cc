@@ -1,7 +1,7 @@
-// What this machine can do at most: byte products (vpdpbusd, and AMX's tdpbssd) and reads from memory, on THREADS
-// threads at once. c++ -O3 -march=native -pthread tools/machine_limits.cc -o limits && ./limits THREADS
-// prints {"gops": 10^9 operations a second, null without VNNI, "amx_gops": likewise, null without AMX, "gbps": 10^9
-// bytes a second}. Best of many short runs.
+// What this machine can do at most: byte products (vpdpbusd, and AMX's tdpbssd), multiply-adds of float32 and reads from
+// memory, on THREADS threads at once. c++ -O3 -march=native -pthread tools/machine_limits.cc -o limits && ./limits THREADS
+// prints {"gops": 10^9 operations a second, null without VNNI, "amx_gops": likewise, null without AMX, "gflops":
+// of float32, null without FMA, "gbps": 10^9 bytes a second}. Best of many short runs.
 #include <immintrin.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -45,6 +45,26 @@ void multiply() {
 #else
 #define HAS_PRODUCT 0
 void multiply() {}
+#endif
+
+#if defined(__AVX512F__) || defined(__FMA__)
+#if defined(__AVX512F__)
+typedef float Floats __attribute__((vector_size(64)));
+#else
+typedef float Floats __attribute__((vector_size(32)));
+#endif
+#define HAS_FMA 1
+#define SUM(j) __asm__ volatile("vfmadd231ps %1, %1, %0" : "+x"(s##j) : "x"(factor));
+void multiply_floats() {
+  Floats s0{}, s1{}, s2{}, s3{}, s4{}, s5{}, s6{}, s7{}, s8{}, s9{}, s10{}, s11{}, factor{};
+  for (int i = 0; i < kSteps; ++i) {
+    SUM(0) SUM(1) SUM(2) SUM(3) SUM(4) SUM(5) SUM(6) SUM(7) SUM(8) SUM(9) SUM(10) SUM(11)
+  }
+}
+#else
+typedef float Floats;
+#define HAS_FMA 0
+void multiply_floats() {}
 #endif
 
 // Tiles of 16 x 16 sums of 64 products; false where there are none, or Linux does not let us use them.
@@ -122,6 +142,12 @@ int main(int count, char** arguments) {
     std::printf("\"amx_gops\": %.1f, ", 2.0 * 16 * 16 * 64 * 4 * kTileSteps * threads / multiplying / 1e9);
   } else {
     std::printf("\"amx_gops\": null, ");
+  }
+  if (HAS_FMA) {
+    const double multiplying = best(threads, kRuns, [](int) { multiply_floats(); });
+    std::printf("\"gflops\": %.1f, ", 2.0 * sizeof(Floats) / sizeof(float) * kSums * kSteps * threads / multiplying / 1e9);
+  } else {
+    std::printf("\"gflops\": null, ");
   }
   std::printf("\"gbps\": %.2f}\n", double(kBytes) * threads / reading / 1e9);
 }

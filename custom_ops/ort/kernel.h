@@ -93,7 +93,17 @@ struct MatMulKind {
   size_t inputs() const { return 1 + (branch ? 3 : 0) + (weights ? 6 : 0); }
 };
 
+// What an attention op keeps in its cache.
+struct AttentionKind {
+  const char* name;
+  int64_t kv_bits;  // 4: packed rows, as int8; 16: float16
+
+  bool key_offset() const { return kv_bits == 4; }
+  size_t inputs() const { return key_offset() ? 9 : 8; }
+  int64_t element_bytes() const { return kv_bits == 4 ? 1 : 2; }
+};
+
 std::unique_ptr<Kernel> make_matmul(const Api& api, const MatMulKind& kind, const KernelInfo* info);
-std::unique_ptr<Kernel> make_attention(const Api& api, const KernelInfo* info);
+std::unique_ptr<Kernel> make_attention(const Api& api, const AttentionKind& kind, const KernelInfo* info);
 
 }  // namespace specquant::ort

@@ -10,11 +10,14 @@ namespace {
 constexpr MatMulKind kBranch{"SpectralBranch", true, false};
 constexpr MatMulKind kResidual{"Int4ResidualMatMul", false, true};
 constexpr MatMulKind kFused{"SpecQuantMatMul", true, true};
+constexpr AttentionKind kInt4Cache{"Int4KVAttention", 4};
+constexpr AttentionKind kHalfCache{"HalfKVAttention", 16};
 
 // An op for one combination of types. ONNX Runtime picks by the node's.
 struct Op : CustomOp {
   const char* name;
-  const MatMulKind* matmul;  // null for Int4KVAttention
+  const MatMulKind* matmul;  // null for attention
+  const AttentionKind* attention;
   std::vector<ElementType> inputs, outputs;
   const Api* api;
 };
@@ -44,7 +47,8 @@ struct Node {
 Status* create(const CustomOp* custom, const void*, const KernelInfo* info, void** kernel) {
   const Op& op = self(custom);
   return guarded(op, [&] {
-    *kernel = new Node{op.matmul ? make_matmul(*op.api, *op.matmul, info) : make_attention(*op.api, info), op};
+    *kernel = new Node{op.matmul ? make_matmul(*op.api, *op.matmul, info) : make_attention(*op.api, *op.attention, info),
+                       op};
   });
 }
 
@@ -96,7 +100,7 @@ void infer_output(const Op& op, ShapeContext* context, size_t output, size_t sou
   must(api.ShapeInferContext_SetOutputTypeShape(context, output, owned));
 }
 
-// Shapes of Int4KVAttention depend on attributes and values, so those that the graph itself states stand.
+// Shapes of attention depend on attributes and values, so those that the graph itself states stand.
 Status* infer(const CustomOp* custom, ShapeContext* context) {
   const Op& op = self(custom);
   return guarded(op, [&] {
@@ -106,9 +110,9 @@ Status* infer(const CustomOp* custom, ShapeContext* context) {
   });
 }
 
-Op describe(const Api& api, const char* name, const MatMulKind* matmul, std::vector<ElementType> inputs,
-            std::vector<ElementType> outputs) {
-  Op op{{}, name, matmul, std::move(inputs), std::move(outputs), &api};
+Op describe(const Api& api, const char* name, const MatMulKind* matmul, const AttentionKind* attention,
+            std::vector<ElementType> inputs, std::vector<ElementType> outputs) {
+  Op op{{}, name, matmul, attention, std::move(inputs), std::move(outputs), &api};
   op.version = kApiVersion;
   op.GetName = [](const CustomOp* custom) { return self(custom).name; };
   op.GetExecutionProviderType = [](const CustomOp*) { return "CPUExecutionProvider"; };
@@ -130,7 +134,7 @@ Op describe(const Api& api, const char* name, const MatMulKind* matmul, std::vec
 std::vector<Op> describe_all(const Api& api) {
   std::vector<Op> ops;
   const auto matmul = [&](const MatMulKind& kind, std::vector<ElementType> inputs, std::vector<ElementType> outputs) {
-    ops.push_back(describe(api, kind.name, &kind, std::move(inputs), std::move(outputs)));
+    ops.push_back(describe(api, kind.name, &kind, nullptr, std::move(inputs), std::move(outputs)));
   };
   for (const ElementType real : {kFloat, kFloat16}) {
     matmul(kBranch, {real, kFloat16, kFloat16, kInt64}, {real, real});
@@ -138,8 +142,12 @@ std::vector<Op> describe_all(const Api& api) {
       matmul(kResidual, {real, kInt8, kFloat16, sums, kFloat, kFloat, real}, {real});
       matmul(kFused, {real, kFloat16, kFloat16, kInt64, kInt8, kFloat16, sums, kFloat, kFloat, real}, {real});
     }
-    ops.push_back(describe(api, "Int4KVAttention", nullptr,
-                           {real, kInt8, kInt8, kInt32, kInt32, kInt64, kFloat, kFloat, kFloat}, {real, kInt8, kInt8}));
+    for (const AttentionKind* kind : {&kInt4Cache, &kHalfCache}) {
+      const ElementType cache = kind->kv_bits == 4 ? kInt8 : kFloat16;
+      std::vector<ElementType> inputs{real, cache, cache, kInt32, kInt32, kInt64, kFloat, kFloat};
+      if (kind->key_offset()) inputs.push_back(kFloat);
+      ops.push_back(describe(api, kind->name, nullptr, kind, std::move(inputs), {real, cache, cache}));
+    }
   }
   return ops;
 }

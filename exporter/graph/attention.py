@@ -1,4 +1,4 @@
-"""Self-attention with a KV cache, as ONNX Runtime's `GroupQueryAttention`."""
+"""Self-attention with a KV cache: ONNX Runtime's `GroupQueryAttention`, or one of our ops."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from specquant.exporter.decoder import DecoderConfig, DecoderLayer
-from specquant.exporter.graph.kv_attention import int4_kv_attention
+from specquant.exporter.decoder import Decoder, DecoderLayer
+from specquant.exporter.graph.kv_attention import kv_attention
 from specquant.exporter.graph.writer import GraphWriter
 
 
@@ -62,20 +62,21 @@ def attention(
     present: tuple[ir.Value, ir.Value],
     shared: AttentionInputs,
     layer: DecoderLayer,
-    config: DecoderConfig,
+    decoder: Decoder,
     name: str,
 ) -> ir.Value:
     """softmax(scale · q kᵀ) v, causal, with rotary positions: [batch, sequence, num_heads · head_dim].
 
     qkv [batch, sequence, (num_heads + 2 num_kv_heads) · head_dim] holds q, k, v side by side; past and present are
-    key and value, [batch, num_kv_heads, past_sequence or total_sequence, head_dim].
+    key and value, [batch, num_kv_heads, past_sequence or total_sequence, a row of `cache_row`].
     """
+    config = decoder.config
     output = ir.val(name, graph.float_type, ("batch", "sequence", config.num_heads * config.head_dim))
     lengths = [shared.seqlens_k, shared.total_sequence_length]
     tables = shared.rotary[layer.rotary]
-    if config.kv_bits == 4:
+    if decoder.attention_op != "GroupQueryAttention":
         inputs = [qkv, *past, *lengths, shared.position_ids, *tables]
-        return int4_kv_attention(graph, inputs, output, present, layer, config)
+        return kv_attention(graph, inputs, output, present, layer, decoder)
     rotary = [*tables, shared.position_ids]
     graph.node(
         "GroupQueryAttention",

@@ -75,7 +75,7 @@ def build_model(decoder: Decoder, float_type: FloatType, metadata: dict[str, str
 
 
 def _cache(decoder: Decoder, graph: GraphWriter, name: str, length: str) -> KeyValue:
-    row, dtype = cache_row(graph, decoder.config)
+    row, dtype = cache_row(graph, decoder)
     shape = ("batch", decoder.config.num_kv_heads, length, row)
     key, value = (ir.val(f"{name}.{part}", dtype, shape) for part in ("key", "value"))
     return key, value
@@ -115,7 +115,7 @@ def _block(
 
     qkv = linear(graph, x, layer.qkv, rank, norm("input_norm"))
     qkv = head_norms(graph, qkv, layer, config, name)
-    h = attention(graph, qkv, past, present, shared, layer, config, f"{name}.self_attn")
+    h = attention(graph, qkv, past, present, shared, layer, decoder, f"{name}.self_attn")
     x = add(x, h, layer.o, None, norm("attention_output_norm"))
     both = linear(graph, x, layer.gate_up, rank, norm("mlp_norm"))
     gate = Gate(f"{name}.mlp", config.activation, config.intermediate_size)

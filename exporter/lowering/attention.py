@@ -15,12 +15,14 @@ _BOOL, _I64 = ir.DataType.BOOL, ir.DataType.INT64
 Outputs = tuple[ir.Value, ir.Value, ir.Value]  # y, present key, present value
 
 # Where the old ops keep their operands: qkv, past_key, past_value, position_ids, cos, sin.
-OPERANDS = {"GroupQueryAttention": (0, 3, 4, 9, 7, 8), "Int4KVAttention": (0, 1, 2, 5, 6, 7)}
+_OURS = (0, 1, 2, 5, 6, 7)
+OPERANDS = {"GroupQueryAttention": (0, 3, 4, 9, 7, 8), "Int4KVAttention": _OURS, "HalfKVAttention": _OURS}
 
 
 def standard_attention(low: Lowering, node: ir.Node) -> Outputs:
-    """y [batch, sequence, heads · d] and the present cache of `GroupQueryAttention`, or of `Int4KVAttention` with the
-    cache in floating point: its key_offset and Hadamard matrix change no score, and are left out."""
+    """y [batch, sequence, heads · d] and the present cache of `GroupQueryAttention`, or of one of our ops with the
+    cache in the graph's float type: the key_offset and Hadamard matrix of Int4KVAttention change no score, and are left
+    out."""
     graph, name, given = low.graph, str(node.name), attributes(node)
     heads, kv_heads = int(given["num_heads"]), int(given["kv_num_heads"])
     places = OPERANDS[node.op_type]
@@ -111,7 +113,7 @@ def _split_heads(
 
 
 def _as_floats(low: Lowering, table: ir.Value) -> ir.Value:
-    """A rotary table in the graph's float type: `Int4KVAttention` has it in float32."""
+    """A rotary table in the graph's float type: our ops have it in float32."""
     graph = low.graph
     if table.dtype == graph.float_type:
         return table

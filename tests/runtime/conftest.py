@@ -155,7 +155,8 @@ def _export(decoder: Any, tokenizer: Tokenizer, folder: Path, float_type: Any = 
         for linear in layer.linears
         if isinstance(linear, QuantLinear)
     ]
-    write_manifest(folder, model_info(decoder.config) | {"float_type": float_type}, layers)
+    described = {"float_type": float_type, "attention": decoder.attention_op}
+    write_manifest(folder, model_info(decoder.config) | described, layers)
     return folder
 
 

@@ -162,10 +162,14 @@ void append_tokens(const Attention& a, int64_t batch, int64_t kv_head, int64_t t
   kAvx512Vnni.append(a, batch, kv_head, token, end);
 }
 void attend_tokens(const Attention& a, const QueryTile& tile, const Partial& out) { kAvx512Vnni.attend(a, tile, out); }
+void attend_half_tokens(const Attention& a, const QueryTile& tile, const Partial& out) {
+  kAvx512Vnni.attend_half(a, tile, out);
+}
 
 }  // namespace
 
 const Kernels kAmx{"amx",          cpu_has_amx, quantize,      prepare_tokens, arrange_tokens,
-                   multiply_tiles, 32 << 20,    kMostTileRows, append_tokens,  attend_tokens, tile_peak};
+                   multiply_tiles, 32 << 20,    kMostTileRows, append_tokens,  attend_tokens, attend_half_tokens,
+                   tile_peak};
 
 }  // namespace specquant

@@ -1,4 +1,4 @@
-// One call of Int4KVAttention: checks, the scratch, and how the work is cut into tasks. Needs no instruction set.
+// One call of Int4KVAttention or HalfKVAttention: checks, the scratch, and how the work is cut into tasks. Needs no instruction set.
 #include "attention.h"
 
 #include <algorithm>
@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kMostSize = int64_t(1) << 31;
 constexpr int64_t kAppendTokens = 32;  // tokens of a kv head that a task packs
 constexpr int64_t kPartTokens = 1024;  // tokens of a part, where one new token alone would be too few tasks
+constexpr int64_t kManyTiles = 32;     // enough for the threads
 constexpr int64_t kSmallWork = 4096;   // scores below which a thread pool costs more than it brings
 
 int64_t after(const Attention& a, int64_t b) { return int64_t(a.seqlens_k[b]) + 1; }
@@ -29,10 +30,19 @@ int64_t parts_of(const Attention& a) {
   return a.sequence == 1 ? std::max<int64_t>(1, (longest(a) + kPartTokens - 1) / kPartTokens) : 1;
 }
 
+// Rows of a tile. A block of a 16-bit cache is converted once for all rows of a tile, so they should be many, but
+// not so many that there are too few tiles for the threads. Not a matter of how many these are: same bits for all.
+int64_t tile_rows_of(const Kernels& kernels, const Attention& a, int64_t heads, int64_t rows) {
+  if (a.kv_bits != 16) return kernels.tile_rows;
+  const int64_t fit = std::min(kMostHalfRows, kMostTileFloats / a.head_dim) / kHalfRowsMultiple * kHalfRowsMultiple;
+  return std::min(fit, round_up(heads * rows / kManyTiles + 1, kHalfRowsMultiple));
+}
+
 struct Work {
   const Kernels& kernels;
   const Attention& attention;
   int64_t append_tasks;     // of a kv head
+  int64_t tile_rows;        // of a tile, at most
   int64_t tiles, parts;     // of a kv head
   float* partials;          // [B, H, parts, head_dim + 2]: y, largest, sum; only if parts > 1
 };
@@ -46,11 +56,13 @@ void append_task(void* argument, size_t index) {
     work.kernels.append(a, b, head % a.kv_num_heads, token, std::min(token + kAppendTokens, added));
 }
 
-void store(const Attention& a, int64_t at, float value) {
+// y of a head, from `at` on.
+void store(const Attention& a, int64_t at, const float* values, float factor) {
   if (a.half) {
-    static_cast<uint16_t*>(a.y)[at] = float_to_half(value);
+    for (int64_t i = 0; i < a.head_dim; ++i) static_cast<uint16_t*>(a.y)[at + i] = float_to_half(values[i] * factor);
   } else {
-    static_cast<float*>(a.y)[at] = value;
+    float* const to = static_cast<float*>(a.y) + at;
+    for (int64_t i = 0; i < a.head_dim; ++i) to[i] = values[i] * factor;
   }
 }
 
@@ -65,9 +77,9 @@ void attend_task(void* argument, size_t index) {
   const Attention& a = work.attention;
   const int64_t part = int64_t(index) % work.parts, tile_index = int64_t(index) / work.parts % work.tiles;
   const int64_t head = int64_t(index) / work.parts / work.tiles, group = a.num_heads / a.kv_num_heads;
-  QueryTile tile{head / a.kv_num_heads, head % a.kv_num_heads, tile_index * work.kernels.tile_rows, 0, 0, 0};
+  QueryTile tile{head / a.kv_num_heads, head % a.kv_num_heads, tile_index * work.tile_rows, 0, 0, 0};
   const int64_t past = before(a, tile.batch), rows = (after(a, tile.batch) - past) * group;
-  tile.rows = std::min(work.kernels.tile_rows, rows - tile.row);
+  tile.rows = std::min(work.tile_rows, rows - tile.row);
   if (tile.rows <= 0) return;
   tile.end = past + (tile.row + tile.rows - 1) / group + 1;
   if (a.window > 0) tile.first = std::max<int64_t>(0, past + tile.row / group + 1 - a.window);
@@ -75,8 +87,9 @@ void attend_task(void* argument, size_t index) {
     tile.first += part * kPartTokens;
     tile.end = std::min(tile.end, tile.first + kPartTokens);
   }
-  float largest[kMostTileRows], sum[kMostTileRows], y[kMostTileRows * kMostHeadDim];
-  work.kernels.attend(a, tile, Partial{largest, sum, y});
+  float largest[kMostHalfRows], sum[kMostHalfRows];
+  alignas(64) float y[kMostTileFloats];
+  (a.kv_bits == 16 ? work.kernels.attend_half : work.kernels.attend)(a, tile, Partial{largest, sum, y});
   for (int64_t r = 0; r < tile.rows; ++r) {
     const int64_t at = output_of(a, tile.batch, tile.kv_head, tile.row + r);
     if (work.parts > 1) {
@@ -85,8 +98,7 @@ void attend_task(void* argument, size_t index) {
       to[a.head_dim] = largest[r];
       to[a.head_dim + 1] = sum[r];
     } else {
-      const float inverse = 1.0f / sum[r];
-      for (int64_t i = 0; i < a.head_dim; ++i) store(a, at + i, y[r * a.head_dim + i] * inverse);
+      store(a, at, y + r * a.head_dim, 1.0f / sum[r]);
     }
   }
 }
@@ -106,7 +118,7 @@ void merge(const Work& work) {
       sum += share * from[a.head_dim + 1];
       for (int64_t i = 0; i < a.head_dim; ++i) y[i] += share * from[i];
     }
-    for (int64_t i = 0; i < a.head_dim; ++i) store(a, head * a.head_dim + i, y[i] / sum);
+    store(a, head * a.head_dim, y, 1.0f / sum);
   }
 }
 
@@ -138,9 +150,12 @@ const char* check(const Attention& a) {
   if (a.present_rows < a.past_rows) return "the cache cannot shrink";
   if (a.present_rows > a.past_rows + a.sequence) return "total_sequence_length exceeds the cache and the new tokens";
   if (2 * a.rotary > a.head_dim) return "cos and sin have more than head_dim / 2 columns";
+  if (a.kv_bits != 4 && a.kv_bits != 16) return "the cache must be of 4 or 16 bits";
+  if (a.kv_bits == 16 && a.hadamard) return "a 16-bit cache knows no hadamard";
   if (!(a.clip > 0.0f && a.clip <= 1.0f)) return "clip must be more than 0, and at most 1";
   if (a.hadamard && (a.head_dim & (a.head_dim - 1))) return "hadamard needs a head_dim that is a power of two";
-  if (!a.qkv || !a.past_key || !a.past_value || !a.seqlens_k || !a.position_ids || !a.cos || !a.sin || !a.key_offset)
+  if (!a.qkv || !a.past_key || !a.past_value || !a.seqlens_k || !a.position_ids || !a.cos || !a.sin ||
+      (a.kv_bits == 4 && !a.key_offset))
     return "an input is missing";
   for (int64_t b = 0; b < a.batch; ++b) {
     if (a.seqlens_k[b] < -1 || after(a, b) > a.present_rows || before(a, b) > a.past_rows)
@@ -161,8 +176,9 @@ size_t scratch_bytes(const Attention& a) {
 void attend(const Kernels& kernels, const Attention& a, const ThreadPool& pool, void* scratch) {
   const int64_t heads = a.batch * a.kv_num_heads, rows = a.sequence * (a.num_heads / a.kv_num_heads);
   const int64_t aligned = round_up(int64_t(reinterpret_cast<intptr_t>(scratch)), int64_t(alignof(float)));
-  Work work{kernels, a, std::max<int64_t>(1, (a.sequence + kAppendTokens - 1) / kAppendTokens),
-            (rows + kernels.tile_rows - 1) / kernels.tile_rows, parts_of(a), reinterpret_cast<float*>(aligned)};
+  const int64_t tile_rows = tile_rows_of(kernels, a, heads, rows);
+  Work work{kernels, a, std::max<int64_t>(1, (a.sequence + kAppendTokens - 1) / kAppendTokens), tile_rows,
+            (rows + tile_rows - 1) / tile_rows, parts_of(a), reinterpret_cast<float*>(aligned)};
   run(pool, a.sequence * heads < kAppendTokens, append_task, work, heads * work.append_tasks);
   run(pool, a.batch * a.num_heads * a.sequence * longest(a) < kSmallWork, attend_task, work,
       heads * work.tiles * work.parts);

@@ -1,7 +1,8 @@
-// Int4KVAttention (docs/ops.md) on raw pointers and sizes. Internal headers are steps.h, kv_rows.h and attend.h.
+// Int4KVAttention and HalfKVAttention (docs/ops.md) on raw pointers and sizes. Internal headers are steps.h, kv_rows.h,
+// attend.h and attend_half.h.
 //
-// Symbols: B batch, S new tokens of a row (padding included), H query heads, K kv heads, d head_dim, E = d/2 + 4 bytes
-// of a cache row, P and T rows of the cache before and after. All arrays are contiguous.
+// Symbols: B batch, S new tokens of a row (padding included), H query heads, K kv heads, d head_dim, E bytes of a cache
+// row (row_bytes), P and T rows of the cache before and after. All arrays are contiguous.
 #pragma once
 
 #include "kernels.h"
@@ -24,6 +25,7 @@ struct Attention {
   int64_t context;           // rows of cos and sin
   int64_t rotary;            // their columns; twice as many features turn
   int64_t window;            // tokens a query sees, itself included; <= 0: all
+  int64_t kv_bits;           // of a cached value: 4, packed rows; 16, float16 and neither hadamard, clip nor key_offset
   int32_t hadamard;          // 1: queries and keys pass a Hadamard transform; d is a power of two
   int32_t half;              // 1: qkv and y are float16; 0: float32
   float scale;               // what q · k is multiplied by; 0: 1 / sqrt(d)
@@ -40,6 +42,12 @@ struct Attention {
   uint8_t* present_value;
   void* y;                   // [B, S, H · d]; zeros for padding
 };
+
+// Bytes of a token of a kv head in the cache. Static: see half.h.
+static inline int64_t row_bytes(const Attention& attention) {
+  const int64_t d = attention.head_dim;
+  return attention.kv_bits == 16 ? d * int64_t(sizeof(uint16_t)) : d / 2 + kParameterBytes;
+}
 
 // Sizes, attributes, lengths and positions, before anything else is read or written: null if sound, else one line.
 // present_key, present_value and y are not looked at: they may be allocated afterwards.

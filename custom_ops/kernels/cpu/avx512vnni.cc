@@ -5,7 +5,7 @@
 namespace specquant {
 namespace {
 
-// 16 lanes of features need a row whose halves are multiples of 16.
+// 16 lanes of features need a row whose halves are multiples of 16, and pairs of them one that 32 divides.
 void attend_some(const Attention& attention, const QueryTile& tile, const Partial& out) {
   if (attention.head_dim % 32 == 0) {
     attend_tile<Zmm, kMostTileRows>(attention, tile, out);
@@ -14,10 +14,18 @@ void attend_some(const Attention& attention, const QueryTile& tile, const Partia
   }
 }
 
+void attend_some_half(const Attention& attention, const QueryTile& tile, const Partial& out) {
+  if (attention.head_dim % 32 == 0) {
+    attend_half<Zmm, Ymm, 12, 2>(attention, tile, out);
+  } else {
+    attend_half<Ymm, Ymm, 6, 2>(attention, tile, out);
+  }
+}
+
 }  // namespace
 
 const Kernels kAvx512Vnni{"avx512vnni",  cpu_has_avx512vnni, quantize_row<Ymm>, prepare<Zmm, Ymm>, interleave,
                           multiply<Zmm>, kTaskProducts,      kMostTileRows,     append<Ymm>,        attend_some,
-                          peak<Zmm, true>};
+                          attend_some_half, peak<Zmm, true>};
 
 }  // namespace specquant

@@ -56,7 +56,7 @@ SPECQUANT_EXPORT const char* specquant_run(const specquant::Problem* problem, co
   return nullptr;
 }
 
-// Int4KVAttention. Null if it worked, else one line.
+// Int4KVAttention or HalfKVAttention, as kv_bits says. Null if it worked, else one line.
 SPECQUANT_EXPORT const char* specquant_attend(const specquant::Attention* attention, const char* isa) {
   const specquant::Kernels* kernels = specquant::select(isa, message, sizeof message);
   if (!kernels) return message;

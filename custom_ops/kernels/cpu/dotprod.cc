@@ -6,6 +6,6 @@ namespace specquant {
 
 const Kernels kDotProd{"dotprod",  cpu_has_dotprod,    quantize_row<Neon>, prepare<Neon, Neon>,
                        interleave, multiply<DotProd>,  kTaskProducts,      4,
-                       append<Neon>, attend_tile<Neon, 4>, peak<DotProd>};
+                       append<Neon>, attend_tile<Neon, 4>, attend_half<Neon, Neon, 4, 2>, peak<DotProd>};
 
 }  // namespace specquant

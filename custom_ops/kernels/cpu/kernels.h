@@ -9,7 +9,7 @@
 
 namespace specquant {
 
-constexpr int32_t kAbi = 5;  // raised when Problem, Attention, or an exported function, changes
+constexpr int32_t kAbi = 6;  // raised when Problem, Attention, or an exported function, changes
 
 // What becomes of x before anything else, row by row in float32.
 enum Prologue : int32_t {

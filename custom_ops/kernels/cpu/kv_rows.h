@@ -1,4 +1,4 @@
-// A row of qkv on its way: rotary positions and Hadamard transform (queries, keys), packing (keys, values).
+// A row of qkv on its way: rotary positions and Hadamard transform (queries, keys), rounding for the cache (keys, values).
 //
 // E is a vector of 8 float lanes. What reaches the cache must equal NumPy's float32 bit for bit (custom_ops/kv_rows.py,
 // attention.py): one rounding per operation, in the order given there.
@@ -10,8 +10,6 @@
 
 namespace specquant {
 namespace {
-
-inline int64_t row_bytes(const Attention& a) { return a.head_dim / 2 + kParameterBytes; }
 
 // Tokens of row b that were there before, and with the new ones.
 inline int64_t tokens_after(const Attention& a, int64_t b) { return int64_t(a.seqlens_k[b]) + 1; }
@@ -30,6 +28,15 @@ inline void read_head(const Attention& a, int64_t b, int64_t token, int64_t head
   } else {
     std::memcpy(to, static_cast<const float*>(a.qkv) + at, size_t(a.head_dim) * sizeof(float));
   }
+}
+
+constexpr int64_t kAhead = 3;  // tokens: heads lie too far apart for the CPU to see them coming
+
+inline void prefetch_head(const Attention& a, int64_t b, int64_t token, int64_t head) {
+  if (token >= a.sequence) return;
+  const int64_t size = a.half ? 2 : 4, heads = a.num_heads + 2 * a.kv_num_heads;
+  const char* from = static_cast<const char*>(a.qkv) + ((b * a.sequence + token) * heads + head) * a.head_dim * size;
+  for (int64_t i = 0; i < a.head_dim * size; i += 64) __builtin_prefetch(from + i);
 }
 
 inline void turn(float* __restrict x, const float* __restrict cos, const float* __restrict sin, int64_t rotary) {
@@ -81,6 +88,13 @@ void pack_row(const float* x, int64_t d, float clip, uint8_t* to) {
   std::memcpy(to + d / 2, parameters, sizeof parameters);
 }
 
+// One row of the cache, of either kind.
+template <class E>
+void store_row(const Attention& a, const float* x, uint8_t* to) {
+  if (a.kv_bits != 16) return pack_row<E>(x, a.head_dim, a.clip, to);
+  for (int64_t i = 0; i < a.head_dim; i += 8) E::store_half(reinterpret_cast<uint16_t*>(to) + i, E::load(x + i));
+}
+
 // The cache of one kv head: what was there, unless it is there already, then the new tokens [token, end).
 template <class E>
 void append(const Attention& a, int64_t b, int64_t kv_head, int64_t token, int64_t end) {
@@ -94,11 +108,13 @@ void append(const Attention& a, int64_t b, int64_t kv_head, int64_t token, int64
   }
   float x[kMostHeadDim];
   for (int64_t t = token; t < end; ++t) {
+    prefetch_head(a, b, t + kAhead, a.num_heads + kv_head);
+    prefetch_head(a, b, t + kAhead, a.num_heads + a.kv_num_heads + kv_head);
     read_head(a, b, t, a.num_heads + kv_head, x);
-    place(a, b, t, a.key_offset + kv_head * a.head_dim, x);
-    pack_row<E>(x, a.head_dim, a.clip, key + (before + t) * bytes);
+    place(a, b, t, a.kv_bits == 16 ? nullptr : a.key_offset + kv_head * a.head_dim, x);
+    store_row<E>(a, x, key + (before + t) * bytes);
     read_head(a, b, t, a.num_heads + a.kv_num_heads + kv_head, x);
-    pack_row<E>(x, a.head_dim, a.clip, value + (before + t) * bytes);
+    store_row<E>(a, x, value + (before + t) * bytes);
   }
 }
 

@@ -24,6 +24,6 @@ bool any_aarch64() { return true; }
 
 const Kernels kNeon{"neon",     any_aarch64,        quantize_row<Neon>, prepare<Neon, Neon>,
                     interleave, multiply<AnyNeon>,  kTaskProducts,      4,
-                    append<Neon>, attend_tile<Neon, 4>, peak<AnyNeon>};
+                    append<Neon>, attend_tile<Neon, 4>, attend_half<Neon, Neon, 4, 2>, peak<AnyNeon>};
 
 }  // namespace specquant

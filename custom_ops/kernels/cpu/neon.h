@@ -4,7 +4,7 @@
 
 #include <arm_neon.h>
 
-#include "attend.h"
+#include "attend_half.h"
 #include "limits.h"
 #include "tiles.h"
 
@@ -54,6 +54,7 @@ struct Neon {
   static F round(F value) { return {vrndnq_f32(value.low), vrndnq_f32(value.high)}; }
   static float smallest(F value) { return vminvq_f32(min(value, F{value.high, value.low}).low); }
   static float largest(F value) { return vmaxvq_f32(max(value, F{value.high, value.low}).low); }
+  static float total(F value) { return vaddvq_f32(vaddq_f32(value.low, value.high)); }
   static bool any_nan(F value) {
     return vminvq_u32(vandq_u32(vceqq_f32(value.low, value.low), vceqq_f32(value.high, value.high))) == 0;
   }

@@ -1,5 +1,5 @@
 // Any architecture: the same steps on 8 lanes of the compiler's generic vectors, no instruction set asked for.
-#include "attend.h"
+#include "attend_half.h"
 #include "limits.h"
 
 namespace specquant {
@@ -39,6 +39,11 @@ struct Portable {
     return least;
   }
   static float largest(F value) { return -smallest(-value); }
+  static float total(F value) {
+    float sum = value[0];
+    for (int i = 1; i < W; ++i) sum += value[i];
+    return sum;
+  }
   static bool any_nan(F value) {
     for (int i = 0; i < W; ++i)
       if (value[i] != value[i]) return true;
@@ -108,6 +113,6 @@ bool any_cpu() { return true; }
 
 const Kernels kScalar{"scalar",   any_cpu,            quantize_row<Portable>, prepare<Portable, Portable>,
                       interleave, multiply<Portable>, kTaskProducts,          2,
-                      append<Portable>, attend_tile<Portable, 2>, peak<Portable>};
+                      append<Portable>, attend_tile<Portable, 2>, attend_half<Portable, Portable, 4, 1>, peak<Portable>};
 
 }  // namespace specquant

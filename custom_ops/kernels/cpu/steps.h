@@ -54,7 +54,10 @@ struct Partial {
   float* y;  // [rows, head_dim]
 };
 
-constexpr int64_t kMostTileRows = 12;
+constexpr int64_t kMostTileRows = 12;    // of a 4-bit cache
+constexpr int64_t kMostHalfRows = 120;    // of one of 16 bits
+constexpr int64_t kHalfRowsMultiple = 24;  // rows of a tile there, but of the last: any microkernel's rows divide it
+constexpr int64_t kMostTileFloats = 1 << 14;  // rows · head_dim of a tile
 
 struct Kernels {
   const char* name;
@@ -74,7 +77,8 @@ struct Kernels {
   int64_t tile_rows;  // of `attend`, at most kMostTileRows
   // The cache of a kv head: the past if it lies elsewhere (with the first token), and new tokens [token, end).
   void (*append)(const Attention& attention, int64_t batch, int64_t kv_head, int64_t token, int64_t end);
-  void (*attend)(const Attention& attention, const QueryTile& tile, const Partial& out);
+  void (*attend)(const Attention& attention, const QueryTile& tile, const Partial& out);       // kv_bits 4
+  void (*attend_half)(const Attention& attention, const QueryTile& tile, const Partial& out);  // kv_bits 16
   int64_t (*peak)(int64_t steps);  // limits.h
 };
 

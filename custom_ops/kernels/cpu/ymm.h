@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "attend.h"
+#include "attend_half.h"
 #include "limits.h"
 
 namespace specquant {
@@ -37,6 +37,11 @@ struct Ymm {
     return _mm_cvtss_f32(_mm_min_ss(four, _mm_movehdup_ps(four)));
   }
   static float largest(F value) { return -smallest(_mm256_xor_ps(value, splat(-0.0f))); }
+  static float total(F value) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
   static bool any_nan(F value) { return _mm256_movemask_ps(_mm256_cmp_ps(value, value, _CMP_UNORD_Q)) != 0; }
   static void store_int8(int8_t* to, F whole_numbers) {
     const __m256i wide = _mm256_cvtps_epi32(whole_numbers);

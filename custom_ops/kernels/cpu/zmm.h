@@ -26,6 +26,8 @@ struct Zmm {
   }
   static F fma(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static float largest(F value) { return _mm512_reduce_max_ps(value); }
+  static float total(F value) { return _mm512_reduce_add_ps(value); }
   static F round(F value) { return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
   struct Weights {

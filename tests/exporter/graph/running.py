@@ -23,7 +23,9 @@ class Running:
         options.intra_op_num_threads = 1
         options.log_severity_level = 3  # it warns that `rank` is an input
         self.session = ort.InferenceSession(str(folder / "model.onnx"), options, ["CPUExecutionProvider"])
-        self.config, self.float_type, self.overrides = decoder.config, np.dtype(float_type), overrides
+        self.config, self.overrides = decoder.config, overrides
+        half = float_type == "float16" or decoder.attention_op == "HalfKVAttention"
+        self.cache_type = np.dtype(np.float16 if half else np.float32)
         self.names = [f"{i}.{part}" for i in range(self.config.num_layers) for part in ("key", "value")]
         self.past: list[NDArray[Any]] = []
         self.tokens = np.zeros(0, np.int64)
@@ -33,7 +35,7 @@ class Running:
         batch, sequence = input_ids.shape
         if not self.past:
             shape = (batch, self.config.num_kv_heads, 0, self.config.head_dim)
-            self.past = [np.zeros(shape, self.float_type) for _ in self.names]
+            self.past = [np.zeros(shape, self.cache_type) for _ in self.names]
             self.tokens = np.zeros(batch, np.int64)
         positions = self.tokens[:, None] + np.arange(sequence)
         self.tokens = self.tokens + new_tokens

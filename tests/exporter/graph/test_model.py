@@ -51,11 +51,13 @@ def test_signature_and_checker(
         "logits": ["batch", "kept", 128],
         **{f"present.{name}": ["batch", 2, "total_sequence", 16] for name in caches},
     }
-    kind = onnx.TensorProto.FLOAT if float_type == "float32" else onnx.TensorProto.FLOAT16
     kinds = {value.name: value.type.tensor_type.elem_type for value in [*model.graph.input, *model.graph.output]}
-    assert {name for name, value in kinds.items() if value == kind} == {
-        name for name in kinds if name.startswith(("past", "present")) or name == "logits"
-    }
+    single, half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    assert kinds["logits"] == (single if float_type == "float32" else half)
+    cache = half if quantised else kinds["logits"]
+    assert {kinds[name] for name in kinds if name.startswith(("past", "present"))} == {cache}
+    attention = {node.op_type for node in model.graph.node if node.op_type.endswith("Attention")}
+    assert attention == {"HalfKVAttention" if quantised else "GroupQueryAttention"}
     assert {prop.key: prop.value for prop in model.metadata_props} == {"specquant.recipe": "a recipe"}
     known = {value.name for value in [*model.graph.value_info, *model.graph.output]}
     assert {name for node in model.graph.node for name in node.output} <= known
@@ -86,7 +88,10 @@ def test_only_functions_that_are_called_are_attached(rng: np.random.Generator) -
         ]
         for rank in (0, 5)
     }
-    assert names == {0: ["Int4ResidualMatMul"], 5: ["SpectralBranch", "Int4ResidualMatMul", "SpecQuantMatMul"]}
+    assert names == {
+        0: ["Int4ResidualMatMul", "HalfKVAttention"],
+        5: ["SpectralBranch", "Int4ResidualMatMul", "SpecQuantMatMul", "HalfKVAttention"],
+    }
     assert not build_model(decoder, "float32", {}).functions
 
 

