@@ -27,7 +27,7 @@ void start_tile(const Problem& p, const Activations& x, int64_t row, int64_t col
     for (int t = 0; t < T; ++t) acc[t][v] = bias;
   }
   if (p.basis)
-    add_product<V, T, C>(acc, x.low + row * x.columns, x.columns, p.rank, p.coef, p.out_features, p.basis_rank,
+    add_product<V, T, C>(acc, x.low + row * x.columns, x.columns, 0, p.rank, p.coef, p.out_features, p.basis_rank,
                          column);
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
@@ -86,7 +86,7 @@ struct InShorts<V, std::void_t<decltype(V::kShorts)>> : std::true_type {};
 constexpr int64_t kShortBlocks = 4;
 
 // Bytes of weights that one token asks for before it needs them: the hardware alone does not keep up with it.
-constexpr int64_t kAhead = 1024;
+constexpr int64_t kWeightsAhead = 1024;
 
 // acc += Σ nibble · a over B ≤ kShortBlocks blocks. One half of the nibbles at a time: everything stays in registers.
 template <class V, int T, int C, int B>
@@ -98,7 +98,7 @@ inline __attribute__((always_inline)) void add_short_blocks(const uint8_t* (&wei
 #pragma GCC unroll 4
   for (int k = 0; k < B; ++k) {
     if constexpr (T == 1)
-      for (int v = 0; v < C; v += 64 / (4 * V::W)) __builtin_prefetch(weights[v] + k * kPanel * 4 + kAhead);
+      for (int v = 0; v < C; v += 64 / (4 * V::W)) __builtin_prefetch(weights[v] + k * kPanel * 4 + kWeightsAhead);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       typename V::I nibbles[C];
@@ -290,10 +290,24 @@ void multiply_tile(const Problem& p, const Activations& x, int64_t row, int64_t 
   store_tile<V, T, C>(p, x, row, column, sums);
 }
 
+// Asks for the coefficients of P panels: short pieces of rows that lie far apart, which the hardware does not foresee.
+template <int P>
+inline void touch_coefficients(const Problem& p, int64_t panel) {
+  const int64_t column = panel * kPanel, end = std::min(column + P * kPanel, p.out_features) - 1;
+  for (int64_t k = 0; p.basis && k < p.rank; ++k) {
+    const uint16_t* row = p.coef + k * p.out_features;
+    for (int64_t i = column; i < end; i += 32) __builtin_prefetch(row + i);
+    __builtin_prefetch(row + end);
+  }
+}
+
 // Panels, side by side in y, of T tokens.
 template <class V, int T, int P>
 void multiply_panels(const Problem& p, const Activations& x, int64_t row, int64_t panel, int64_t panels) {
-  for (; panels >= P; panel += P, panels -= P) multiply_tile<V, T, P>(p, x, row, panel);
+  for (; panels >= P; panel += P, panels -= P) {
+    if (T == 1 && panels > P) touch_coefficients<P>(p, panel + P);
+    multiply_tile<V, T, P>(p, x, row, panel);
+  }
   if constexpr (P > 1) multiply_panels<V, T, P / 2>(p, x, row, panel, panels);
 }
 

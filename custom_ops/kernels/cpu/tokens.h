@@ -3,6 +3,8 @@
 // E is a vector of 8 float lanes: along features, so that groups (multiples of 8) have no tail.
 #pragma once
 
+#include <algorithm>
+
 #include "hadamard.h"
 #include "half.h"
 #include "prologue.h"
@@ -53,87 +55,121 @@ void quantize_row(const float* u, int64_t n, int bits, int64_t group, int64_t se
   }
 }
 
-// acc[t][v] += Σ_k a[t·lda + k] · b[k, column + v·W + lane]; b is float16 [depth, width], lanes along its columns.
+// acc[t][v] += Σ_k a[t·lda + k] · b[k, column + v·W + lane], from ≤ k < to; b is float16 [rows, width], lanes along its
+// columns.
 template <class V, int T, int C>
 inline __attribute__((always_inline)) void add_product(typename V::F (&acc)[T][C], const float* a, int64_t lda,
-                                                       int64_t depth, const uint16_t* b, int64_t width,
+                                                       int64_t from, int64_t to, const uint16_t* b, int64_t width,
                                                        int64_t rows, int64_t column) {
-  uint16_t spare[V::W];
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto step = [&](int64_t k, const uint16_t* const (&at)[C]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int v = 0; v < C; ++v) {
-      const auto lanes = V::half(whole<V::W>(b, k * width + column + v * V::W, rows * width, spare));
+      const auto lanes = V::half(at[v]);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) acc[t][v] = V::fma(V::splat(a[t * lda + k]), lanes, acc[t][v]);
     }
+  };
+  const uint16_t* at[C];
+  const int64_t past = rows * width - column - C * V::W;  // the last index that all C vectors may start from
+  const int64_t whole_rows = width && past >= 0 ? std::min(to, past / width + 1) : 0;
+  int64_t k = from;
+  for (; k < whole_rows; ++k) {
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) at[v] = b + k * width + column + v * V::W;
+    step(k, at);
+  }
+  uint16_t spare[C][V::W];
+  for (; k < to; ++k) {
+    for (int v = 0; v < C; ++v) at[v] = whole<V::W>(b, k * width + column + v * V::W, rows * width, spare[v]);
+    step(k, at);
   }
 }
 
-// low = u · B[:, :rank] for T rows (first equation of docs/ops.md).
+// low = u · B[:, :rank] for T rows (first equation of docs/ops.md). The features are summed in two halves: one token has
+// few sums, and waits for each of its additions.
 template <class V, int T>
 void project_down(const Problem& p, const Activations& x, int64_t row) {
-  constexpr int C = 2;
+  constexpr int C = T == 1 ? 32 / V::W : 2;
+  const int64_t n = p.in_features, half = n / 2;
+  const float* u = x.u + row * x.features;
   for (int64_t column = 0; column < p.rank; column += C * V::W) {
-    typename V::F acc[T][C];
+    typename V::F sums[2][T][C];
 #pragma GCC unroll 16
-    for (int i = 0; i < T * C; ++i) acc[i / C][i % C] = V::splat(0.0f);
-    add_product<V, T, C>(acc, x.u + row * x.features, x.features, p.in_features, p.basis, p.basis_rank, p.in_features,
-                         column);
+    for (int i = 0; i < 2 * T * C; ++i) sums[i / (T * C)][i / C % T][i % C] = V::splat(0.0f);
+    int64_t done = 0;
+    if constexpr (T == 1) {  // both halves at once, as long as nothing lies past the end of B
+      const int64_t past = (n - half) * p.basis_rank - column - C * V::W;
+      done = past >= 0 ? std::min(half, past / p.basis_rank + 1) : 0;
+      const uint16_t *first = p.basis + column, *second = first + half * p.basis_rank;
+      for (int64_t k = 0; k < done; ++k, first += p.basis_rank, second += p.basis_rank) {
+#pragma GCC unroll 4
+        for (int v = 0; v < C; ++v) {
+          sums[0][0][v] = V::fma(V::splat(u[k]), V::half(first + v * V::W), sums[0][0][v]);
+          sums[1][0][v] = V::fma(V::splat(u[half + k]), V::half(second + v * V::W), sums[1][0][v]);
+        }
+      }
+    }
+    add_product<V, T, C>(sums[0], u, x.features, done, half, p.basis, p.basis_rank, n, column);
+    add_product<V, T, C>(sums[1], u, x.features, half + done, n, p.basis, p.basis_rank, n, column);
     float lanes[T][C * V::W];
 #pragma GCC unroll 16
-    for (int i = 0; i < T * C; ++i) V::store(&lanes[i / C][i % C * V::W], acc[i / C][i % C]);
+    for (int i = 0; i < T * C; ++i)
+      V::store(&lanes[i / C][i % C * V::W], sums[0][i / C][i % C] + sums[1][i / C][i % C]);
     for (int t = 0; t < T; ++t)
       for (int64_t j = 0; j < C * V::W && column + j < x.columns; ++j)
         x.low[(row + t) * x.columns + column + j] = column + j < p.rank ? lanes[t][j] : 0.0f;
   }
 }
 
-// basis[j]: column `column` + j of B for W features from `feature` on, lanes along features; zeros beyond N.
-template <class V, class E>
-inline __attribute__((always_inline)) void load_columns(const Problem& p, int64_t feature, int64_t column,
-                                                        typename V::F (&basis)[8]) {
-  constexpr int kParts = V::W / 8;
-  typename E::F rows[kParts][8];
+// parts[t][i] += Σ low · B[feature + i], over K · 8 columns from `column` on; lanes run along the columns. Whole: they
+// lie in B, all of them.
+template <class E, int T, int K, bool kWhole>
+inline __attribute__((always_inline)) void add_columns(const Problem& p, const float* low, int64_t stride,
+                                                       int64_t feature, int64_t column, typename E::F (&parts)[T][8]) {
+  const int64_t total = p.in_features * p.basis_rank;
   uint16_t spare[8];
-#pragma GCC unroll 2
-  for (int part = 0; part < kParts; ++part) {
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      const int64_t index = (feature + part * 8 + i) * p.basis_rank + column;
-      rows[part][i] = E::half(whole<8>(p.basis, index, p.in_features * p.basis_rank, spare));
-    }
-    E::transpose(rows[part]);
-  }
+  for (int i = 0; i < 8; ++i) {
+    const int64_t index = (feature + i) * p.basis_rank + column;
+    typename E::F sums[T];
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) {
+      const auto basis = E::half(kWhole ? p.basis + index + 8 * k : whole<8>(p.basis, index + 8 * k, total, spare));
 #pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) {
-    if constexpr (kParts == 2) {
-      basis[j] = V::join(rows[0][j], rows[1][j]);
-    } else {
-      basis[j] = rows[0][j];
+      for (int t = 0; t < T; ++t) {
+        const auto value = E::load(low + t * stride + 8 * k);
+        sums[t] = k ? E::fma(basis, value, sums[t]) : basis * value;
+      }
     }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) parts[t][i] = column ? parts[t][i] + sums[t] : sums[t];
   }
 }
 
-// u −= low · B[:, :rank]ᵀ for T rows.
-template <class V, class E, int T>
+// u −= low · B[:, :rank]ᵀ for T rows. B is read as it lies; products of 8 features are turned before they are summed.
+template <class E, int T>
 void subtract_branch(const Problem& p, const Activations& x, int64_t row) {
-  for (int64_t feature = 0; feature < p.in_features; feature += V::W) {
-    typename V::F acc[T];
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) acc[t] = V::splat(0.0f);
-    for (int64_t column = 0; column < p.rank; column += 8) {
-      typename V::F basis[8];
-      load_columns<V, E>(p, feature, column, basis);
-      const float* low = x.low + row * x.columns + column;  // 0 from rank on, where `basis` holds other rows
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j)
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) acc[t] = V::fma(V::splat(low[t * x.columns + j]), basis[j], acc[t]);
+  constexpr int K = 4;
+  const float* low = x.low + row * x.columns;  // 0 from rank on, where B holds columns that are not used, or the next row
+  const int64_t wide = round_up(p.rank, 8) / (8 * K) * (8 * K);
+  const int64_t safe = p.basis_rank < 8 * K ? 0 : p.in_features / 8 * 8;  // features whose wide columns lie in B
+  for (int64_t feature = 0; feature < p.in_features; feature += 8) {
+    typename E::F parts[T][8];
+    for (int64_t column = 0; column < p.rank; column += column < wide ? 8 * K : 8) {
+      if (column < wide && feature < safe && wide <= p.basis_rank) {
+        add_columns<E, T, K, true>(p, low + column, x.columns, feature, column, parts);
+      } else if (column < wide) {
+        add_columns<E, T, K, false>(p, low + column, x.columns, feature, column, parts);
+      } else {
+        add_columns<E, T, 1, false>(p, low + column, x.columns, feature, column, parts);
+      }
     }
-#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
+      auto& part = parts[t];
+      E::transpose(part);
       float* u = x.u + (row + t) * x.features + feature;
-      V::store(u, V::load(u) - acc[t]);
+      E::store(u, E::load(u) - (((part[0] + part[1]) + (part[2] + part[3])) +
+                                ((part[4] + part[5]) + (part[6] + part[7]))));
     }
   }
 }
@@ -148,6 +184,9 @@ void quantize_for_product(const Problem& p, const Activations& x, int64_t row) {
   for (int64_t s = x.segments - 1; s >= 0; --s) scale[s] = scale[s * groups / x.segments];  // backwards: in place
 }
 
+template <int T>
+constexpr int kAtOnce = T > 2 ? 2 : T;  // of subtract_branch: the sums of more tokens do not stay in registers
+
 template <class V, class E, int T>
 void prepare_rows(const Problem& p, const Activations& x, int64_t row) {
   for (int t = 0; t < T; ++t) {
@@ -158,7 +197,7 @@ void prepare_rows(const Problem& p, const Activations& x, int64_t row) {
   }
   if (p.basis && p.rank) {
     project_down<V, T>(p, x, row);
-    if (p.subtract) subtract_branch<V, E, T>(p, x, row);
+    for (int t = 0; p.subtract && t < T; t += kAtOnce<T>) subtract_branch<E, kAtOnce<T>>(p, x, row + t);
   }
   if (p.qweight && p.act_bits < 16)
     for (int t = 0; t < T; ++t) quantize_for_product<E>(p, x, row + t);

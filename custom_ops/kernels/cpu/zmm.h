@@ -21,9 +21,6 @@ struct Zmm {
   static void store_half(uint16_t* to, F value) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
-  static F join(__m256 first, __m256 second) {
-    return _mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1);
-  }
   static F fma(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static float largest(F value) { return _mm512_reduce_max_ps(value); }
