@@ -26,4 +26,4 @@ def add_residual(low: Lowering, node: ir.Node, residual: int, y: ir.Value) -> ir
     value = node.inputs[residual]
     if value is None or value.const_value is not None:
         return y
-    return low.graph.op("Add", [low.input(node, residual), y], f"{node.name}.residual", dims(node.outputs[0]))
+    return low.graph.op("Add", [low.input(node, residual), y], f"{node.name}.added", dims(node.outputs[0]))

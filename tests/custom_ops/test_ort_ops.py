@@ -170,7 +170,7 @@ def test_shapes_that_do_not_fit_are_one_line(rng: np.random.Generator, changes: 
         ({"prologue": 7}, "prologue must be 0 to 3"),
         ({"prologue": 1}, r"norm is \[1\] and should be \[48\]"),
         ({"prologue": 1, "epsilon": -1.0}, "epsilon must be at least 0"),
-        ({"prologue": 3}, "group_size and act_group must be 0, or a divisor"),
+        ({"prologue": 3}, "hadamard must be 0, or a power of two"),  # of 24 features
         ({"hadamard": 24}, "hadamard must be 0, or a power of two"),
         ({"hadamard": -16}, "hadamard must be 0, or a power of two"),
         ({"act_clip": 0.0}, "act_clip must be more than 0"),
