@@ -73,6 +73,8 @@ def our_node(
         "scales": scales,
         "row_sums": row_sums(q, segment_length(n, group, options.act_group)),
         "bias": np.zeros(m, np.float32),
+        "norm": np.ones(1, np.float32),  # neither a norm nor a residual
+        "residual": np.zeros(1, np.float32),
     }
     arrays = {f"{name}{index}": array for name, array in ((branch if rank else {}) | rest).items()}
     attributes = {"group_size": group, "act_bits": options.act_bits, "act_group": options.act_group}

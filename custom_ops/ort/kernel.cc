@@ -49,6 +49,15 @@ Kernel::Kernel(const Api& api, const KernelInfo* info) : api_(api) {
   kernels_ = select(std::getenv("SPECQUANT_ISA"), error, sizeof error);
   if (!kernels_) throw std::runtime_error(error);
   must(api_.KernelInfoGetAllocator(info, kMemoryDefault, &allocator_));
+  size_t count;
+  must(api_.KernelInfo_GetInputCount(info, &count));
+  constants_.resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    int constant = 0;
+    const Value* value = nullptr;
+    must(api_.KernelInfoGetConstantInput_tensor(info, i, &constant, &value));
+    if (constant && value) constants_[i] = read(api_, value);
+  }
 }
 
 int64_t Kernel::attribute(const KernelInfo* info, const char* name, int64_t otherwise) const {
@@ -71,7 +80,12 @@ float Kernel::attribute(const KernelInfo* info, const char* name, float otherwis
 
 std::vector<Tensor> Kernel::inputs(KernelContext* context, size_t count) const {
   std::vector<Tensor> tensors;
+  tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) {
+    if (i < constants_.size() && constants_[i]) {
+      tensors.push_back(*constants_[i]);
+      continue;
+    }
     const Value* value = nullptr;
     must(api_.KernelContext_GetInput(context, i, &value));
     if (!value) throw std::runtime_error("input " + std::to_string(i) + " is missing");

@@ -1,7 +1,10 @@
 // One node of a session: what the kernels of all ops share. Each op has a file that turns a call of it into a problem.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -20,7 +23,37 @@ inline void must(Status* status) {
   if (status) throw Failure{status};
 }
 
-using Shape = std::vector<int64_t>;
+// Sizes of a tensor's axes, in place: a call makes many of these, and a model of small nodes feels each allocation.
+class Shape {
+ public:
+  static constexpr size_t kMost = 8;
+
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> sizes) {
+    resize(sizes.size());
+    std::copy(sizes.begin(), sizes.end(), sizes_);
+  }
+  // Throws std::runtime_error if there are more than kMost axes.
+  void resize(size_t count) {
+    if (count > kMost) throw std::runtime_error("a tensor has more than 8 axes");
+    count_ = count;
+  }
+  size_t size() const { return count_; }
+  bool empty() const { return count_ == 0; }
+  int64_t* data() { return sizes_; }
+  const int64_t* data() const { return sizes_; }
+  const int64_t* begin() const { return sizes_; }
+  const int64_t* end() const { return sizes_ + count_; }
+  int64_t& back() { return sizes_[count_ - 1]; }
+  int64_t back() const { return sizes_[count_ - 1]; }
+  int64_t operator[](size_t axis) const { return sizes_[axis]; }
+  bool operator==(const Shape& other) const { return std::equal(begin(), end(), other.begin(), other.end()); }
+  bool operator!=(const Shape& other) const { return !(*this == other); }
+
+ private:
+  int64_t sizes_[kMost] = {};
+  size_t count_ = 0;
+};
 
 // An input of a call.
 struct Tensor {
@@ -56,6 +89,7 @@ class Kernel {
 
   int64_t attribute(const KernelInfo* info, const char* name, int64_t otherwise) const;
   float attribute(const KernelInfo* info, const char* name, float otherwise) const;
+  // The inputs of a call. Weights are constant, and were looked at when the kernel was made.
   std::vector<Tensor> inputs(KernelContext* context, size_t count) const;
   void* output(KernelContext* context, size_t index, const Shape& shape) const;
   // Calls work(pool, scratch) with ONNX Runtime's thread pool and `bytes` of scratch from the session's own arena.
@@ -82,6 +116,7 @@ class Kernel {
 
   const Api api_;
   Allocator* allocator_ = nullptr;
+  std::vector<std::optional<Tensor>> constants_;  // by input; those from its size on are none
 };
 
 // Which inputs a linear op has, and how it is called in messages.

@@ -51,6 +51,8 @@ enum ElementType : int32_t { kFloat = 1, kInt8 = 3, kInt16 = 5, kInt32 = 6, kInt
   X(ReleaseTensorTypeAndShapeInfo, 99, void, (TensorInfo*))                                                 \
   X(ReleaseCustomOpDomain, 101, void, (OpDomain*))                                                          \
   X(ReleaseAllocator, 132, void, (Allocator*))                                                              \
+  X(KernelInfo_GetInputCount, 230, Status*, (const KernelInfo*, size_t*))                                   \
+  X(KernelInfoGetConstantInput_tensor, 249, Status*, (const KernelInfo*, size_t, int*, const Value**))      \
   X(ShapeInferContext_GetInputTypeShape, 268, Status*, (const ShapeContext*, size_t, TensorInfo**))         \
   X(ShapeInferContext_SetOutputTypeShape, 270, Status*, (const ShapeContext*, size_t, const TensorInfo*))   \
   X(SetSymbolicDimensions, 271, Status*, (TensorInfo*, const char**, size_t))                               \
