@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.exporter.decoder import Decoder, FloatLinear, Linear
+from specquant.exporter.decoder import Decoder, DecoderLayer, FloatLinear, Linear, QuantLinear
 from specquant.exporter.graph import build_model, save_model
 from specquant.exporter.head import head_bytes
 from specquant.exporter.sources import Source, sha256
@@ -267,7 +267,7 @@ def tensor_bytes(decoder: Decoder) -> dict[str, int]:
         out["embedding"] = decoder.embedding.size * wide
         if decoder.lm_head is not None:
             out["lm_head"] = decoder.lm_head.size * wide
-    out["norms"] = (_norm_weights(decoder) + decoder.final_norm.size) * wide
+    out["norms"] = decoder.final_norm.size * wide + sum(_norm_bytes(layer, wide) for layer in decoder.layers)
     out["rotary"] = (decoder.rope_cos.size + decoder.rope_sin.size) * wide
     return out
 
@@ -278,6 +278,12 @@ def parameter_count(decoder: Decoder) -> int:
     for layer in decoder.layers:
         total += sum(n_weights(x) for x in layer.linears)
     return int(total + _norm_weights(decoder))
+
+
+def _norm_bytes(layer: DecoderLayer, wide: int) -> int:
+    """float32 inside a quantised linear's op (graph/linear.py), else `wide` bytes a factor."""
+    inside = {"input_norm": layer.qkv, "mlp_norm": layer.gate_up}
+    return sum(x.size * (4 if isinstance(inside.get(k), QuantLinear) else wide) for k, x in layer.norms.items())
 
 
 def _norm_weights(decoder: Decoder) -> int:
