@@ -26,7 +26,8 @@ inline void read_head(const Attention& a, int64_t b, int64_t token, int64_t head
     const auto* from = static_cast<const uint16_t*>(a.qkv) + at;
     for (int64_t i = 0; i < a.head_dim; ++i) to[i] = half_to_float(from[i]);
   } else {
-    std::memcpy(to, static_cast<const float*>(a.qkv) + at, size_t(a.head_dim) * sizeof(float));
+    const auto* from = static_cast<const float*>(a.qkv) + at;
+    for (int64_t i = 0; i < a.head_dim; i += 8) std::memcpy(to + i, from + i, 8 * sizeof(float));
   }
 }
 
