@@ -31,7 +31,7 @@ inline void read_head(const Attention& a, int64_t b, int64_t token, int64_t head
   }
 }
 
-constexpr int64_t kAhead = 3;  // tokens: heads lie too far apart for the CPU to see them coming
+constexpr int64_t kTokensAhead = 3;  // tokens: heads lie too far apart for the CPU to see them coming
 
 inline void prefetch_head(const Attention& a, int64_t b, int64_t token, int64_t head) {
   if (token >= a.sequence) return;
@@ -109,8 +109,8 @@ void append(const Attention& a, int64_t b, int64_t kv_head, int64_t token, int64
   }
   float x[kMostHeadDim];
   for (int64_t t = token; t < end; ++t) {
-    prefetch_head(a, b, t + kAhead, a.num_heads + kv_head);
-    prefetch_head(a, b, t + kAhead, a.num_heads + a.kv_num_heads + kv_head);
+    prefetch_head(a, b, t + kTokensAhead, a.num_heads + kv_head);
+    prefetch_head(a, b, t + kTokensAhead, a.num_heads + a.kv_num_heads + kv_head);
     read_head(a, b, t, a.num_heads + kv_head, x);
     place(a, b, t, a.kv_bits == 16 ? nullptr : a.key_offset + kv_head * a.head_dim, x);
     store_row<E>(a, x, key + (before + t) * bytes);
