@@ -15,19 +15,19 @@
 namespace specquant {
 namespace {
 
-constexpr int64_t kHalfBlock = 256;  // tokens of a block, fewer where their keys would exceed kMostTileFloats
+constexpr int64_t kHalfBlock = 128;  // tokens of a block, fewer where their keys would exceed kMostTileFloats
 
-// sums[r][c] += Σ_k a[r · RS + k · KS] · panel[k · C · W + c · W + lane].
-template <class V, int R, int C, int RS, int KS>
+// sums[r][c] += Σ_k a[r · Stride + k] · panel[k · C · W + c · W + lane].
+template <class V, int R, int C, int64_t Stride>
 inline __attribute__((always_inline)) void multiply_add(const float* a, const float* panel, int64_t depth,
                                                         typename V::F (&sums)[R][C]) {
-  for (int64_t k = 0; k < depth; ++k, a += KS, panel += C * V::W) {
+  for (int64_t k = 0; k < depth; ++k, ++a, panel += C * V::W) {
     typename V::F b[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) b[c] = V::load(panel + c * V::W);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const auto value = V::splat(a[r * RS]);
+      const auto value = V::splat(a[r * Stride]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sums[r][c] = V::fma(value, b[c], sums[r][c]);
     }
@@ -47,7 +47,7 @@ struct HalfTile {
   const QueryTile& tile;
   const Partial& out;
   const int64_t d, group;
-  alignas(64) float queries[kMostTileFloats];  // R rows after R rows, the last ones fewer: [features, rows]
+  alignas(64) float queries[kMostHalfRows * kMostHeadDim];  // rows of kMostHeadDim: the loops know the distance
   alignas(64) float panels[kMostTileFloats];
   alignas(64) float scores[kMostHalfRows * kHalfBlock];
   float corrections[kMostHalfRows];  // what y has to be multiplied by, since the largest score has grown
@@ -66,21 +66,17 @@ struct HalfTile {
     return {from, std::clamp<int64_t>(places[row + rows - 1] + 1 - start, from, count)};
   }
 
-  // In runs of `most` rows.
-  void load_queries(int64_t most) {
+  void load_queries() {
     const float factor = a.scale != 0.0f ? a.scale : 1.0f / __builtin_sqrtf(float(d));
     const int64_t before = tokens_before(a, tile.batch), first_head = tile.kv_head * group;
-    float x[kMostHeadDim];
     int64_t token = tile.row / group, head = tile.row % group;
     for (int64_t r = 0; r < tile.rows; ++r, ++head) {
       if (head == group) ++token, head = 0;
       places[r] = before + token;
-      const int64_t run = r / most * most, width = std::min(most, tile.rows - run);
-      prefetch_head(a, tile.batch, token + kTokensAhead, first_head + head);
+      float* const x = queries + r * kMostHeadDim;
       read_head(a, tile.batch, token, first_head + head, x);
       place(a, tile.batch, token, nullptr, x);
-      float* const to = queries + run * d + r % most;
-      for (int64_t i = 0; i < d; ++i) to[i * width] = x[i] * factor;
+      for (int64_t i = 0; i < d; ++i) x[i] *= factor;
     }
   }
 
@@ -120,7 +116,7 @@ struct HalfTile {
     for (int r = 0; r < N; ++r)
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sums[r][c] = V::splat(0.0f);
-    multiply_add<V, N, C, 1, N>(queries + row * d, panels + panel * kSpan * d, d, sums);
+    multiply_add<V, N, C, kMostHeadDim>(queries + row * kMostHeadDim, panels + panel * kSpan * d, d, sums);
 #pragma GCC unroll 12
     for (int r = 0; r < N; ++r)
 #pragma GCC unroll 4
@@ -138,8 +134,8 @@ struct HalfTile {
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sums[r][c] = V::load(y + r * d + c * V::W) * correction;
     }
-    multiply_add<V, N, C, kHalfBlock, 1>(scores + row * kHalfBlock + tokens.from,
-                                         panels + feature * count + tokens.from * kSpan, tokens.to - tokens.from, sums);
+    multiply_add<V, N, C, kHalfBlock>(scores + row * kHalfBlock + tokens.from,
+                                      panels + feature * count + tokens.from * kSpan, tokens.to - tokens.from, sums);
 #pragma GCC unroll 12
     for (int r = 0; r < N; ++r)
 #pragma GCC unroll 4
@@ -196,7 +192,7 @@ struct HalfTile {
       for (int t = 0; t < T; ++t) key[t] = E::half(keys + t * d + i);
 #pragma GCC unroll 4
       for (int r = 0; r < N; ++r) {
-        const G query = E::load(queries + (row + r) * d + i);
+        const G query = E::load(queries + (row + r) * kMostHeadDim + i);
 #pragma GCC unroll 4
         for (int t = 0; t < T; ++t) sums[r][t] = E::fma(query, key[t], sums[r][t]);
       }
@@ -265,15 +261,14 @@ struct HalfTile {
   }
 
   void run() {
-    const bool step = a.sequence == 1;
-    load_queries(step ? 1 : R);
+    load_queries();
     std::fill(out.largest, out.largest + tile.rows, kMinusInfinity);
     std::fill(out.sum, out.sum + tile.rows, 0.0f);
     std::fill(out.y, out.y + tile.rows * d, 0.0f);
     const int64_t block = std::min(kHalfBlock, kMostTileFloats / d / kSpan * kSpan);
     for (int64_t start = tile.first; start < tile.end; start += block) {
       const int64_t count = std::min(block, tile.end - start);
-      step ? attend_step(start, count) : attend_block(start, count);
+      a.sequence == 1 ? attend_step(start, count) : attend_block(start, count);
     }
   }
 };
