@@ -102,7 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="DIR", type=Path, help="the folder that `specquant export` wrote")
     parser.add_argument("--prompt", type=int, default=0, help="tokens; 0, the default: tokens one by one")
-    parser.add_argument("--block", type=int, default=128, help="tokens of the prompt at a time (default: %(default)s)")
+    parser.add_argument("--block", type=int, default=512, help="tokens of the prompt at a time (default: %(default)s)")
     parser.add_argument("--runs", type=int, help="default: 128 tokens, or 5 prompts")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -58,6 +58,8 @@ def test_older_format(plain_folder: Path, edit_manifest: Edit) -> None:
         (lambda c: c["model"].update(num_layers=True), r"model\.num_layers should be int"),
         (lambda c: c["model"].update(head_dim=0), "head_dim = 0"),
         (lambda c: c["model"].update(float_type="int8"), "float_type = 'int8'"),
+        (lambda c: c["model"].update(attention="Attention"), "attention = 'Attention'"),
+        (lambda c: c["model"].update(attention="HalfKVAttention", kv_bits=4), "with kv_bits = 4"),
         (lambda c: c["model"].update(eos_token_ids=[2, "x"]), r"eos_token_ids\[1\] should be int"),
         (lambda c: c.update(files=[]), "files should be"),
         (lambda c: c["files"].pop("model.onnx"), r"lists no model\.onnx"),

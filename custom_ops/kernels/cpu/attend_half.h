@@ -4,6 +4,8 @@
 // tile, as panels: kSpan tokens by all features, so that lanes of a score run along tokens; then all tokens by kSpan
 // features. Rows go through the panels R at a time: R · C vectors of sums stay in registers. A run of R rows skips what
 // all of them cannot see, ahead of them or before the window.
+//
+// One new token has too few rows for that: they meet the cache as it lies, lanes along features.
 #pragma once
 
 #include <type_traits>
@@ -15,22 +17,24 @@ namespace {
 
 constexpr int64_t kHalfBlock = 128;  // tokens of a block, fewer where their keys would exceed kMostTileFloats
 
-// sums[r][c] += Σ_k a[r · RS + k · KS] · panel[k · C · W + c · W + lane].
-template <class V, int R, int C, int RS, int KS>
+// sums[r][c] += Σ_k a[r · Stride + k] · panel[k · C · W + c · W + lane].
+template <class V, int R, int C, int64_t Stride>
 inline __attribute__((always_inline)) void multiply_add(const float* a, const float* panel, int64_t depth,
                                                         typename V::F (&sums)[R][C]) {
-  for (int64_t k = 0; k < depth; ++k, a += KS, panel += C * V::W) {
+  for (int64_t k = 0; k < depth; ++k, ++a, panel += C * V::W) {
     typename V::F b[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) b[c] = V::load(panel + c * V::W);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const auto value = V::splat(a[r * RS]);
+      const auto value = V::splat(a[r * Stride]);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sums[r][c] = V::fma(value, b[c], sums[r][c]);
     }
   }
 }
+
+constexpr int kStepRows = 4;  // of one token, at a time
 
 // A tile in work. E is a vector of 8 lanes, V of as many as there are.
 template <class V, class E, int R, int C>
@@ -43,7 +47,7 @@ struct HalfTile {
   const QueryTile& tile;
   const Partial& out;
   const int64_t d, group;
-  alignas(64) float queries[kMostTileFloats];  // R rows after R rows, the last ones fewer: [features, rows]
+  alignas(64) float queries[kMostHalfRows * kMostHeadDim];  // rows of kMostHeadDim: the loops know the distance
   alignas(64) float panels[kMostTileFloats];
   alignas(64) float scores[kMostHalfRows * kHalfBlock];
   float corrections[kMostHalfRows];  // what y has to be multiplied by, since the largest score has grown
@@ -65,17 +69,14 @@ struct HalfTile {
   void load_queries() {
     const float factor = a.scale != 0.0f ? a.scale : 1.0f / __builtin_sqrtf(float(d));
     const int64_t before = tokens_before(a, tile.batch), first_head = tile.kv_head * group;
-    float x[kMostHeadDim];
     int64_t token = tile.row / group, head = tile.row % group;
     for (int64_t r = 0; r < tile.rows; ++r, ++head) {
       if (head == group) ++token, head = 0;
       places[r] = before + token;
-      const int64_t run = r / R * R, width = std::min<int64_t>(R, tile.rows - run);
-      prefetch_head(a, tile.batch, token + kAhead, first_head + head);
+      float* const x = queries + r * kMostHeadDim;
       read_head(a, tile.batch, token, first_head + head, x);
       place(a, tile.batch, token, nullptr, x);
-      float* const to = queries + run * d + r % R;
-      for (int64_t i = 0; i < d; ++i) to[i * width] = x[i] * factor;
+      for (int64_t i = 0; i < d; ++i) x[i] *= factor;
     }
   }
 
@@ -115,7 +116,7 @@ struct HalfTile {
     for (int r = 0; r < N; ++r)
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sums[r][c] = V::splat(0.0f);
-    multiply_add<V, N, C, 1, N>(queries + row * d, panels + panel * kSpan * d, d, sums);
+    multiply_add<V, N, C, kMostHeadDim>(queries + row * kMostHeadDim, panels + panel * kSpan * d, d, sums);
 #pragma GCC unroll 12
     for (int r = 0; r < N; ++r)
 #pragma GCC unroll 4
@@ -133,20 +134,20 @@ struct HalfTile {
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sums[r][c] = V::load(y + r * d + c * V::W) * correction;
     }
-    multiply_add<V, N, C, kHalfBlock, 1>(scores + row * kHalfBlock + tokens.from,
-                                         panels + feature * count + tokens.from * kSpan, tokens.to - tokens.from, sums);
+    multiply_add<V, N, C, kHalfBlock>(scores + row * kHalfBlock + tokens.from,
+                                      panels + feature * count + tokens.from * kSpan, tokens.to - tokens.from, sums);
 #pragma GCC unroll 12
     for (int r = 0; r < N; ++r)
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) V::store(y + r * d + c * V::W, sums[r][c]);
   }
 
-  // Calls work(row, integral_constant rows) for each run of R rows, and for the fewer that are left.
-  template <class Work>
+  // Calls work(row, integral_constant rows) for each run of N rows, and for the fewer that are left.
+  template <int N = R, class Work>
   void for_runs(const Work& work) const {
     int64_t row = 0;
-    for (; row + R <= tile.rows; row += R) work(row, std::integral_constant<int, R>());
-    for_rest<R - 1>(row, work);
+    for (; row + N <= tile.rows; row += N) work(row, std::integral_constant<int, N>());
+    for_rest<N - 1>(row, work);
   }
   template <int N, class Work>
   void for_rest(int64_t row, const Work& work) const {
@@ -178,6 +179,87 @@ struct HalfTile {
     out.largest[r] = most;
   }
 
+  // Scores of N rows and T tokens, of which `keys` is the first and `token` its place in the block.
+  template <int N, int T>
+  void score_tokens(int64_t row, const uint16_t* keys, int64_t token) {
+    using G = typename E::F;
+    G sums[N][T];
+#pragma GCC unroll 16
+    for (int i = 0; i < N * T; ++i) sums[i / T][i % T] = E::splat(0.0f);
+    for (int64_t i = 0; i < d; i += 8) {
+      G key[T];
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) key[t] = E::half(keys + t * d + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < N; ++r) {
+        const G query = E::load(queries + (row + r) * kMostHeadDim + i);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) sums[r][t] = E::fma(query, key[t], sums[r][t]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N * T; ++i) scores[(row + i / T) * kHalfBlock + token + i % T] = E::total(sums[i / T][i % T]);
+  }
+
+  // y of N rows and 16 features, over tokens whose values lie from `values` on.
+  template <int N>
+  void add_tokens(int64_t row, int64_t feature, const uint16_t* values, const Seen& tokens) {
+    typename E::F sums[N][2];
+    float* const y = out.y + row * d + feature;
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * N; ++i)
+      sums[i / 2][i % 2] = E::load(y + i / 2 * d + i % 2 * 8) * E::splat(corrections[row + i / 2]);
+    const float* weights = scores + row * kHalfBlock;
+    for (int64_t j = tokens.from; j < tokens.to; ++j) {
+      const auto first = E::half(values + j * d + feature), second = E::half(values + j * d + feature + 8);
+#pragma GCC unroll 4
+      for (int r = 0; r < N; ++r) {
+        const auto weight = E::splat(weights[r * kHalfBlock + j]);
+        sums[r][0] = E::fma(weight, first, sums[r][0]);
+        sums[r][1] = E::fma(weight, second, sums[r][1]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * N; ++i) E::store(y + i / 2 * d + i % 2 * 8, sums[i / 2][i % 2]);
+  }
+
+  // A block, of which all rows see the same.
+  void attend_step(int64_t start, int64_t count) {
+    const uint16_t *keys = cached(a.present_key, start), *values = cached(a.present_value, start);
+    for_runs<kStepRows>([&](int64_t row, auto rows) {
+      constexpr int kTokens = rows < kStepRows ? 4 : 2;  // 12 sums at most
+      int64_t j = 0;
+      for (; j + kTokens <= count; j += kTokens) score_tokens<rows, kTokens>(row, keys + j * d, j);
+      for (; j < count; ++j) score_tokens<rows, 1>(row, keys + j * d, j);
+    });
+    const Seen tokens = seen(0, tile.rows, start, count);
+    for (int64_t r = 0; r < tile.rows; ++r) weigh(r, tokens, 0, round_up(count, V::W));
+    for_runs<kStepRows>([&](int64_t row, auto rows) {
+      for (int64_t feature = 0; feature < d; feature += 16) add_tokens<rows>(row, feature, values, tokens);
+    });
+  }
+
+  void attend_block(int64_t start, int64_t count) {
+    load_keys(start, count);
+    for (int64_t panel = 0; panel * kSpan < count; ++panel)
+      for_runs([&](int64_t row, auto rows) {
+        const Seen tokens = seen(row, rows, start, count);
+        if (tokens.from < (panel + 1) * kSpan && tokens.to > panel * kSpan) score<rows>(row, panel);
+      });
+    load_values(start, count);
+    for_runs([&](int64_t row, auto rows) {
+      const Seen tokens = seen(row, rows, start, count);
+      if (tokens.from == tokens.to) return;
+      for (int r = 0; r < rows; ++r)
+        weigh(row + r, seen(row + r, 1, start, count), tokens.from / kSpan * kSpan, round_up(tokens.to, kSpan));
+    });
+    for (int64_t feature = 0; feature < d; feature += kSpan)
+      for_runs([&](int64_t row, auto rows) {
+        const Seen tokens = seen(row, rows, start, count);
+        if (tokens.from < tokens.to) add_values<rows>(row, feature, tokens, count);
+      });
+  }
+
   void run() {
     load_queries();
     std::fill(out.largest, out.largest + tile.rows, kMinusInfinity);
@@ -186,24 +268,7 @@ struct HalfTile {
     const int64_t block = std::min(kHalfBlock, kMostTileFloats / d / kSpan * kSpan);
     for (int64_t start = tile.first; start < tile.end; start += block) {
       const int64_t count = std::min(block, tile.end - start);
-      load_keys(start, count);
-      for (int64_t panel = 0; panel * kSpan < count; ++panel)
-        for_runs([&](int64_t row, auto rows) {
-          const Seen tokens = seen(row, rows, start, count);
-          if (tokens.from < (panel + 1) * kSpan && tokens.to > panel * kSpan) score<rows>(row, panel);
-        });
-      load_values(start, count);
-      for_runs([&](int64_t row, auto rows) {
-        const Seen tokens = seen(row, rows, start, count);
-        if (tokens.from == tokens.to) return;
-        for (int r = 0; r < rows; ++r)
-          weigh(row + r, seen(row + r, 1, start, count), tokens.from / kSpan * kSpan, round_up(tokens.to, kSpan));
-      });
-      for (int64_t feature = 0; feature < d; feature += kSpan)
-        for_runs([&](int64_t row, auto rows) {
-          const Seen tokens = seen(row, rows, start, count);
-          if (tokens.from < tokens.to) add_values<rows>(row, feature, tokens, count);
-        });
+      a.sequence == 1 ? attend_step(start, count) : attend_block(start, count);
     }
   }
 };

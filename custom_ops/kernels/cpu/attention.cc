@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kMostSize = int64_t(1) << 31;
 constexpr int64_t kAppendTokens = 32;  // tokens of a kv head that a task packs
-constexpr int64_t kPartTokens = 1024;  // tokens of a part, where one new token alone would be too few tasks
+constexpr int64_t kPartTokens = 1024;  // of a part, where one new token alone would be too few tasks
+constexpr int64_t kHalfPartTokens = 512;
 constexpr int64_t kManyTiles = 32;     // enough for the threads
 constexpr int64_t kSmallWork = 4096;   // scores below which a thread pool costs more than it brings
 
@@ -26,8 +27,10 @@ int64_t longest(const Attention& a) {
   return most;
 }
 
+int64_t part_tokens(const Attention& a) { return a.kv_bits == 16 ? kHalfPartTokens : kPartTokens; }
+
 int64_t parts_of(const Attention& a) {
-  return a.sequence == 1 ? std::max<int64_t>(1, (longest(a) + kPartTokens - 1) / kPartTokens) : 1;
+  return a.sequence == 1 ? std::max<int64_t>(1, (longest(a) + part_tokens(a) - 1) / part_tokens(a)) : 1;
 }
 
 // Rows of a tile. A block of a 16-bit cache is converted once for all rows of a tile, so they should be many, but
@@ -84,8 +87,8 @@ void attend_task(void* argument, size_t index) {
   tile.end = past + (tile.row + tile.rows - 1) / group + 1;
   if (a.window > 0) tile.first = std::max<int64_t>(0, past + tile.row / group + 1 - a.window);
   if (work.parts > 1) {
-    tile.first += part * kPartTokens;
-    tile.end = std::min(tile.end, tile.first + kPartTokens);
+    tile.first += part * part_tokens(a);
+    tile.end = std::min(tile.end, tile.first + part_tokens(a));
   }
   float largest[kMostHalfRows], sum[kMostHalfRows];
   alignas(64) float y[kMostTileFloats];

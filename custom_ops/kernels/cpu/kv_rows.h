@@ -26,17 +26,9 @@ inline void read_head(const Attention& a, int64_t b, int64_t token, int64_t head
     const auto* from = static_cast<const uint16_t*>(a.qkv) + at;
     for (int64_t i = 0; i < a.head_dim; ++i) to[i] = half_to_float(from[i]);
   } else {
-    std::memcpy(to, static_cast<const float*>(a.qkv) + at, size_t(a.head_dim) * sizeof(float));
+    const auto* from = static_cast<const float*>(a.qkv) + at;
+    for (int64_t i = 0; i < a.head_dim; i += 8) std::memcpy(to + i, from + i, 8 * sizeof(float));
   }
-}
-
-constexpr int64_t kAhead = 3;  // tokens: heads lie too far apart for the CPU to see them coming
-
-inline void prefetch_head(const Attention& a, int64_t b, int64_t token, int64_t head) {
-  if (token >= a.sequence) return;
-  const int64_t size = a.half ? 2 : 4, heads = a.num_heads + 2 * a.kv_num_heads;
-  const char* from = static_cast<const char*>(a.qkv) + ((b * a.sequence + token) * heads + head) * a.head_dim * size;
-  for (int64_t i = 0; i < a.head_dim * size; i += 64) __builtin_prefetch(from + i);
 }
 
 inline void turn(float* __restrict x, const float* __restrict cos, const float* __restrict sin, int64_t rotary) {
@@ -108,8 +100,6 @@ void append(const Attention& a, int64_t b, int64_t kv_head, int64_t token, int64
   }
   float x[kMostHeadDim];
   for (int64_t t = token; t < end; ++t) {
-    prefetch_head(a, b, t + kAhead, a.num_heads + kv_head);
-    prefetch_head(a, b, t + kAhead, a.num_heads + a.kv_num_heads + kv_head);
     read_head(a, b, t, a.num_heads + kv_head, x);
     place(a, b, t, a.kv_bits == 16 ? nullptr : a.key_offset + kv_head * a.head_dim, x);
     store_row<E>(a, x, key + (before + t) * bytes);
