@@ -7,7 +7,8 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -258,12 +259,18 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     raise ValueError(f"{where.lstrip('.')} should be {getattr(kind, '__name__', kind)}")
 
 
+@cache
+def _types_of(kind: type) -> tuple[dict[str, Any], tuple[Field[Any], ...]]:
+    """Looked up once: a manifest has a row per call of an op, and the lookup is slow."""
+    return get_type_hints(kind), fields(kind)
+
+
 def _typed_fields(value: Any, kind: type[T], where: str) -> T:
     if not isinstance(value, dict):
         raise ValueError(f"{where.lstrip('.') or 'the whole'} should be an object")
-    hints = get_type_hints(kind)
+    hints, items = _types_of(kind)
     arguments = {}
-    for item in fields(kind):  # type: ignore[arg-type]
+    for item in items:
         if item.name in value:
             arguments[item.name] = typed(value[item.name], hints[item.name], f"{where}.{item.name}")
         elif item.default is MISSING and item.default_factory is MISSING:

@@ -18,8 +18,8 @@ int64_t specquant_attention_size();
 int32_t specquant_isa_supported(const char* name);
 const char* specquant_run(const void* problem, const char* isa);
 const char* specquant_attend(const void* attention, const char* isa);
-const char* specquant_quantize(const float* u, int64_t n, int32_t bits, int64_t group, float clip, int8_t* q,
-                               float* scale, int32_t* zero_point, const char* isa);
+const char* specquant_quantize(const float* u, int64_t n, int32_t bits, int64_t group, float clip, int8_t* levels,
+                               float* scale, const char* isa);
 }
 
 namespace {
@@ -31,9 +31,8 @@ struct Quantize {
   int32_t bits;
   float clip;
   const float* u;
-  int8_t* q;
+  int8_t* levels;
   float* scale;
-  int32_t* zero_point;
 };
 
 void read(void* to, size_t size) {
@@ -66,7 +65,7 @@ const char* call(int64_t which, const void* arguments, const char* isa) {
   if (which == kRun) return specquant_run(arguments, isa);
   if (which == kAttend) return specquant_attend(arguments, isa);
   const auto* a = static_cast<const Quantize*>(arguments);
-  return specquant_quantize(a->u, a->n, a->bits, a->group, a->clip, a->q, a->scale, a->zero_point, isa);
+  return specquant_quantize(a->u, a->n, a->bits, a->group, a->clip, a->levels, a->scale, isa);
 }
 
 }  // namespace

@@ -86,12 +86,11 @@ class Emulated:
         return self._structure(ATTEND, attention._obj, attention_bytes, isa)
 
     def specquant_quantize(
-        self, u: int, n: int, bits: int, group: int, clip: float, q: int, scale: int, zero: int, isa: bytes | None
+        self, u: int, n: int, bits: int, group: int, clip: float, levels: int, scale: int, isa: bytes | None
     ) -> bytes | None:
-        groups = 4 * (n // group if group else 1)
-        sizes = [(u, 4 * n), (q, n), (scale, groups), (zero, groups)]
-        arguments = struct.pack("<qqif32x", n, group, bits, clip)
-        return self._call(QUANTIZE, isa, arguments, sizes, [(24 + 8 * i, i) for i in range(4)]) or None
+        sizes = [(u, 4 * n), (levels, n), (scale, 4 * (n // group if group else 1))]
+        arguments = struct.pack("<qqif24x", n, group, bits, clip)
+        return self._call(QUANTIZE, isa, arguments, sizes, [(24 + 8 * i, i) for i in range(3)]) or None
 
     def _structure(self, which: int, structure: Any, sizes: Any, isa: bytes | None) -> bytes | None:
         pointers = {name: getattr(structure, name) for name in sizes(structure)}
