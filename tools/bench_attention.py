@@ -6,7 +6,8 @@
 A call is NEW+PAST tokens; heads are QUERYxKEYVALUExDIM. Each has its cache where a runtime has it, past and present in
 one buffer: of float16 for us, of float32 for the peer. Medians, and the best, of runs that take turns. GFLOP/s counts
 4 · head_dim operations for every pair of a query and a token that it sees, and comes with its share of what the cores
-reach when they do nothing but multiply and add (tools/machine_limits.cc). `ratio` above 1: we are faster.
+reach when they do nothing but multiply and add (tools/machine_limits.cc). `ratio` above 1: we are faster. Where other
+jobs run, `--threads 1 --cpu-time` counts only the time that the thread had a core.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import sys
 from collections.abc import Callable
 from statistics import median
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import numpy as np
@@ -103,20 +104,20 @@ def runner(op: str, heads: Sizes, new: int, past: int, threads: int) -> Callable
     return run
 
 
-def measure(heads: Sizes, new: int, past: int, threads: int, seconds: float) -> dict[str, Any]:
+def measure(heads: Sizes, new: int, past: int, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds and GFLOP/s of both, and the ratio of the medians. Raises SpecQuantError if they disagree."""
-    runs = {op: runner(op, heads, new, past, threads) for op in (OURS, PEER)}
+    runs = {op: runner(op, heads, new, past, options.threads) for op in (OURS, PEER)}
     first = [run().copy() for run in runs.values()]
     error = float(np.abs(first[0] - first[1]).max() / np.abs(first[1]).max())
     if not error < 2e-2:
         raise SpecQuantError(f"{OURS} is {error:.3f} away from {PEER}: they compute different things")
     times: dict[str, list[float]] = {op: [] for op in runs}
-    end = perf_counter() + seconds
+    clock, end = thread_time if options.cpu_time else perf_counter, perf_counter() + options.seconds
     while perf_counter() < end or len(times[PEER]) < 5:
         for op, run in runs.items():
-            since = perf_counter()
+            since = clock()
             run()
-            times[op].append(perf_counter() - since)
+            times[op].append(clock() - since)
     flops = 4 * heads[2] * heads[0] * sum(range(past + 1, past + new + 1))
     found: dict[str, Any] = {
         op: {"median_ms": 1e3 * median(list_), "best_ms": 1e3 * min(list_), "gflops": 1e-9 * flops / median(list_)}
@@ -142,6 +143,7 @@ def main() -> int:
     parser.add_argument("--calls", type=numbers("+", 2), default=CALLS, metavar="NEW+PAST", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=2.0, help="for a line (default: %(default)s)")
+    parser.add_argument("--cpu-time", action="store_true", help="time on the core, not by the clock")
     parser.add_argument("--no-limits", action="store_true", help="leave out what the cores can do (needs c++)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
@@ -150,7 +152,7 @@ def main() -> int:
         results = []
         for heads in options.heads:
             for new, past in options.calls:
-                r = measure(heads, new, past, options.threads, options.seconds)
+                r = measure(heads, new, past, options)
                 results.append(r)
                 if options.json:
                     continue

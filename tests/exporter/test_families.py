@@ -134,7 +134,8 @@ def test_blocks_in_stages_equal_the_model(rng: np.random.Generator, name: str) -
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "phi3", "gemma3"])
 def test_quantised_export_equals_its_simulation(rng: np.random.Generator, tmp_path: Path, name: str) -> None:
     """4-bit weights with branches; activations stay whole, those of the head too, since one that falls half-way between
-    two steps may go either way (tests/exporter/graph/test_quantised.py does them)."""
+    two steps may go either way (tests/exporter/graph/test_quantised.py does them). So may a key or value in its float16
+    cache, whose steps are smaller: 0.02 % of the logits, seen."""
     model = tiny_model(name, int(rng.integers(2**31)))
     tokens = torch.from_numpy(rng.integers(3, VOCAB, (4, 24)))
     whole = {"a_bits": 16, "act_group": 0, "head_bits": 16}
@@ -143,8 +144,8 @@ def test_quantised_export_equals_its_simulation(rng: np.random.Generator, tmp_pa
     ids = rng.integers(3, VOCAB, 37)
     original = logits_of(model, ids)
     expected = logits_of(simulate(model, family_of(model.config), decoder), ids)
-    assert relative(prefill_and_steps(decoder, ids, tmp_path), expected) < 1e-4
-    assert relative(expected, original) > 1e-3  # it is not the float model that was compared with itself
+    assert relative(prefill_and_steps(decoder, ids, tmp_path), expected) < 1e-3
+    assert relative(expected, original) > 1e-2  # it is not the float model that was compared with itself
 
 
 def test_text_part_of_a_model_that_sees(rng: np.random.Generator, tmp_path: Path) -> None:
