@@ -1,6 +1,5 @@
 // One op call: checks, the scratch, and how the work is cut into tasks. Needs no instruction set.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "half.h"
@@ -62,7 +61,6 @@ struct Work {
   const Activations& activations;
   int64_t rows;
   int64_t tile_rows, tile_panels, tiles_down;  // the grid of the multiplication
-  std::atomic<bool> claimed{false}, prepared{false};  // where one thread prepares all rows, and the others wait
 };
 
 void prepare_task(void* argument, size_t index) {
@@ -71,40 +69,6 @@ void prepare_task(void* argument, size_t index) {
   work.kernels.prepare(work.problem, work.activations, row, rows);
   if (work.problem.qweight && work.problem.act_bits < 16)
     work.kernels.arrange(work.problem, work.activations, row, rows);
-}
-
-// Tells the CPU that this thread waits for another.
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
-// Reads panels towards the cache until the rows are prepared: the memory would be idle meanwhile.
-void wait_reading(const Work& work, int64_t panel, int64_t panels) {
-  const Problem& p = work.problem;
-  const int64_t bytes = round_up(p.in_features, kBlock) / kBlock * kPanel * 4;
-  const char* at = reinterpret_cast<const char*>(p.qweight) + panel * bytes;
-  for (const char* const end = at + panels * bytes; at < end && !work.prepared.load(std::memory_order_acquire); at += 64)
-    __builtin_prefetch(at);
-  while (!work.prepared.load(std::memory_order_acquire)) relax();
-}
-
-void multiply_task(void* argument, size_t index);
-
-// For few rows: the first task to come prepares them, whichever thread runs it.
-void prepare_and_multiply_task(void* argument, size_t index) {
-  Work& work = *static_cast<Work*>(argument);
-  if (!work.claimed.exchange(true)) {
-    prepare_task(argument, 0);
-    work.prepared.store(true, std::memory_order_release);
-  } else if (!work.prepared.load(std::memory_order_acquire)) {
-    const int64_t panel = int64_t(index) / work.tiles_down * work.tile_panels;
-    wait_reading(work, panel, work.problem.qweight ? std::min(work.tile_panels, panels_of(work.problem) - panel) : 0);
-  }
-  multiply_task(argument, index);
 }
 
 void multiply_task(void* argument, size_t index) {
@@ -213,15 +177,10 @@ void matmul(const Kernels& kernels, const Problem& p, const ThreadPool& pool, vo
   const int64_t chunk = chunk_rows(p);
   for (x.first_token = 0; x.first_token < p.tokens; x.first_token += chunk) {
     const int64_t rows = x.rows = std::min(chunk, p.tokens - x.first_token);
-    Work work{kernels, p, x, rows, rows, 0, 0, {}, {}};
+    Work work{kernels, p, x, rows, rows, 0, 0};
     cut(work);
-    const int64_t tasks = work.tiles_down * ((panels_of(p) + work.tile_panels - 1) / work.tile_panels);
-    if (rows <= kTileTokens) {
-      run(pool, prepare_and_multiply_task, work, tasks);
-    } else {
-      run(pool, prepare_task, work, (rows + kTileTokens - 1) / kTileTokens);
-      run(pool, multiply_task, work, tasks);
-    }
+    run(pool, prepare_task, work, (rows + kTileTokens - 1) / kTileTokens);
+    run(pool, multiply_task, work, work.tiles_down * ((panels_of(p) + work.tile_panels - 1) / work.tile_panels));
     if (p.low) store_low(p, x, rows);
   }
 }
