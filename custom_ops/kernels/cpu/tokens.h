@@ -132,17 +132,16 @@ inline __attribute__((always_inline)) void add_columns(const Problem& p, const f
   for (int i = 0; i < 8; ++i) {
     const int64_t index = (feature + i) * p.basis_rank + column;
     typename E::F sums[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[t] = E::splat(0.0f);
 #pragma GCC unroll 4
     for (int k = 0; k < K; ++k) {
       const auto basis = E::half(kWhole ? p.basis + index + 8 * k : whole<8>(p.basis, index + 8 * k, total, spare));
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        const auto value = E::load(low + t * stride + 8 * k);
-        sums[t] = k ? E::fma(basis, value, sums[t]) : basis * value;
-      }
+      for (int t = 0; t < T; ++t) sums[t] = E::fma(basis, E::load(low + t * stride + 8 * k), sums[t]);
     }
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) parts[t][i] = column ? parts[t][i] + sums[t] : sums[t];
+    for (int t = 0; t < T; ++t) parts[t][i] = parts[t][i] + sums[t];
   }
 }
 
@@ -155,6 +154,8 @@ void subtract_branch(const Problem& p, const Activations& x, int64_t row) {
   const int64_t safe = p.basis_rank < 8 * K ? 0 : p.in_features / 8 * 8;  // features whose wide columns lie in B
   for (int64_t feature = 0; feature < p.in_features; feature += 8) {
     typename E::F parts[T][8];
+#pragma GCC unroll 64
+    for (int i = 0; i < 8 * T; ++i) parts[i / 8][i % 8] = E::splat(0.0f);
     for (int64_t column = 0; column < p.rank; column += column < wide ? 8 * K : 8) {
       if (column < wide && feature < safe && wide <= p.basis_rank) {
         add_columns<E, T, K, true>(p, low + column, x.columns, feature, column, parts);
