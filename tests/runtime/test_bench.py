@@ -62,7 +62,7 @@ def test_the_work_of_a_token_is_what_the_manifest_says(folder: Path) -> None:
     linears = hidden * (64 + 2 * 32) + 64 * hidden + hidden * 2 * wide + wide * hidden
     needed = work(manifest, 20)
     assert needed.prefill_ops == 2 * 2 * linears
-    cache = 10 * 2 * 2 * 2 * 16 * 4  # tokens, keys and values, layers, kv heads, head_dim, bytes
+    cache = 10 * 2 * 2 * 2 * 16 * 2  # tokens, keys and values, layers, kv heads, head_dim, bytes
     assert needed.decode_bytes == 31_200 + cache  # the tied table is the head
     untied = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, tied_embeddings=False))
     assert work(untied, 20).decode_bytes == 1200 + cache
