@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +51,7 @@ def quantize(
     architecture, a recipe that does not fit its sizes, and NaN or infinity in weights or activations.
     """
     family, text = family_of(model.config), text_config(model.config)
+    attention = text._attn_implementation
     config = decoder_config(model.config, family, context_length)
     recipe.check_shapes(stage_inputs(config))
     base = model.get_submodule(family.decoder)
@@ -62,6 +65,7 @@ def quantize(
     if calibrated and tokens is None:
         raise ValueError("a quantising recipe needs calibration tokens")
     hidden, ropes = first_block_inputs(model, family, tokens) if tokens is not None and calibrated else ([], [])
+    exact = list(hidden) if recipe.asymmetry else None  # the same tokens as the float model carries them
 
     done: list[DecoderLayer] = []
     for index, (layer, (window, rotary)) in enumerate(zip(layers, layer_attention(text), strict=True)):
@@ -73,11 +77,13 @@ def quantize(
         rotated = rotate_values(layer, family, recipe, config)
         stages: dict[str, QuantStage | FloatStage] = {}
         if calibrated:
-            for stage, inputs in family.stage_inputs(layer, hidden, ropes[rotary], window):
+            run = partial(family.stage_inputs, rope=ropes[rotary], window=window)
+            whole = None if exact is None else (_float_copy(layer, family, attention), exact)
+            for stage, inputs, wanted in _in_step(run, (layer, hidden), whole):
                 at = recipe.at(stage.name)
                 if rotated and stage.fold == "heads":
                     at = replace(at, hadamard=0)
-                stages[stage.name] = _quantize_stage(layer, family, stage, inputs, at, config, stages, where)
+                stages[stage.name] = _quantize_stage(layer, family, stage, inputs, wanted, at, config, stages, where)
         else:
             for stage in family.stages:
                 stages[stage.name] = FloatStage(f"{where}.{stage.path}", _weights(layer, stage))
@@ -109,22 +115,50 @@ def quantize(
     )
 
 
+def _float_copy(layer: nn.Module, family: Family, attention: str) -> nn.Module:
+    """A block as it is before quantisation, with attention as transformers names it and no 4-bit cache."""
+    whole = copy.deepcopy(layer)
+    module: Any = whole.get_submodule(family.attention)
+    module.config._attn_implementation = attention
+    return whole
+
+
+def _in_step(
+    run: Callable[..., Iterator[tuple[Stage, list[Tensor]]]],
+    quantised: tuple[nn.Module, list[Tensor]],
+    whole: tuple[nn.Module, list[Tensor]] | None,
+) -> Iterator[tuple[Stage, list[Tensor], list[Tensor] | None]]:
+    """Stages of a block with their inputs, and with the inputs of the same stages in its float copy, if there is one.
+
+    quantised, whole: (block, hidden states), as `Family.stage_inputs` takes them and leaves them.
+    """
+    beside = None if whole is None else run(*whole)
+    for stage, inputs in run(*quantised):
+        yield stage, inputs, None if beside is None else next(beside)[1]
+    if beside is not None:
+        next(beside, None)  # to its end: only then `whole` holds the block's outputs
+
+
 def _quantize_stage(
     layer: nn.Module,
     family: Family,
     stage: Stage,
     inputs: list[Tensor],
+    wanted: list[Tensor] | None,
     at: Recipe,
     config: DecoderConfig,
     earlier: dict[str, Any],
     where: str,
 ) -> QuantStage | FloatStage:
-    """Quantise one stage by its recipe, fold its smoothing factor away, and put the simulation into the block."""
+    """Quantise one stage by its recipe, fold its smoothing factor away, and put the simulation into the block.
+
+    inputs: what the stage sees; wanted: what it saw in the float model, or None.
+    """
     weights = _weights(layer, stage)
     name = f"{where}.{stage.path}"
     if at.w_bits == 16:
         return FloatStage(name, weights)
-    stats = InputStatistics.gather(inputs, name)
+    stats = InputStatistics.gather(inputs, name, exact=wanted)
     alpha, factors = best_smoothing(name, weights, stats, at, stage.fold == "heads", config)
     if factors is not None:
         for x in inputs:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.exporter.recipe import PRESETS, STAGES, Recipe, float_recipe, preset
+from specquant.exporter.recipe import PRESETS, Recipe, float_recipe, preset
+from specquant.exporter.recipe_checks import STAGES
 
 FULL = Recipe(
     name="mine",
