@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.exporter.families import Family, rotary_tables, text_config
+from specquant.exporter.families import Family, Stage, rotary_tables, text_config
 from specquant.exporter.kv import block_hadamard
 
 _CHUNK_TOKENS = 4096  # tokens that go through a block at once
@@ -99,3 +100,27 @@ def first_block_inputs(model: nn.Module, family: Family, tokens: Tensor) -> tupl
     hidden = [table[t].float() * family.embedding_scale(text) for t in tokens.split(per_chunk)]
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     return hidden, rotary_tables(base, family, text, hidden[0], positions)
+
+
+def float_copy(layer: nn.Module, family: Family, attention: str) -> nn.Module:
+    """A block as it is before quantisation, with attention as transformers names it and no 4-bit cache."""
+    whole = copy.deepcopy(layer)
+    module: Any = whole.get_submodule(family.attention)
+    module.config._attn_implementation = attention
+    return whole
+
+
+def in_step(
+    run: Callable[..., Iterator[tuple[Stage, list[Tensor]]]],
+    quantised: tuple[nn.Module, list[Tensor]],
+    whole: tuple[nn.Module, list[Tensor]] | None,
+) -> Iterator[tuple[Stage, list[Tensor], list[Tensor] | None]]:
+    """Stages of a block with their inputs, and with the inputs of the same stages in its float copy, if there is one.
+
+    quantised, whole: (block, hidden states), as `Family.stage_inputs` takes them and leaves them.
+    """
+    beside = None if whole is None else run(*whole)
+    for stage, inputs in run(*quantised):
+        yield stage, inputs, None if beside is None else next(beside)[1]
+    if beside is not None:
+        next(beside, None)  # to its end: only then `whole` holds the block's outputs

@@ -73,7 +73,7 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, damping: float = 0.01,
 
 
 def descend(
-    weight: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, sweeps: int, damping: float = 0.01, block: int = 32
+    weight: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, damping: float = 0.01, sweeps: int = 2, block: int = 32
 ) -> Tensor:
     """Integers that no change of a single one improves, or `sweeps` steps on the way there from the q given.
 
@@ -119,7 +119,7 @@ def refit_scales(weight: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, dam
     return as_float16(torch.where(valid, solved.T.to(scales.dtype), scales))
 
 
-def follow(weight: Tensor, hessian: Tensor, drift: Tensor, share: float, damping: float = 0.01) -> Tensor:
+def follow(weight: Tensor, hessian: Tensor, drift: Tensor, share: float, damping: float = 0.1) -> Tensor:
     """The weights that, on inputs X of a model quantised up to here, come nearer to what W made of the float model's X̃.
 
     ‖XW' − X̃W‖² is smallest at W' = W + H⁻¹ Xᵀ(X̃ − X) W (the asymmetric calibration of GPTAQ, Li et al. 2025, all of

@@ -108,7 +108,7 @@ class QuantStage:
         if not torch.isfinite(stats.moment).all():
             raise SpecQuantError(f"activations going into {name} are too large for float32; the model is damaged")
         if stats.drift is not None and not quick:
-            matrix = gptq.follow(weights.matrix, stats.moment, stats.drift, recipe.asymmetry, recipe.damping)
+            matrix = gptq.follow(weights.matrix, stats.moment, stats.drift, recipe.asymmetry)
             weights = replace(weights, matrix=matrix)
         w = weights.matrix
         basis, coef = _branch(weights, stats, recipe, quick)
@@ -123,9 +123,13 @@ class QuantStage:
             q = gptq.rtn(residual, scales)
         else:
             q = gptq.gptq(residual, moment, scales, recipe.damping)
-            q = gptq.descend(residual, moment, q, scales, recipe.sweeps, recipe.damping)
-            if recipe.subtract and recipe.basis == "klt":
+            refits = recipe.subtract and recipe.basis == "klt"
+            if refits:
                 scales = gptq.refit_scales(residual, moment, q, scales, recipe.damping)
+            for _ in range(recipe.descents):
+                q = gptq.descend(residual, moment, q, scales, recipe.damping)
+                if refits:
+                    scales = gptq.refit_scales(residual, moment, q, scales, recipe.damping)
         stage = cls(name, weights, q, scales, basis, coef, recipe, error=0.0, hadamard=block)
         clips = recipe.clip_grid[:1] if quick or recipe.a_bits == 16 else recipe.clip_grid
         stage.error, stage.clip = min(zip(stage._output_errors(stats.sample, clips), clips, strict=True))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.kv_rows import row_bytes
-from specquant.exporter.calibrate import InputStatistics, first_block_inputs
+from specquant.exporter.calibrate import InputStatistics, first_block_inputs, float_copy, in_step
 from specquant.exporter.decoder import Decoder, DecoderConfig, DecoderLayer
 from specquant.exporter.families import (
     ACTIVATIONS,
@@ -65,7 +64,7 @@ def quantize(
     if calibrated and tokens is None:
         raise ValueError("a quantising recipe needs calibration tokens")
     hidden, ropes = first_block_inputs(model, family, tokens) if tokens is not None and calibrated else ([], [])
-    exact = list(hidden) if recipe.asymmetry else None  # the same tokens as the float model carries them
+    exact = list(hidden) if recipe.follows else None  # the same tokens as the float model carries them
 
     done: list[DecoderLayer] = []
     for index, (layer, (window, rotary)) in enumerate(zip(layers, layer_attention(text), strict=True)):
@@ -78,8 +77,8 @@ def quantize(
         stages: dict[str, QuantStage | FloatStage] = {}
         if calibrated:
             run = partial(family.stage_inputs, rope=ropes[rotary], window=window)
-            whole = None if exact is None else (_float_copy(layer, family, attention), exact)
-            for stage, inputs, wanted in _in_step(run, (layer, hidden), whole):
+            whole = None if exact is None else (float_copy(layer, family, attention), exact)
+            for stage, inputs, wanted in in_step(run, (layer, hidden), whole):
                 at = recipe.at(stage.name)
                 if rotated and stage.fold == "heads":
                     at = replace(at, hadamard=0)
@@ -113,30 +112,6 @@ def quantize(
         rope_sin=sin,
         recipe=recipe.to_dict(),
     )
-
-
-def _float_copy(layer: nn.Module, family: Family, attention: str) -> nn.Module:
-    """A block as it is before quantisation, with attention as transformers names it and no 4-bit cache."""
-    whole = copy.deepcopy(layer)
-    module: Any = whole.get_submodule(family.attention)
-    module.config._attn_implementation = attention
-    return whole
-
-
-def _in_step(
-    run: Callable[..., Iterator[tuple[Stage, list[Tensor]]]],
-    quantised: tuple[nn.Module, list[Tensor]],
-    whole: tuple[nn.Module, list[Tensor]] | None,
-) -> Iterator[tuple[Stage, list[Tensor], list[Tensor] | None]]:
-    """Stages of a block with their inputs, and with the inputs of the same stages in its float copy, if there is one.
-
-    quantised, whole: (block, hidden states), as `Family.stage_inputs` takes them and leaves them.
-    """
-    beside = None if whole is None else run(*whole)
-    for stage, inputs in run(*quantised):
-        yield stage, inputs, None if beside is None else next(beside)[1]
-    if beside is not None:
-        next(beside, None)  # to its end: only then `whole` holds the block's outputs
 
 
 def _quantize_stage(

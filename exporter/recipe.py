@@ -43,8 +43,8 @@ class Recipe:
     budget_alpha: float = 1.0  # temperature of its softmax
     rounding: str = "gptq"
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
-    sweeps: int = 4  # over the integers after GPTQ, each made the best for the others; 0: none
-    asymmetry: float = 0.5  # share of the step that makes up for what earlier stages did to the inputs (GPTAQ); 0: none
+    descents: int = 2  # after GPTQ: each makes every integer the best for the others, twice, then the scales
+    asymmetry: float = 0.0  # how far weights make up for what was done to their inputs (GPTAQ); 1: all the way
     samples: int = 128
     sequence_length: int = 512  # tokens a calibration sample
     seed: int = 0
@@ -89,6 +89,11 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether quantising looks at activations: unless weights and KV cache all stay as they are."""
         return self.kv_bits != 16 or any(self.at(stage).w_bits != 16 for stage in STAGES)
+
+    @property
+    def follows(self) -> bool:
+        """Whether quantising also needs what the float model makes of the calibration tokens."""
+        return self.asymmetry > 0 and any(self.at(stage).w_bits != 16 for stage in STAGES)
 
     def check_shapes(self, in_features: dict[str, int]) -> None:
         """Compare with a model's sizes (stage -> N). Raises SpecQuantError naming the nearest valid value."""
@@ -166,8 +171,7 @@ PRESETS: dict[str, Recipe] = {
         group_size=0,
         act_group=0,
         hadamard=0,
-        sweeps=0,
-        asymmetry=0.0,
+        descents=0,
         clip_grid=(1.0,),
         smooth_by="max",
         smooth_grid=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),

@@ -54,7 +54,7 @@ def check(recipe: Recipe) -> None:
             elif type(value) is not (kind := type(getattr(recipe, name))):
                 raise SpecQuantError(f"recipe: {stage}.{name} must be of type {kind.__name__}, not {value!r}")
     _check_at_least(recipe, 1, "samples", "sequence_length", "refine_batch")
-    _check_at_least(recipe, 0, "sweeps", "refine_steps", "refine_samples")
+    _check_at_least(recipe, 0, "descents", "refine_steps", "refine_samples")
     if not 0 <= recipe.seed < 2**63:
         raise SpecQuantError(f"recipe: seed {recipe.seed} is not in 0…2^63 − 1")
     if recipe.sequence_length < 16:

@@ -166,13 +166,13 @@ def test_descent_ends_where_no_single_change_helps(rng: np.random.Generator, gro
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(N)
     q = gptq(weight, hessian, scales)
     errors = [output_error(weight, q, scales, damped)]
-    for _ in range(60):
-        q = descend(weight, hessian, q, scales, 1, block=block)
+    while len(errors) < 2 or errors[-1] < errors[-2]:
+        q = descend(weight, hessian, q, scales, sweeps=1, block=block)
         errors.append(output_error(weight, q, scales, damped))
     assert q.dtype == torch.int8
     assert -8 <= int(q.min()) < int(q.max()) <= 7
-    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(errors))
-    assert errors[-1] == errors[-2] < errors[0]
+    assert all(b <= a * (1 + 1e-9) for a, b in pairwise(errors))
+    assert errors[-1] < errors[0]
     s = expand(scales, N)
     rest = weight - q.double() * s
     gradient = damped @ rest
@@ -187,9 +187,9 @@ def test_sweeps_follow_each_other(rng: np.random.Generator) -> None:
     weight, hessian = random_weight(rng), correlated(rng)
     scales = mse_scales(weight, 24)
     start = rtn(weight, scales)
-    once = descend(weight, hessian, start, scales, 1)
-    assert torch.equal(descend(weight, hessian, start, scales, 0), start)
-    assert torch.equal(descend(weight, hessian, start, scales, 2), descend(weight, hessian, once, scales, 1))
+    once = descend(weight, hessian, start, scales, sweeps=1)
+    assert torch.equal(descend(weight, hessian, start, scales, sweeps=0), start)
+    assert torch.equal(descend(weight, hessian, start, scales), descend(weight, hessian, once, scales, sweeps=1))
     assert output_error(weight, once, scales, hessian) < 0.9 * output_error(weight, start, scales, hessian)
 
 
@@ -197,7 +197,7 @@ def test_descent_finds_the_best_of_two_integers(rng: np.random.Generator) -> Non
     """Two features that pull almost alike: all 256 pairs of levels tried."""
     hessian = torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
     weight, scales = torch.from_numpy(rng.uniform(-1, 1, (2, 50))), torch.full((1, 50), 0.25, dtype=torch.float64)
-    q = descend(weight, hessian, rtn(weight, scales), scales, 20, damping=1e-12)
+    q = descend(weight, hessian, rtn(weight, scales), scales, 1e-12, sweeps=20)
     levels = torch.arange(-8, 8, dtype=torch.float64) * 0.25
     rest = weight[:, None, None] - torch.stack(torch.meshgrid(levels, levels, indexing="ij"))[..., None]
     errors = rest[0] ** 2 + rest[1] ** 2 + 1.2 * rest[0] * rest[1]
