@@ -107,7 +107,7 @@ class QuantStage:
             weights, stats = weights.rotated(block), stats.rotated(block)
         if not torch.isfinite(stats.moment).all():
             raise SpecQuantError(f"activations going into {name} are too large for float32; the model is damaged")
-        if stats.drift is not None and not quick:
+        if stats.drift is not None:
             matrix = gptq.follow(weights.matrix, stats.moment, stats.drift, recipe.asymmetry)
             weights = replace(weights, matrix=matrix)
         w = weights.matrix

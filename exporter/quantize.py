@@ -160,6 +160,7 @@ def best_smoothing(
     where the recipe does not smooth."""
     if not recipe.smooth:
         return None, None
+    stats = replace(stats, drift=None)  # a trial rounds the weights as they are
     act_size, weight_max = stats.channel_size(recipe.smooth_by), weights.matrix.abs().amax(1)
     best: tuple[float, float, Tensor] | None = None
     for alpha in recipe.smooth_grid:
