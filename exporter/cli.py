@@ -54,6 +54,8 @@ _FIELDS: dict[str, tuple[str, Any, str]] = {
     ),
     "--rounding": ("rounding", str, "gptq or rtn"),
     "--damping": ("damping", float, "of GPTQ's Hessian, as a share of its mean diagonal"),
+    "--descents": ("descents", int, "passes over the integers after GPTQ"),
+    "--asymmetry": ("asymmetry", float, "how far weights follow the float model's inputs (GPTAQ): 0, not, to 1"),
     "--samples": ("samples", int, "calibration samples"),
     "--sequence-length": ("sequence_length", int, "tokens of a calibration sample"),
     "--refine-steps": ("refine_steps", int, "steps of teaching it the float model's predictions (best on a GPU)"),

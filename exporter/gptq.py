@@ -1,4 +1,4 @@
-"""Rounding a residual to INT4: scales by clipped MSE, then round-to-nearest or GPTQ (Frantar et al. 2022)."""
+"""Rounding a residual to INT4: scales by clipped MSE, round-to-nearest or GPTQ (Frantar et al. 2022), and descent."""
 
 from __future__ import annotations
 
@@ -72,6 +72,30 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, damping: float = 0.01,
     return out.to(torch.int8)
 
 
+def descend(
+    weight: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, damping: float = 0.01, sweeps: int = 2, block: int = 32
+) -> Tensor:
+    """Integers that no change of a single one improves, or `sweeps` steps on the way there from the q given.
+
+    A sweep visits every feature, in GPTQ's order, and gives each channel's integer there the value that is best while
+    its others stay: ‖X(W − Ŵ)‖² falls or stays at every step. GPTQ never returns to a feature; this does.
+    weight [N, M], hessian [N, N], damped as for `gptq`, q int8 [N, M], scales [G, M] -> int8 [N, M].
+    """
+    h, s, levels = _damped(hessian, damping), expand(scales, len(weight)), q.to(weight.dtype)
+    rest = weight - levels * s
+    pull = 1 / (h.diagonal()[:, None] * s)  # from a gradient to the change of an integer that would end it
+    order = torch.argsort(h.diagonal(), descending=True, stable=True)
+    for rows in order.split(block) * sweeps:
+        gradient, among = h[rows] @ rest, h[rows][:, rows]
+        for at, i in enumerate(rows.tolist()):
+            best = torch.clamp(torch.round(levels[i] + gradient[at] * pull[i]), QMIN, QMAX)
+            change = (best - levels[i]) * s[i]
+            levels[i] = best
+            rest[i] -= change
+            gradient[at + 1 :] -= among[at + 1 :, at, None] * change
+    return levels.to(torch.int8)
+
+
 def refit_scales(weight: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, damping: float = 0.01) -> Tensor:
     """The scales that minimise ‖X(W − Ŵ)‖² for integers already chosen: least squares over an output channel's groups.
 
@@ -95,18 +119,33 @@ def refit_scales(weight: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, dam
     return as_float16(torch.where(valid, solved.T.to(scales.dtype), scales))
 
 
+def follow(weight: Tensor, hessian: Tensor, drift: Tensor, share: float, damping: float = 0.1) -> Tensor:
+    """The weights that, on inputs X of a model quantised up to here, come nearer to what W made of the float model's X̃.
+
+    ‖XW' − X̃W‖² is smallest at W' = W + H⁻¹ Xᵀ(X̃ − X) W (the asymmetric calibration of GPTAQ, Li et al. 2025, all of
+    it before rounding instead of feature by feature); `share` in [0, 1] of that step is taken, since it fits the sample
+    too. weight [N, M], hessian = XᵀX and drift = Xᵀ(X̃ − X) [N, N], by the same scale -> [N, M].
+    """
+    lower = _cholesky(hessian.double(), damping)
+    step = torch.cholesky_solve(drift.double() @ weight.double(), lower)
+    return weight + share * step.to(weight.dtype)
+
+
 def _damped(hessian: Tensor, damping: float) -> Tensor:
     mean = hessian.diagonal().mean().clamp(min=1e-30)
     return hessian + damping * mean * torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)
 
 
 def _error_spread(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped inverse: row i holds how feature i's error moves to the features after it.
+    """Upper Cholesky factor of the damped inverse: row i holds how feature i's error moves to the features after it."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(_cholesky(hessian, damping)), upper=True)
 
-    A hessian summed in float32 may miss being positive definite by more than the damping: then ten times as much.
-    """
+
+def _cholesky(hessian: Tensor, damping: float) -> Tensor:
+    """Lower factor. A hessian summed in float32 may miss being positive definite by more than the damping: then ten
+    times as much."""
     while True:
         lower, failed = torch.linalg.cholesky_ex(_damped(hessian, damping))
         if not failed:
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+            return lower
         damping *= 10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class QuantStage:
     """A quantised stage; every tensor already holds a value that its storage type can (float16 scales and branch)."""
 
     name: str
-    weights: StageWeights  # smoothed and rotated
+    weights: StageWeights  # smoothed, rotated, and led towards the float model's outputs
     q: Tensor  # int8 [N, M]
     scales: Tensor  # [G, M]
     basis: Tensor | None  # [N, r]
@@ -105,9 +105,12 @@ class QuantStage:
         block = recipe.hadamard_block(len(weights.matrix))
         if block:
             weights, stats = weights.rotated(block), stats.rotated(block)
-        w = weights.matrix
         if not torch.isfinite(stats.moment).all():
             raise SpecQuantError(f"activations going into {name} are too large for float32; the model is damaged")
+        if stats.drift is not None:
+            matrix = gptq.follow(weights.matrix, stats.moment, stats.drift, recipe.asymmetry)
+            weights = replace(weights, matrix=matrix)
+        w = weights.matrix
         basis, coef = _branch(weights, stats, recipe, quick)
         residual, moment = w, stats.moment
         if basis is not None and coef is not None:
@@ -120,8 +123,13 @@ class QuantStage:
             q = gptq.rtn(residual, scales)
         else:
             q = gptq.gptq(residual, moment, scales, recipe.damping)
-            if recipe.subtract and recipe.basis == "klt":
+            refits = recipe.subtract and recipe.basis == "klt"
+            if refits:
                 scales = gptq.refit_scales(residual, moment, q, scales, recipe.damping)
+            for _ in range(recipe.descents):
+                q = gptq.descend(residual, moment, q, scales, recipe.damping)
+                if refits:
+                    scales = gptq.refit_scales(residual, moment, q, scales, recipe.damping)
         stage = cls(name, weights, q, scales, basis, coef, recipe, error=0.0, hadamard=block)
         clips = recipe.clip_grid[:1] if quick or recipe.a_bits == 16 else recipe.clip_grid
         stage.error, stage.clip = min(zip(stage._output_errors(stats.sample, clips), clips, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.kv_rows import row_bytes
-from specquant.exporter.calibrate import InputStatistics, first_block_inputs
+from specquant.exporter.calibrate import InputStatistics, first_block_inputs, float_copy, in_step
 from specquant.exporter.decoder import Decoder, DecoderConfig, DecoderLayer
 from specquant.exporter.families import (
     ACTIVATIONS,
@@ -49,6 +50,7 @@ def quantize(
     architecture, a recipe that does not fit its sizes, and NaN or infinity in weights or activations.
     """
     family, text = family_of(model.config), text_config(model.config)
+    attention = text._attn_implementation
     config = decoder_config(model.config, family, context_length)
     recipe.check_shapes(stage_inputs(config))
     base = model.get_submodule(family.decoder)
@@ -62,6 +64,7 @@ def quantize(
     if calibrated and tokens is None:
         raise ValueError("a quantising recipe needs calibration tokens")
     hidden, ropes = first_block_inputs(model, family, tokens) if tokens is not None and calibrated else ([], [])
+    exact = list(hidden) if recipe.follows else None  # the same tokens as the float model carries them
 
     done: list[DecoderLayer] = []
     for index, (layer, (window, rotary)) in enumerate(zip(layers, layer_attention(text), strict=True)):
@@ -73,11 +76,13 @@ def quantize(
         rotated = rotate_values(layer, family, recipe, config)
         stages: dict[str, QuantStage | FloatStage] = {}
         if calibrated:
-            for stage, inputs in family.stage_inputs(layer, hidden, ropes[rotary], window):
+            run = partial(family.stage_inputs, rope=ropes[rotary], window=window)
+            whole = None if exact is None else (float_copy(layer, family, attention), exact)
+            for stage, inputs, wanted in in_step(run, (layer, hidden), whole):
                 at = recipe.at(stage.name)
                 if rotated and stage.fold == "heads":
                     at = replace(at, hadamard=0)
-                stages[stage.name] = _quantize_stage(layer, family, stage, inputs, at, config, stages, where)
+                stages[stage.name] = _quantize_stage(layer, family, stage, inputs, wanted, at, config, stages, where)
         else:
             for stage in family.stages:
                 stages[stage.name] = FloatStage(f"{where}.{stage.path}", _weights(layer, stage))
@@ -114,17 +119,21 @@ def _quantize_stage(
     family: Family,
     stage: Stage,
     inputs: list[Tensor],
+    wanted: list[Tensor] | None,
     at: Recipe,
     config: DecoderConfig,
     earlier: dict[str, Any],
     where: str,
 ) -> QuantStage | FloatStage:
-    """Quantise one stage by its recipe, fold its smoothing factor away, and put the simulation into the block."""
+    """Quantise one stage by its recipe, fold its smoothing factor away, and put the simulation into the block.
+
+    inputs: what the stage sees; wanted: what it saw in the float model, or None.
+    """
     weights = _weights(layer, stage)
     name = f"{where}.{stage.path}"
     if at.w_bits == 16:
         return FloatStage(name, weights)
-    stats = InputStatistics.gather(inputs, name)
+    stats = InputStatistics.gather(inputs, name, exact=wanted)
     alpha, factors = best_smoothing(name, weights, stats, at, stage.fold == "heads", config)
     if factors is not None:
         for x in inputs:
@@ -151,6 +160,7 @@ def best_smoothing(
     where the recipe does not smooth."""
     if not recipe.smooth:
         return None, None
+    stats = replace(stats, drift=None)  # a trial rounds the weights as they are
     act_size, weight_max = stats.channel_size(recipe.smooth_by), weights.matrix.abs().amax(1)
     best: tuple[float, float, Tensor] | None = None
     for alpha in recipe.smooth_grid:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,32 +9,9 @@ from typing import Any
 import yaml
 
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.exporter.recipe_checks import STAGES, check
 
-METRICS = ("act", "entropy", "abs_mean", "abs_max", "l2", "uniform")
-STAGES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-OVERRIDABLE = (
-    "w_bits",
-    "a_bits",
-    "basis",
-    "k",
-    "subtract",
-    "group_size",
-    "act_group",
-    "smooth",
-    "hadamard",
-)
 _GRIDS = ("smooth_grid", "clip_grid")
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "w_bits": (4, 16),
-    "a_bits": (*range(2, 9), 16),
-    "kv_bits": (4, 16),
-    "head_bits": (4, 8, 16),
-    "basis": ("none", "dft", "klt"),
-    "budget": METRICS,
-    "rounding": ("rtn", "gptq"),
-    "smooth_by": ("rms", "max"),
-    "float_type": ("float32", "float16"),
-}
 
 
 @dataclass(frozen=True)
@@ -68,6 +43,8 @@ class Recipe:
     budget_alpha: float = 1.0  # temperature of its softmax
     rounding: str = "gptq"
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
+    descents: int = 2  # after GPTQ: each makes every integer the best for the others, twice, then the scales
+    asymmetry: float = 0.0  # how far weights make up for what was done to their inputs (GPTAQ); 1: all the way
     samples: int = 128
     sequence_length: int = 512  # tokens a calibration sample
     seed: int = 0
@@ -79,71 +56,7 @@ class Recipe:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            _check_choice(name, getattr(self, name), allowed)
-        for stage, changes in self.overrides.items():
-            if stage not in STAGES:
-                raise SpecQuantError(f"recipe: no stage '{stage}' to override; the stages are {', '.join(STAGES)}")
-            if not isinstance(changes, dict):
-                raise SpecQuantError(f"recipe: overrides of {stage} must be a mapping of recipe fields")
-            for name, value in changes.items():
-                if name not in OVERRIDABLE:
-                    raise SpecQuantError(
-                        f"recipe: '{name}' cannot differ by stage; these can: {', '.join(OVERRIDABLE)}"
-                    )
-                if name in _CHOICES:
-                    _check_choice(f"{stage}.{name}", value, _CHOICES[name])
-                elif type(value) is not (kind := type(getattr(self, name))):
-                    raise SpecQuantError(f"recipe: {stage}.{name} must be of type {kind.__name__}, not {value!r}")
-        _check_at_least(self, 1, "samples", "sequence_length", "refine_batch")
-        _check_at_least(self, 0, "refine_steps", "refine_samples")
-        if not 0 <= self.seed < 2**63:
-            raise SpecQuantError(f"recipe: seed {self.seed} is not in 0…2^63 − 1")
-        if self.sequence_length < 16:
-            raise SpecQuantError(f"recipe: sequence_length {self.sequence_length} is too short; use 16 or more")
-        if not 0 < self.damping <= 1:
-            raise SpecQuantError(f"recipe: damping {self.damping} is not in (0, 1]; 0.01 is usual")
-        if not 0 < self.kv_clip <= 1:
-            raise SpecQuantError(f"recipe: kv_clip {self.kv_clip} is not in (0, 1]; 0.93 is usual")
-        if not 0 < self.refine_lr < 1:
-            raise SpecQuantError(f"recipe: refine_lr {self.refine_lr} is not in (0, 1); 0.001 is usual")
-        seen, option = (self.refine_samples, "refine-samples") if self.refine_samples else (self.samples, "samples")
-        if self.refine_steps and seen - held_back(seen) < self.refine_batch:
-            enough = max(self.refine_batch, 16 * (self.refine_batch - 1) // 15) + 1
-            raise SpecQuantError(
-                f"recipe: {seen} samples are too few for a refine_batch of {self.refine_batch} "
-                f"when a sixteenth is kept back; use --{option} {enough} or more"
-            )
-        if not self.smooth_grid or not all(0 <= a <= 1 for a in self.smooth_grid):
-            raise SpecQuantError("recipe: smooth_grid must hold exponents between 0 and 1")
-        if not self.clip_grid or not all(0 < c <= 1 for c in self.clip_grid):
-            raise SpecQuantError("recipe: clip_grid must hold shares above 0, and at most 1")
-        for stage in STAGES:
-            self._check_combination(self.at(stage), stage)
-
-    @staticmethod
-    def _check_combination(stage: Recipe, name: str) -> None:
-        _check_at_least(stage, 1, "k")
-        _check_at_least(stage, 0, "group_size", "act_group")
-        if (h := stage.hadamard) and (h & (h - 1) or not 8 <= h <= 4096):
-            near = 2 ** min(max(round(math.log2(abs(h))), 3), 12)
-            raise SpecQuantError(f"recipe: hadamard {h} is not 0 or a power of two from 8 to 4096; nearest: {near}")
-        if stage.w_bits == 16 and stage.a_bits != 16:
-            raise SpecQuantError(
-                f"recipe: {name} has 16-bit weights and {stage.a_bits}-bit activations; "
-                "quantised activations need --w-bits 4 (or use --a-bits 16)"
-            )
-        if stage.subtract and stage.basis == "none":
-            raise SpecQuantError("recipe: subtract needs a basis; use --basis klt or dft, or --no-subtract")
-        sizes = sorted(s for s in (stage.group_size, stage.act_group) if s)
-        for size in sizes:
-            if size % 8:
-                raise SpecQuantError(f"recipe: group size {size} is not a multiple of 8; nearest: {round_to_8(size)}")
-        if len(sizes) == 2 and sizes[1] % sizes[0]:
-            raise SpecQuantError(
-                f"recipe: group_size {stage.group_size} and act_group {stage.act_group} do not nest; "
-                f"make them equal, e.g. both {sizes[0]}"
-            )
+        check(self)
 
     def at(self, stage: str) -> Recipe:
         """The recipe of one stage, its overrides applied (and no overrides left)."""
@@ -176,6 +89,11 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether quantising looks at activations: unless weights and KV cache all stay as they are."""
         return self.kv_bits != 16 or any(self.at(stage).w_bits != 16 for stage in STAGES)
+
+    @property
+    def follows(self) -> bool:
+        """Whether quantising also needs what the float model makes of the calibration tokens."""
+        return self.asymmetry > 0 and any(self.at(stage).w_bits != 16 for stage in STAGES)
 
     def check_shapes(self, in_features: dict[str, int]) -> None:
         """Compare with a model's sizes (stage -> N). Raises SpecQuantError naming the nearest valid value."""
@@ -234,31 +152,6 @@ class Recipe:
         return cls.from_dict(values, f"recipe {path}")
 
 
-def held_back(samples: int) -> int:
-    """Of so many calibration samples, those that refinement does not train on but is judged by."""
-    return max(1, samples // 16)
-
-
-def round_to_8(size: int) -> int:
-    return max(8, (size + 4) // 8 * 8)
-
-
-def _check_at_least(recipe: Recipe, least: int, *names: str) -> None:
-    for name in names:
-        if (value := getattr(recipe, name)) < least:
-            raise SpecQuantError(f"recipe: {name} must be {least} or more, not {value}")
-
-
-def _check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    allowed = tuple(allowed)
-    if value in allowed and type(value) is type(allowed[0]):
-        return
-    if isinstance(value, int) and isinstance(allowed[0], int):
-        near = min(allowed, key=lambda a: abs(a - value))
-        raise SpecQuantError(f"recipe: {name} = {value} is not available; nearest: {near}")
-    raise SpecQuantError(f"recipe: {name} = {value!r} is not one of {', '.join(map(str, allowed))}")
-
-
 PRESETS: dict[str, Recipe] = {
     # Ours, and the default because it is the most accurate: data-driven basis, removed from the activation. 8-bit
     # activations are about as fast as 4-bit ones on CPUs, and lose 0.1 of perplexity where those lose 1.5.
@@ -278,6 +171,7 @@ PRESETS: dict[str, Recipe] = {
         group_size=0,
         act_group=0,
         hadamard=0,
+        descents=0,
         clip_grid=(1.0,),
         smooth_by="max",
         smooth_grid=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),

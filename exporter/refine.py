@@ -28,7 +28,8 @@ from specquant.exporter.families import Family, family_of
 from specquant.exporter.gptq import QMAX, QMIN, as_float16
 from specquant.exporter.gradients import Divergence, FakeQuantize, StraightThrough
 from specquant.exporter.kv import block_hadamard, matmul_precision
-from specquant.exporter.recipe import Recipe, held_back
+from specquant.exporter.recipe import Recipe
+from specquant.exporter.recipe_checks import held_back
 from specquant.exporter.simulate import simulate
 
 # The learning rate of integers, in units of a scale: one changes when it has moved by a half. Over many steps they move

@@ -31,8 +31,8 @@ def fake_quantize(u: Tensor, bits: int, group: int, clip: float | Tensor = 1.0) 
     inverse = torch.where(dead, torch.zeros_like(span), qmax / span)
     scale = torch.where(dead, torch.zeros_like(span), span / qmax)
     zero = torch.round(-lo * inverse)
-    q = (torch.round(g * inverse) + zero).clamp(0, levels)
-    return ((q - zero) * scale).view(u.shape)
+    q = (g * inverse).round_().add_(zero).clamp_(0, levels)
+    return q.sub_(zero).mul_(scale).view(u.shape)
 
 
 class SimInput(nn.Module):

@@ -31,7 +31,8 @@ from specquant.exporter.artifact import manifest_of
 from specquant.exporter.export import export
 from specquant.exporter.families import family_of
 from specquant.exporter.quantize import quantize
-from specquant.exporter.recipe import METRICS, Recipe, float_recipe, preset
+from specquant.exporter.recipe import Recipe, float_recipe, preset
+from specquant.exporter.recipe_checks import METRICS
 from specquant.exporter.simulate import simulate
 from specquant.exporter.sources import Source, load_model, resolve, sha256
 from specquant.exporter.text import calibration

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specquant.exporter.budget import frequencies_per_channel, importance, truncate
-from specquant.exporter.recipe import METRICS
+from specquant.exporter.recipe_checks import METRICS
 
 
 def by_a_loop(weight: np.ndarray, act_mean: np.ndarray, metric: str) -> list[float]:

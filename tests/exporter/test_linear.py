@@ -14,6 +14,7 @@ from specquant.custom_ops.packing import unpack_int4
 from specquant.custom_ops.reference import int4_residual_matmul, quantize_activation, specquant_matmul
 from specquant.exporter.calibrate import InputStatistics
 from specquant.exporter.decoder import QuantLinear
+from specquant.exporter.kv import block_hadamard
 from specquant.exporter.linear import QuantStage, StageWeights
 from specquant.exporter.recipe import Recipe, preset
 from specquant.exporter.simulate import fake_quantize, sim_linears
@@ -172,6 +173,32 @@ def test_statistics(rng: np.random.Generator) -> None:
     scaled, again = stats.scaled(factors), InputStatistics.gather([tensor / factors], "here", sample_rows=15)
     for name in ("moment", "largest", "mean"):
         torch.testing.assert_close(getattr(scaled, name), getattr(again, name), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_beside_the_float_models_inputs(rng: np.random.Generator) -> None:
+    x = torch.from_numpy(rng.standard_normal((60, 16)).astype(np.float32))
+    exact = x + torch.from_numpy(rng.standard_normal((60, 16)).astype(np.float32))
+    stats = InputStatistics.gather([x[:20], x[20:]], "here", exact=[exact[:20].view(4, 5, 16), exact[20:]])
+    assert InputStatistics.gather([x], "here").drift is None
+    torch.testing.assert_close(stats.drift, x.T @ (exact - x) / 60, rtol=1e-4, atol=1e-5)
+    factors = torch.from_numpy(rng.uniform(0.2, 4, 16).astype(np.float32))
+    again = InputStatistics.gather([block_hadamard(x / factors, 8)], "here", exact=[block_hadamard(exact / factors, 8)])
+    torch.testing.assert_close(stats.scaled(factors).rotated(8).drift, again.drift, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stage_makes_up_for_the_drift_of_its_input(rng: np.random.Generator) -> None:
+    """Compared with what the float weights make of the float model's input."""
+    weights, exact = stage_inputs(rng)
+    x = exact * 0.9 + 0.05 * exact.roll(1, 1)
+    stats = InputStatistics.gather([x], "here", exact=[exact])
+    wanted, error = exact @ weights.matrix, {}
+    for share in (0.0, 0.5, 1.0):
+        stage = QuantStage.build("x", weights, stats, replace(QUICK, a_bits=16, asymmetry=share))
+        assert weights.bias is not None
+        y = torch.cat([module(x) for module in stage.modules().values()], -1) - weights.bias
+        error[share] = float((y - wanted).square().sum() / wanted.square().sum())
+    assert error[1.0] < error[0.5] < error[0.0]
+    assert error[1.0] < 0.2 * error[0.0]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

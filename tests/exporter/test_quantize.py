@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,21 @@ def test_smoothing_folds_away(
     fresh = LlamaForCausalLM.from_pretrained(model_folder)
     actual = logits(simulate(fresh, family_of(fresh.config), decoder), tokens)
     assert np.linalg.norm(actual - expected) < 1e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kv_bits", [4, 16])
+def test_asymmetry_leads_back_to_the_float_model(
+    model_folder: Path, llama: LlamaForCausalLM, tokens: torch.Tensor, kv_bits: int
+) -> None:
+    """On the calibration tokens, which are more than any input has features."""
+    expected, error = logits(llama, tokens), {}
+    for share in (0.0, 1.0):
+        recipe = replace(RECIPE, asymmetry=share, kv_bits=kv_bits, head_bits=16)
+        decoder = quantize(LlamaForCausalLM.from_pretrained(model_folder), recipe, tokens)
+        fresh = LlamaForCausalLM.from_pretrained(model_folder)
+        actual = logits(simulate(fresh, family_of(fresh.config), decoder), tokens)
+        error[share] = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    assert 0 < error[1.0] < 0.95 * error[0.0]
 
 
 def test_floats_are_the_models_own(llama: LlamaForCausalLM) -> None:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.exporter.recipe import PRESETS, STAGES, Recipe, float_recipe, preset
+from specquant.exporter.recipe import PRESETS, Recipe, float_recipe, preset
+from specquant.exporter.recipe_checks import STAGES
 
 FULL = Recipe(
     name="mine",
@@ -19,6 +20,8 @@ FULL = Recipe(
     smooth_grid=(0.25, 0.5),
     budget="entropy",
     damping=0.05,
+    descents=1,
+    asymmetry=0.25,
     seed=7,
     overrides={"down_proj": {"a_bits": 16, "k": 3}, "o_proj": {"group_size": 32, "act_group": 0}},
 )
@@ -69,6 +72,9 @@ def test_overrides() -> None:
         ({"sequence_length": 8}, "sequence_length 8 is too short; use 16"),
         ({"damping": 0.0}, r"damping 0\.0 is not in \(0, 1\]"),
         ({"damping": float("nan")}, "damping nan"),
+        ({"asymmetry": 1.5}, r"asymmetry 1\.5 is not in \[0, 1\]"),
+        ({"asymmetry": float("nan")}, "asymmetry nan"),
+        ({"descents": -1}, "descents must be 0 or more, not -1"),
         ({"seed": -1}, "seed -1 is not in 0…2"),
         ({"seed": 2**64}, "seed 18446744073709551616 is not in"),
         ({"smooth_grid": []}, "smooth_grid must hold exponents"),
