@@ -150,9 +150,10 @@ __global__ void __launch_bounds__(A::kThreads) attend_kernel(const AttentionArgs
       if (row + i / d < rows) store(a, output_row(a, b, kv_head, row + i / d) * d + i % d, value);
     return;
   }
-  int start = 0, end = lengths.before + (row + used - 1) / a.group + 1;
+  const int end = lengths.before + (row + used - 1) / a.group + 1;
+  int start = 0;
   if (a.window > 0) start = max(0, lengths.before + row / a.group + 1 - a.window) / A::kTokens * A::kTokens;
-  if (A::split) start = max(start, share * a.span), end = min(end, (share + 1) * a.span);
+  start += share * A::kTokens;
   if (start >= end) {  // a split without tokens
     const int64_t line = static_cast<int64_t>(blockIdx.y) * rows + row + threadIdx.x;
     float* to = a.partials + (line * a.splits + share) * (d + 2) + d;
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(A::kThreads) attend_kernel(const AttentionArgs
   const uint32_t* all_keys = static_cast<const uint32_t*>(a.present_key) + head;
   const uint32_t* all_values = static_cast<const uint32_t*>(a.present_value) + head;
   const int offset = A::split ? warp * A::kWarpTokens : 0;
-  for (int tile = start; tile < end; tile += A::kTokens) {
+  for (int tile = start; tile < end; tile += (A::split ? a.splits : 1) * A::kTokens) {
     __syncthreads();
     load_tile<A>(all_keys, d, tile, lengths.after, keys, key_scales, key_middles);
     load_tile<A>(all_values, d, tile, lengths.after, values, scales, middles);

@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kMostSize = int64_t(1) << 22;  // of lengths and heads
 constexpr int64_t kMostRows = 65535;             // of a grid's second axis
 constexpr int64_t kBlocks = 4;                   // of a multiprocessor that splits are made for
+constexpr int64_t kMostSplits = 128;
 
 }  // namespace
 
@@ -56,15 +57,14 @@ AttentionArgs plan_attention(const SpecquantCudaAttention& p, const Device& devi
   a.cos = p.cos, a.sin = p.sin, a.key_offset = p.key_offset;
   a.present_key = p.present_key, a.present_value = p.present_value, a.y = p.y;
 
-  // Splits as blocks allow, each a whole number of tiles.
+  // Splits as blocks allow. They take tiles in turn, so that a cache that is far from full keeps all of them busy.
   const int64_t rows = int64_t(a.sequence) * a.group, heads = int64_t(a.batch) * a.kv_heads;
   const int64_t tiles = std::max(1, ceil_div(a.present_rows, kTileTokens));
-  a.splits = 1, a.span = int(tiles * kTileTokens);
+  a.splits = 1;
   if (rows <= kDecodeRows && rows * heads > 0) {
     const int64_t blocks = heads * ceil_div(int(rows), kTileRows);
-    const int64_t wanted = std::clamp<int64_t>(kBlocks * device.multiprocessors / blocks, 1, tiles);
-    a.span = int((tiles + wanted - 1) / wanted * kTileTokens);
-    a.splits = ceil_div(a.present_rows > 0 ? a.present_rows : 1, a.span);
+    const int64_t most = std::min(tiles, kMostSplits);
+    a.splits = int(std::clamp<int64_t>(kBlocks * device.multiprocessors / blocks, 1, most));
   }
   bytes = round_up(p.batch * p.sequence * p.num_heads * p.head_dim * 4, 256);
   if (a.splits > 1) bytes += heads * rows * a.splits * (a.d + 2) * 4;

@@ -9,7 +9,7 @@ namespace specquant_cuda {
 constexpr int kMostHeadDim = 256;
 constexpr int kHeadDimMultiple = 16;
 constexpr int kTileRows = 16;      // rows of queries that a warp multiplies with the cache: those of an `mma`
-constexpr int kTileTokens = 64;    // cached tokens that a block of threads holds, and the unit of a split
+constexpr int kTileTokens = 64;    // cached tokens that a block of threads holds
 constexpr int kAttendWarps = 4;
 constexpr int kDecodeRows = 64;    // up to here the cached tokens of a kv head are split over blocks
 
@@ -18,7 +18,7 @@ struct AttentionArgs {
   int d, rotary, context, window;               // window 0: all
   int past_rows, present_rows;
   int hadamard, half, half_cache;               // half: qkv and y
-  int splits, span;                             // shares of the cached tokens, and tokens of one; 1: not split
+  int splits;                                   // shares of the cached tokens, tile by tile in turn; 1: not split
   float factor;                                 // of q · k: scale · log2 e
   float cut;                                    // share of a row's range that is clipped at either end
   const void* qkv;
