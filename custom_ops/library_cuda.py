@@ -18,16 +18,19 @@ import numpy as np
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
+from specquant.custom_ops.schema import GATES
 
-ABI = 1  # SPECQUANT_CUDA_ABI
+ABI = 2  # SPECQUANT_CUDA_ABI
 FILE = "libspecquant_cuda.so"
 PATHS = ("matvec", "gemm_small", "gemm_large", "wgmma_small", "wgmma_large", "any")  # kernels of the second stage
 REBUILD = "install nvcc of CUDA 12.8 or later and run `pip install --force-reinstall .`, or use the CPU"
 
 _SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group", "hadamard")
-_FLAGS = ("act_bits", "subtract", "half", "wide_sums")
-_POINTERS = ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias", "y")
+_FLAGS = ("act_bits", "subtract", "half", "wide_sums", "prologue")
+_POINTERS = ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias", "norm", "residual", "y")
 _OFFSETS = ("rotated", "reduced", "partial", "low", "low_factor", "levels", "scale", "zero", "bytes")
+_LENGTHS = ("batch", "sequence", "past_rows", "present_rows", "num_heads", "kv_num_heads", "head_dim")
+_CACHE_INPUTS = ("qkv", "past_key", "past_value", "seqlens_k", "position_ids", "cos", "sin", "key_offset")
 _PADDED = ("tokens_padded", "features_padded", "rank_padded", "segments", "splits")
 
 
@@ -37,7 +40,7 @@ class Problem(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_int64) for name in _SIZES]
         + [(name, ctypes.c_int32) for name in _FLAGS]
-        + [("act_clip", ctypes.c_float)]
+        + [(name, ctypes.c_float) for name in ("act_clip", "epsilon")]
         + [(name, ctypes.c_void_p) for name in _POINTERS]
     )
 
@@ -46,6 +49,17 @@ class Layout(ctypes.Structure):
     """`SpecquantCudaLayout`: sizes, and byte offsets of what the first stage leaves behind (−1: not there)."""
 
     _fields_ = [(name, ctypes.c_int64) for name in (*_OFFSETS, *_PADDED)] + [("level_unit", ctypes.c_float)]
+
+
+class Attention(ctypes.Structure):
+    """`SpecquantCudaAttention`, field for field: sizes, attributes, and addresses on the GPU."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in (*_LENGTHS, "context", "rotary", "window")]
+        + [(name, ctypes.c_int32) for name in ("hadamard", "half", "half_cache")]
+        + [(name, ctypes.c_float) for name in ("scale", "clip")]
+        + [(name, ctypes.c_void_p) for name in (*_CACHE_INPUTS, "present_key", "present_value", "y")]
+    )
 
 
 def library_path() -> Path:
@@ -68,26 +82,27 @@ def loaded() -> ctypes.CDLL:
     path = library_path()
     try:
         library = ctypes.CDLL(str(path))
-        library.specquant_cuda_problem_size.restype = ctypes.c_int64
-        library.specquant_cuda_layout_size.restype = ctypes.c_int64
-        found = (
-            library.specquant_cuda_abi(),
-            library.specquant_cuda_problem_size(),
-            library.specquant_cuda_layout_size(),
-        )
+        sizes = [library.specquant_cuda_problem_size, library.specquant_cuda_layout_size]
+        sizes.append(library.specquant_cuda_attention_size)
+        for size in sizes:
+            size.restype = ctypes.c_int64
+        found = (library.specquant_cuda_abi(), *(size() for size in sizes))
     except OSError as error:
         raise SpecQuantError(f"{path} does not load ({str(error).splitlines()[0]}); {REBUILD}") from None
     except AttributeError:
         raise SpecQuantError(f"{path} is not SpecQuant's CUDA library; {REBUILD}") from None
-    if found != (ABI, ctypes.sizeof(Problem), ctypes.sizeof(Layout)):
+    if found != (ABI, *map(ctypes.sizeof, (Problem, Layout, Attention))):
         raise SpecQuantError(f"{path} has ABI {found[0]}, this package needs {ABI}; {REBUILD}")
-    problem, layout = ctypes.POINTER(Problem), ctypes.POINTER(Layout)
+    problem, layout, attention = (ctypes.POINTER(kind) for kind in (Problem, Layout, Attention))
     signatures = {
         "specquant_cuda_device": [],
         "specquant_cuda_check": [problem],
         "specquant_cuda_layout": [problem, layout],
         "specquant_cuda_workspace": [problem, ctypes.POINTER(ctypes.c_int64)],
         "specquant_cuda_matmul": [problem, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p],
+        "specquant_cuda_check_attention": [attention],
+        "specquant_cuda_attention_workspace": [attention, ctypes.POINTER(ctypes.c_int64)],
+        "specquant_cuda_attention": [attention, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)
@@ -97,15 +112,16 @@ def loaded() -> ctypes.CDLL:
 
 def check_device() -> None:
     """Raise SpecQuantError, with what to do, unless the current GPU can run the kernels."""
-    _raise(loaded().specquant_cuda_device())
+    raise_for(loaded().specquant_cuda_device())
 
 
-def _raise(error: bytes | None) -> None:
+def raise_for(error: bytes | None) -> None:
+    """Raise SpecQuantError with what a function of the library returned, if it is a message."""
     if error:
         raise SpecQuantError(error.decode())
 
 
-def _address(name: str, array: Any, shape: tuple[int, ...], dtypes: tuple[type[np.generic], ...]) -> int | None:
+def address(name: str, array: Any, shape: tuple[int, ...], dtypes: tuple[type[np.generic], ...]) -> int | None:
     """Where an array of the GPU lies; None for None. Raises SpecQuantError if it is not one, or of another kind."""
     if array is None:
         return None
@@ -122,7 +138,7 @@ def _address(name: str, array: Any, shape: tuple[int, ...], dtypes: tuple[type[n
     return int(view["data"][0]) or None
 
 
-def _dtype(name: str, array: Any) -> np.dtype[Any]:
+def dtype_of(name: str, array: Any) -> np.dtype[Any]:
     view = getattr(array, "__cuda_array_interface__", None)
     if view is None:
         raise SpecQuantError(f"{name} does not lie on the GPU; give a CUDA array of torch or CuPy")
@@ -146,26 +162,35 @@ def _problem(
     subtract: int = 0,
     act_clip: float = 1.0,
     hadamard: int = 0,
+    prologue: int = 0,
+    epsilon: float = 1e-5,
+    norm: Any = None,
+    residual: Any = None,
 ) -> Problem:
-    kind = _dtype("x", x)
+    kind = dtype_of("x", x)
     if kind not in (np.float32, np.float16):
         raise SpecQuantError(f"x is {kind}; give float32 or float16")
-    (tokens, n), m = x.shape, scales.shape[1]
+    (tokens, width), m = x.shape, scales.shape[1]
+    n = width // 2 if prologue in GATES else width
+    if prologue in GATES and width % 2:
+        raise SpecQuantError(f"x has {width} features; a gate and what it gates are two halves")
     r = 0 if basis is None else basis.shape[1]
     segment = segment_length(n, group_size, act_group)
     addresses = {
-        "x": _address("x", x, (tokens, n), (kind.type,)),
-        "basis": _address("basis", basis, (n, r), (np.float16,)),
-        "coef": _address("coef", coef, (r, m), (np.float16,)),
-        "qweight": _address("qweight", qweight, (-(-m // 16), -(-n // 8), 64), (np.int8,)),
-        "scales": _address("scales", scales, (n // (group_size or n), m), (np.float16,)),
-        "row_sums": _address("row_sums", row_sums, (n // segment, m), (np.int16, np.int32)),
-        "bias": _address("bias", bias, (m,), (np.float32,)),
-        "y": _address("y", y, (tokens, m), (kind.type,)),
+        "x": address("x", x, (tokens, width), (kind.type,)),
+        "basis": address("basis", basis, (n, r), (np.float16,)),
+        "coef": address("coef", coef, (r, m), (np.float16,)),
+        "qweight": address("qweight", qweight, (-(-m // 16), -(-n // 8), 64), (np.int8,)),
+        "scales": address("scales", scales, (n // (group_size or n), m), (np.float16,)),
+        "row_sums": address("row_sums", row_sums, (n // segment, m), (np.int16, np.int32)),
+        "bias": address("bias", bias, (m,), (np.float32,)),
+        "norm": address("norm", norm, (n,), (np.float32,)),
+        "residual": address("residual", residual, (tokens, m), (kind.type,)),
+        "y": address("y", y, (tokens, m), (kind.type,)),
     }
     sizes = (tokens, n, m, r, r if rank is None else rank, group_size, act_group, hadamard)
-    flags = (act_bits, subtract, kind == np.float16, _dtype("row_sums", row_sums) == np.int32)
-    return Problem(*sizes, *flags, act_clip, *(addresses[name] for name in _POINTERS))
+    flags = (act_bits, subtract, kind == np.float16, dtype_of("row_sums", row_sums) == np.int32, prologue)
+    return Problem(*sizes, *flags, act_clip, epsilon, *(addresses[name] for name in _POINTERS))
 
 
 def layout(x: Any, **operands: Any) -> Layout:
@@ -174,23 +199,24 @@ def layout(x: Any, **operands: Any) -> Layout:
     Raises SpecQuantError if sizes or attributes disagree, or there is no GPU that fits.
     """
     problem, found = _problem(x, None, **operands), Layout()
-    _raise(loaded().specquant_cuda_layout(ctypes.byref(problem), ctypes.byref(found)))
+    raise_for(loaded().specquant_cuda_layout(ctypes.byref(problem), ctypes.byref(found)))
     return found
 
 
 def matmul(x: Any, y: Any, workspace: Any, *, stream: int = 0, path: str | None = None, **operands: Any) -> None:
-    """y [T, M] = `SpecQuantMatMul` of x [T, N] (float32 or float16, y the same), in order on the CUDA stream.
+    """y [T, M] = `SpecQuantMatMul` of x [T, N], or [T, 2N] with a gate, in order on the CUDA stream.
 
-    Operands are the op's inputs and attributes by name (docs/ops.md), arrays on the GPU; without basis and coef it is
-    `Int4ResidualMatMul`. rank None: all columns. workspace: int8, `layout(...).bytes` long, aligned to 256 bytes; the
-    call does not wait for the GPU, so it must live on. path: one of PATHS, None for the fastest that takes the sizes.
+    x and y are both float32 or float16. Operands are the op's inputs and attributes by name (docs/ops.md), arrays on
+    the GPU, norm and residual None where unused; without basis and coef it is `Int4ResidualMatMul`. rank None: all
+    columns. workspace: int8, `layout(...).bytes` long, aligned to 256 bytes; the call does not wait for the GPU, so it
+    must live on. path: one of PATHS, None for the fastest that takes the sizes.
     Raises SpecQuantError if sizes or attributes disagree, or a kernel does not start.
     """
     problem = _problem(x, y, **operands)
     size = math.prod(workspace.shape)
-    place = _address("workspace", workspace, (size,), (np.int8, np.uint8))
+    place = address("workspace", workspace, (size,), (np.int8, np.uint8))
     name = path.encode() if path else None
-    _raise(loaded().specquant_cuda_matmul(ctypes.byref(problem), place, size, stream, name))
+    raise_for(loaded().specquant_cuda_matmul(ctypes.byref(problem), place, size, stream, name))
 
 
 def workspace_bound(problem: Problem) -> int:
@@ -199,7 +225,7 @@ def workspace_bound(problem: Problem) -> int:
     Raises SpecQuantError if sizes or attributes disagree.
     """
     size = ctypes.c_int64()
-    _raise(loaded().specquant_cuda_workspace(ctypes.byref(problem), ctypes.byref(size)))
+    raise_for(loaded().specquant_cuda_workspace(ctypes.byref(problem), ctypes.byref(size)))
     return size.value
 
 
@@ -208,4 +234,4 @@ def run(problem: Problem, workspace: int, size: int, stream: int) -> None:
 
     Raises SpecQuantError if sizes or attributes disagree, or a kernel does not start.
     """
-    _raise(loaded().specquant_cuda_matmul(ctypes.byref(problem), workspace, size, stream, None))
+    raise_for(loaded().specquant_cuda_matmul(ctypes.byref(problem), workspace, size, stream, None))

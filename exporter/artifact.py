@@ -267,7 +267,8 @@ def tensor_bytes(decoder: Decoder) -> dict[str, int]:
         out["embedding"] = decoder.embedding.size * wide
         if decoder.lm_head is not None:
             out["lm_head"] = decoder.lm_head.size * wide
-    out["norms"] = decoder.final_norm.size * wide + sum(_norm_bytes(layer, wide) for layer in decoder.layers)
+    last = {16: wide, 8: 2 * 4, 4: 4}[decoder.config.head_bits]  # in the head's op: float32, once for either digit
+    out["norms"] = decoder.final_norm.size * last + sum(_norm_bytes(layer, wide) for layer in decoder.layers)
     out["rotary"] = (decoder.rope_cos.size + decoder.rope_sin.size) * wide
     return out
 

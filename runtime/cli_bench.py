@@ -48,23 +48,30 @@ def run(args: argparse.Namespace) -> int:
         result = bench(model, args.n_prompt, args.n_gen, args.repetitions, progress.update)
     memory = peak_memory()  # before the limits, whose buffer is larger than many a model
     threads = args.threads or physical_cores()
-    needed, limits = work(model.manifest, args.n_gen), measure_limits(threads)
+    needed = work(model.manifest, args.n_gen)
+    limits = None if args.device == "cuda" else measure_limits(threads)  # they are the CPU's
     if args.json:
         size = sum(info.size for info in model.manifest.files.values())
         about = {"model": model.manifest.name, "model_bytes": size, "threads": threads, "load_s": load_s}
-        measured = as_dict(result) | {"peak_memory_bytes": memory, "limits": limits_dict(limits, result, needed)}
+        measured = as_dict(result) | {"peak_memory_bytes": memory}
+        if limits:
+            measured |= {"limits": limits_dict(limits, result, needed)}
         print(json.dumps(about | measured | {"machine": machine_info()}, ensure_ascii=False))
         return 0
-    print(f"{model.manifest.name}, {threads} threads, {limits.isa}")
+    print(f"{model.manifest.name}, " + (f"{threads} threads, {limits.isa}" if limits else args.device))
     print("\n".join(aligned(_rows(result, needed, limits))))
     print(f"first token of a prompt of {result.first_token.tokens}: {1e3 * median(result.first_token.seconds):.1f} ms")
     print(f"loaded in {load_s:.2f} s" + (f", peak memory {memory / 2**20:,.0f} MiB" if memory else ""))
     return 0
 
 
-def _rows(result: Bench, needed: Work, limits: Limits) -> list[tuple[str, ...]]:
+def _rows(result: Bench, needed: Work, limits: Limits | None) -> list[tuple[str, ...]]:
+    header = ("test", "tokens/s", "slowest … fastest")
+    if not limits:
+        timings = [("pp", result.prefill), ("tg", result.decode)]
+        return [header, *((f"{kind}{timing.tokens}", *_rates(timing)) for kind, timing in timings if timing)]
     found = limits_dict(limits, result, needed)
-    rows: list[tuple[str, ...]] = [("test", "tokens/s", "slowest … fastest", "reached", "of the machine's")]
+    rows: list[tuple[str, ...]] = [(*header, "reached", "of the machine's")]
     if result.prefill:
         reached = f"{found['prefill_tops']:.3f} TOPS", f"{limits.gops / 1e3:.2f} ({found['prefill_of_limit']:.0%})"
         rows.append((f"pp{result.prefill.tokens}", *_rates(result.prefill), *reached))

@@ -16,20 +16,23 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
 class Device:
     """The first GPU that CUDA_VISIBLE_DEVICES leaves, and one stream of it. Addresses are ints.
 
-    gpu: its compute capability, `sm89` or such. Raises SpecQuantError if there is no driver or no GPU.
+    capability: its compute capability, (8, 9) or such; gpu: `sm89`. Raises SpecQuantError if there is no driver or GPU.
     """
 
     def __init__(self) -> None:
         try:
             self._cuda = ctypes.CDLL("libcuda.so.1")
         except OSError:
-            raise SpecQuantError("this machine has no NVIDIA driver (libcuda.so.1): an engine needs its GPU") from None
+            raise SpecQuantError(
+                "this machine has no NVIDIA driver (libcuda.so.1), or no NVIDIA GPU: use --device cpu"
+            ) from None
         device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuInit", 0)
         self._call("cuDeviceGet", ctypes.byref(device), 0)
         major, minor = ctypes.c_int(), ctypes.c_int()
         for attribute, part in ((_MAJOR, major), (_MINOR, minor)):
             self._call("cuDeviceGetAttribute", ctypes.byref(part), attribute, device)
+        self.capability = (major.value, minor.value)
         self.gpu = f"sm{major.value}{minor.value}"
         # The primary context is the one that TensorRT and the CUDA runtime use, too.
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
@@ -42,6 +45,12 @@ class Device:
         place = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(place), ctypes.c_size_t(max(1, size)))
         return place.value
+
+    def free_bytes(self) -> int:
+        """Memory of the GPU that nobody uses."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
 
     def free(self, place: int) -> None:
         self._call("cuMemFree_v2", ctypes.c_uint64(place))
@@ -74,7 +83,7 @@ class Device:
     def _call(self, name: str, *arguments: Any) -> None:
         error = getattr(self._cuda, name)(*arguments)
         if error == 2:  # CUDA_ERROR_OUT_OF_MEMORY
-            raise SpecQuantError("the GPU has not enough free memory: use a smaller --max-batch or --max-seq")
+            raise SpecQuantError("the GPU has not enough free memory: use a shorter context or fewer prompts at once")
         if error:
             text = ctypes.c_char_p()
             self._cuda.cuGetErrorString(error, ctypes.byref(text))

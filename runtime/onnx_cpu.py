@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.library import check_onnxruntime, register
 from specquant.runtime.artifact import ModelInfo
 from specquant.runtime.cache import KVCache
+from specquant.runtime.onnx_graph import open_graph, run_graph
 
 # A block of prefill has at most this many logits: its longest buffer stays at 64 MB whatever the prompt.
 _MAX_LOGITS = 1 << 24
@@ -34,14 +33,7 @@ class OnnxCpu:
         ours = model.kv_bits == 4 or model.attention == "HalfKVAttention"
         self.prompt_block = _BLOCK_OUR_ATTENTION if ours else _BLOCK
         self.block = max(1, min(self.prompt_block, _MAX_LOGITS // model.vocab_size))  # of prefill with all its logits
-        self.session = _open(folder, threads, custom_ops)
-        names = {item.name for item in self.session.get_overridable_initializers()}
-        if rank is not None and "rank" not in names:
-            raise SpecQuantError(f"{folder / 'model.onnx'} has no `rank` to set: re-export the model")
-        self.rank = None if rank is None else np.array([rank], np.int64)
-        if "logits_to_keep" not in names:
-            raise SpecQuantError(f"{folder / 'model.onnx'} has no `logits_to_keep`: re-export the model")
-        _check_graph(folder, self.session, model)
+        self.session, self.rank = open_graph(folder, model, threads, custom_ops, ["CPUExecutionProvider"], rank)
 
     def sequences(self, rows: int) -> OnnxSequences:
         return OnnxSequences(self, rows)
@@ -142,10 +134,7 @@ class _Binding:
         total = lengths + tokens
         self._mask = (np.arange(total.max()) < total[:, None]).astype(np.int64)
         self._input("attention_mask", self._mask)
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # onnxruntime's classes share no base of their own
-            raise SpecQuantError(f"ONNX Runtime failed on this model: {_reason(error)}") from error
+        run_graph(self._session, self._binding)
         return self._logits.astype(np.float32, copy=False)
 
     def _input(self, name: str, array: NDArray[Any]) -> None:
@@ -153,55 +142,3 @@ class _Binding:
 
     def _output(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-
-def _open(folder: Path, threads: int, custom_ops: bool) -> Any:
-    check_onnxruntime()
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # its errors reach the user as ours, in one line
-    # Threads wait actively during a run, for speed, and not between runs: a slow reader costs no processor time.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if custom_ops:
-        register(options)
-    path = folder / "model.onnx"
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise SpecQuantError(_open_failure(path, error)) from error
-
-
-def _open_failure(path: Path, error: Exception) -> str:
-    if "external" in str(error).lower():  # ONNX's word for what lies in model.onnx.data
-        path = path.with_name(f"{path.name}.data")
-    return f"{path} cannot be loaded, it is damaged or made for another version: re-export the model ({_reason(error)})"
-
-
-def _check_graph(folder: Path, session: Any, model: ModelInfo) -> None:
-    """The graph has the inputs and outputs of docs/formats.md, in the sizes that the manifest gives."""
-    past = [f"past_key_values.{i}.{kind}" for i in range(model.num_layers) for kind in ("key", "value")]
-    present = [name.replace("past_key_values", "present") for name in past]
-    inputs = {item.name: item for item in session.get_inputs()}
-    outputs = {item.name: item for item in session.get_outputs()}
-    names = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
-    width, dtype = model.cache_row
-    fits = set(inputs) == {"input_ids", "attention_mask", "position_ids", *past}
-    fits = fits and set(outputs) == {"logits", *present}
-    fits = fits and all(
-        inputs[name].type == names[dtype.name] and list(inputs[name].shape[1::2]) == [model.num_kv_heads, width]
-        for name in past
-    )
-    fits = fits and outputs["logits"].type == names[model.float_type]
-    fits = fits and outputs["logits"].shape[-1] == model.vocab_size
-    if not fits:
-        raise SpecQuantError(f"{folder / 'model.onnx'} is not the graph that specquant.json describes: re-export it")
-
-
-def _reason(error: Exception) -> str:
-    """ONNX Runtime's message in a line, without the codes and function names before it."""
-    return " ".join(str(error).split()).rsplit(" : ", 1)[-1][:200]

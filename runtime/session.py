@@ -16,7 +16,7 @@ from specquant.runtime.stats import physical_cores
 if TYPE_CHECKING:
     from specquant.runtime.generate import Model
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")
 BACKENDS = ("onnxruntime", "tensorrt")
 
 
@@ -61,11 +61,13 @@ def load(
 ) -> Model:
     """A model ready to generate, from the folder that `specquant export` wrote.
 
-    threads: default, the physical cores that this process may use. rank: how many columns of each spectral branch
-    are used, default all. custom_ops=False runs the functions of standard operators that travel in the file instead
-    of our kernels: slower, the same result. verify: also check the sha256 of every file (`progress` is told the
-    bytes). context: a shorter context than the model's, in tokens. backend `tensorrt` runs an engine of `specquant
-    build`: `engine` is its folder, default the one for this GPU; allow_host_code lets it run the plugins it carries.
+    device: `cpu`, or `cuda` for an NVIDIA GPU, which the CPU never replaces (docs/cuda.md); its KV cache has room for
+    the whole context. threads: default, the physical cores that this process may use. rank: how many columns of each
+    spectral branch are used, default all. custom_ops=False runs the functions of standard operators that travel in the
+    file instead of our kernels: slower, the same result. verify: also check the sha256 of every file (`progress` is
+    told the bytes). context: a shorter context than the model's, in tokens. backend `tensorrt` runs an engine of
+    `specquant build`: `engine` is its folder, default the one for this GPU; allow_host_code lets it run the plugins it
+    carries.
     Raises SpecQuantError for a folder that is no whole artifact and for options that do not fit it.
     """
     from specquant.runtime.generate import Model
@@ -89,6 +91,11 @@ def load(
         raise SpecQuantError("an engine is for backend tensorrt: set that too, or leave out the engine")
     context = _context(manifest, context)
     _check_rank(manifest, rank)
+    if device == "cuda":
+        from specquant.runtime.onnx_cuda import load_cuda
+
+        on_cuda = load_cuda(folder, manifest, context, threads=threads or 1, custom_ops=custom_ops, rank=rank)
+        return Model(folder, manifest, on_cuda, context)
 
     from specquant.runtime.onnx_cpu import OnnxCpu
 

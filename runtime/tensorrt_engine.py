@@ -86,7 +86,7 @@ def checked_context(model: Path, info: EngineInfo, context: int | None) -> int:
 
 
 class LoadedEngine:
-    """Implements runtime.tensorrt.Engine: an execution context for each profile, on the device's stream."""
+    """Implements on_device.Graph: an execution context for each profile, on the device's stream."""
 
     def __init__(
         self, model: Path, folder: Path, manifest: Manifest, device: Device, allow_host_code: bool = False

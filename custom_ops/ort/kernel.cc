@@ -36,7 +36,7 @@ void Tensor::expect(const char* name, const Shape& wanted) const {
   if (shape != wanted) throw std::runtime_error(std::string(name) + " is " + text(shape) + " and should be " + text(wanted));
 }
 
-void Kernel::Pool::run(void* self, void (*task)(void*, size_t), void* argument, size_t count) {
+void CpuKernel::Pool::run(void* self, void (*task)(void*, size_t), void* argument, size_t count) {
   auto& pool = *static_cast<Pool*>(self);
   Status* status = pool.api.KernelContext_ParallelFor(pool.context, task, count, count, argument);
   if (!status) return;
@@ -45,10 +45,13 @@ void Kernel::Pool::run(void* self, void (*task)(void*, size_t), void* argument, 
 }
 
 Kernel::Kernel(const Api& api, const KernelInfo* info) : api_(api) {
+  must(api_.KernelInfoGetAllocator(info, kMemoryDefault, &allocator_));
+}
+
+CpuKernel::CpuKernel(const Api& api, const KernelInfo* info) : Kernel(api, info) {
   char error[256];
   kernels_ = select(std::getenv("SPECQUANT_ISA"), error, sizeof error);
   if (!kernels_) throw std::runtime_error(error);
-  must(api_.KernelInfoGetAllocator(info, kMemoryDefault, &allocator_));
   size_t count;
   must(api_.KernelInfo_GetInputCount(info, &count));
   constants_.resize(count);

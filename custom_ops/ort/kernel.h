@@ -83,15 +83,27 @@ class Kernel {
   // Checks every shape, then computes the outputs. Throws Failure, or std::runtime_error with one line.
   virtual void compute(KernelContext* context) const = 0;
 
- protected:
-  // Picks the instruction set: what the environment variable SPECQUANT_ISA names, or the fastest. Throws as `compute`.
-  Kernel(const Api& api, const KernelInfo* info);
-
   int64_t attribute(const KernelInfo* info, const char* name, int64_t otherwise) const;
   float attribute(const KernelInfo* info, const char* name, float otherwise) const;
+
+ protected:
+  // Throws as `compute`.
+  Kernel(const Api& api, const KernelInfo* info);
+
   // The inputs of a call. Weights are constant, and were looked at when the kernel was made.
   std::vector<Tensor> inputs(KernelContext* context, size_t count) const;
   void* output(KernelContext* context, size_t index, const Shape& shape) const;
+
+  const Api api_;
+  Allocator* allocator_ = nullptr;  // of the memory that the node's provider computes in
+  std::vector<std::optional<Tensor>> constants_;  // by input, of nodes on the CPU; those from its size on are none
+};
+
+class CpuKernel : public Kernel {
+ protected:
+  // Picks the instruction set: what the environment variable SPECQUANT_ISA names, or the fastest. Throws as `compute`.
+  CpuKernel(const Api& api, const KernelInfo* info);
+
   // Calls work(pool, scratch) with ONNX Runtime's thread pool and `bytes` of scratch from the session's own arena.
   template <class Run>
   void run(KernelContext* context, size_t bytes, const Run& work) const {
@@ -113,10 +125,6 @@ class Kernel {
 
     static void run(void* self, void (*task)(void*, size_t), void* argument, size_t count);
   };
-
-  const Api api_;
-  Allocator* allocator_ = nullptr;
-  std::vector<std::optional<Tensor>> constants_;  // by input; those from its size on are none
 };
 
 // Which inputs a linear op has, and how it is called in messages.
@@ -135,10 +143,12 @@ struct AttentionKind {
 
   bool key_offset() const { return kv_bits == 4; }
   size_t inputs() const { return key_offset() ? 9 : 8; }
-  int64_t element_bytes() const { return kv_bits == 4 ? 1 : 2; }
+  int64_t row(int64_t head_dim) const { return kv_bits == 4 ? head_dim / 2 + 4 : head_dim; }  // elements of a token
 };
 
 std::unique_ptr<Kernel> make_matmul(const Api& api, const MatMulKind& kind, const KernelInfo* info);
 std::unique_ptr<Kernel> make_attention(const Api& api, const AttentionKind& kind, const KernelInfo* info);
+std::unique_ptr<Kernel> make_cuda_matmul(const Api& api, const MatMulKind& kind, const KernelInfo* info);
+std::unique_ptr<Kernel> make_cuda_attention(const Api& api, const AttentionKind& kind, const KernelInfo* info);
 
 }  // namespace specquant::ort

@@ -4,9 +4,15 @@
 
 #include "kernel.h"
 
+// tools/cuda_emulator runs the CUDA ops where the CPU's would be.
+#ifndef SPECQUANT_CUDA_PROVIDER
+#define SPECQUANT_CUDA_PROVIDER "CUDAExecutionProvider"
+#endif
+
 namespace specquant::ort {
 namespace {
 
+constexpr const char *kCpuProvider = "CPUExecutionProvider", *kCudaProvider = SPECQUANT_CUDA_PROVIDER;
 constexpr MatMulKind kBranch{"SpectralBranch", true, false};
 constexpr MatMulKind kResidual{"Int4ResidualMatMul", false, true};
 constexpr MatMulKind kFused{"SpecQuantMatMul", true, true};
@@ -18,6 +24,7 @@ struct Op : CustomOp {
   const char* name;
   const MatMulKind* matmul;  // null for attention
   const AttentionKind* attention;
+  bool cuda;
   std::vector<ElementType> inputs, outputs;
   const Api* api;
 };
@@ -47,8 +54,10 @@ struct Node {
 Status* create(const CustomOp* custom, const void*, const KernelInfo* info, void** kernel) {
   const Op& op = self(custom);
   return guarded(op, [&] {
-    *kernel = new Node{op.matmul ? make_matmul(*op.api, *op.matmul, info) : make_attention(*op.api, *op.attention, info),
-                       op};
+    const auto make = [&](auto of_matmul, auto of_attention) {
+      return op.matmul ? of_matmul(*op.api, *op.matmul, info) : of_attention(*op.api, *op.attention, info);
+    };
+    *kernel = new Node{op.cuda ? make(make_cuda_matmul, make_cuda_attention) : make(make_matmul, make_attention), op};
   });
 }
 
@@ -110,19 +119,26 @@ Status* infer(const CustomOp* custom, ShapeContext* context) {
   });
 }
 
-Op describe(const Api& api, const char* name, const MatMulKind* matmul, const AttentionKind* attention,
+// Which input the host must know before the GPU computes: rank, or total_sequence_length.
+size_t host_input(const Op& op) { return op.matmul ? (op.matmul->branch ? 3 : SIZE_MAX) : 4; }
+
+Op describe(const Api& api, const char* name, const MatMulKind* matmul, const AttentionKind* attention, bool cuda,
             std::vector<ElementType> inputs, std::vector<ElementType> outputs) {
-  Op op{{}, name, matmul, attention, std::move(inputs), std::move(outputs), &api};
+  Op op{{}, name, matmul, attention, cuda, std::move(inputs), std::move(outputs), &api};
   op.version = kApiVersion;
   op.GetName = [](const CustomOp* custom) { return self(custom).name; };
-  op.GetExecutionProviderType = [](const CustomOp*) { return "CPUExecutionProvider"; };
+  op.GetExecutionProviderType = [](const CustomOp* custom) {
+    return self(custom).cuda ? kCudaProvider : kCpuProvider;
+  };
   op.GetInputType = [](const CustomOp* custom, size_t index) { return self(custom).inputs[index]; };
   op.GetInputTypeCount = [](const CustomOp* custom) { return self(custom).inputs.size(); };
   op.GetOutputType = [](const CustomOp* custom, size_t index) { return self(custom).outputs[index]; };
   op.GetOutputTypeCount = [](const CustomOp* custom) { return self(custom).outputs.size(); };
   op.KernelDestroy = destroy;
   op.GetInputCharacteristic = op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return kRequired; };
-  op.GetInputMemoryType = [](const CustomOp*, size_t) { return kMemoryDefault; };
+  op.GetInputMemoryType = [](const CustomOp* custom, size_t index) {
+    return self(custom).cuda && index == host_input(self(custom)) ? kMemoryCpuInput : kMemoryDefault;
+  };
   op.CreateKernelV2 = create;
   op.KernelComputeV2 = compute;
   op.InferOutputShapeFn = infer;
@@ -131,24 +147,29 @@ Op describe(const Api& api, const char* name, const MatMulKind* matmul, const At
   return op;
 }
 
+// Of the CPU's first: ONNX Runtime asks the first of a name for shapes. SpectralBranch, which no export holds, has no
+// kernel for GPUs.
 std::vector<Op> describe_all(const Api& api) {
   std::vector<Op> ops;
-  const auto matmul = [&](const MatMulKind& kind, std::vector<ElementType> inputs, std::vector<ElementType> outputs) {
-    ops.push_back(describe(api, kind.name, &kind, nullptr, std::move(inputs), std::move(outputs)));
-  };
-  for (const ElementType real : {kFloat, kFloat16}) {
-    matmul(kBranch, {real, kFloat16, kFloat16, kInt64}, {real, real});
-    for (const ElementType sums : {kInt16, kInt32}) {
-      matmul(kResidual, {real, kInt8, kFloat16, sums, kFloat, kFloat, real}, {real});
-      matmul(kFused, {real, kFloat16, kFloat16, kInt64, kInt8, kFloat16, sums, kFloat, kFloat, real}, {real});
+  for (const bool cuda : {false, true})
+    for (const ElementType real : {kFloat, kFloat16}) {
+      const auto matmul = [&](const MatMulKind& kind, std::vector<ElementType> inputs,
+                              std::vector<ElementType> outputs) {
+        ops.push_back(describe(api, kind.name, &kind, nullptr, cuda, std::move(inputs), std::move(outputs)));
+      };
+      if (!cuda) matmul(kBranch, {real, kFloat16, kFloat16, kInt64}, {real, real});
+      if (!cuda && std::string(kCudaProvider) == kCpuProvider) continue;
+      for (const ElementType sums : {kInt16, kInt32}) {
+        matmul(kResidual, {real, kInt8, kFloat16, sums, kFloat, kFloat, real}, {real});
+        matmul(kFused, {real, kFloat16, kFloat16, kInt64, kInt8, kFloat16, sums, kFloat, kFloat, real}, {real});
+      }
+      for (const AttentionKind* kind : {&kInt4Cache, &kHalfCache}) {
+        const ElementType cache = kind->kv_bits == 4 ? kInt8 : kFloat16;
+        std::vector<ElementType> inputs{real, cache, cache, kInt32, kInt32, kInt64, kFloat, kFloat};
+        if (kind->key_offset()) inputs.push_back(kFloat);
+        ops.push_back(describe(api, kind->name, nullptr, kind, cuda, std::move(inputs), {real, cache, cache}));
+      }
     }
-    for (const AttentionKind* kind : {&kInt4Cache, &kHalfCache}) {
-      const ElementType cache = kind->kv_bits == 4 ? kInt8 : kFloat16;
-      std::vector<ElementType> inputs{real, cache, cache, kInt32, kInt32, kInt64, kFloat, kFloat};
-      if (kind->key_offset()) inputs.push_back(kFloat);
-      ops.push_back(describe(api, kind->name, nullptr, kind, std::move(inputs), {real, cache, cache}));
-    }
-  }
   return ops;
 }
 

@@ -22,7 +22,7 @@ struct Value;
 struct Allocator;
 
 enum ErrorCode : int32_t { kFail = 1, kInvalidArgument = 2 };
-enum MemoryType : int32_t { kMemoryDefault = 0 };
+enum MemoryType : int32_t { kMemoryCpuInput = -2, kMemoryDefault = 0 };
 enum Characteristic : int32_t { kRequired = 0 };
 enum ElementType : int32_t { kFloat = 1, kInt8 = 3, kInt16 = 5, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 
@@ -51,6 +51,7 @@ enum ElementType : int32_t { kFloat = 1, kInt8 = 3, kInt16 = 5, kInt32 = 6, kInt
   X(ReleaseTensorTypeAndShapeInfo, 99, void, (TensorInfo*))                                                 \
   X(ReleaseCustomOpDomain, 101, void, (OpDomain*))                                                          \
   X(ReleaseAllocator, 132, void, (Allocator*))                                                              \
+  X(KernelContext_GetGPUComputeStream, 193, Status*, (const KernelContext*, void**))                        \
   X(KernelInfo_GetInputCount, 230, Status*, (const KernelInfo*, size_t*))                                   \
   X(KernelInfoGetConstantInput_tensor, 249, Status*, (const KernelInfo*, size_t, int*, const Value**))      \
   X(ShapeInferContext_GetInputTypeShape, 268, Status*, (const ShapeContext*, size_t, TensorInfo**))         \

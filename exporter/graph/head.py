@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from specquant.exporter.graph.linear import quant_linear
+from specquant.exporter.graph.prologue import RmsNorm
 from specquant.exporter.graph.writer import GraphWriter
 from specquant.exporter.head import head_linear
 
@@ -44,7 +47,12 @@ def _scaled(graph: GraphWriter, rows: ir.Value, scale: float) -> ir.Value:
 def last_positions(graph: GraphWriter, x: ir.Value, keep: ir.Value, hidden: int) -> ir.Value:
     """The last `keep` i64[1] positions of x [batch, sequence, hidden], or all of them for 0."""
     end, axis = (graph.tensor(f"logits_to_keep.{n}", np.array([v], np.int64)) for n, v in (("end", _END), ("axis", 1)))
-    start = graph.op("Neg", [keep], "logits_to_keep.start", (1,), ir.DataType.INT64)
+    # −keep as (length − keep) − length: what starts at a shape, ONNX Runtime computes on the host where all else is on
+    # a GPU. A Neg would be a node of the GPU, and every run would wait for it.
+    i64 = ir.DataType.INT64
+    length = graph.op("Shape", [x], "logits_to_keep.length", (1,), i64, start=1, end=2)
+    rest = graph.op("Sub", [length, keep], "logits_to_keep.rest", (1,), i64)
+    start = graph.op("Sub", [rest, length], "logits_to_keep.start", (1,), i64)
     return graph.op("Slice", [x, start, end, axis], "logits_to_keep.slice", ("batch", "kept", hidden))
 
 
@@ -57,10 +65,14 @@ def lm_head(graph: GraphWriter, x: ir.Value, table: ir.Value, logits: ir.Value) 
     graph.node("FusedMatMul", [x, table], [logits], "lm_head", "com.microsoft", transB=1)
 
 
-def lm_head_int(graph: GraphWriter, x: ir.Value, weights: NDArray[np.float32], bits: int, logits: ir.Value) -> None:
-    """`lm_head` of weights [vocab, hidden] at 8 or 4 bits, as one `Int4ResidualMatMul` (`head.head_linear`)."""
+def lm_head_int(
+    graph: GraphWriter, x: ir.Value, weights: NDArray[np.float32], bits: int, logits: ir.Value, norm: RmsNorm
+) -> None:
+    """`lm_head` of normed x and weights [vocab, hidden] at 8 or 4 bits, as one `Int4ResidualMatMul`
+    (`head.head_linear`)."""
     entry = head_linear(weights, bits)
     if bits == 8:
         shape = ("batch", "kept", 2 * weights.shape[1])
         x = graph.op("Concat", [x, x], "lm_head.twice", shape, axis=-1)
-    quant_linear(graph, x, entry, None, logits)
+        norm = replace(norm, weight=np.concatenate([norm.weight, norm.weight]))  # of x twice over the mean is the same
+    quant_linear(graph, x, entry, None, logits, norm)

@@ -12,7 +12,7 @@ from specquant.exporter.graph.attention import AttentionInputs, attention, atten
 from specquant.exporter.graph.head import embed, embed_half, last_positions, lm_head, lm_head_int
 from specquant.exporter.graph.kv_attention import cache_row
 from specquant.exporter.graph.linear import linear
-from specquant.exporter.graph.norm import head_norms, rms_norm
+from specquant.exporter.graph.norm import head_norms
 from specquant.exporter.graph.prologue import Gate, Prologue, RmsNorm
 from specquant.exporter.graph.writer import FloatType, GraphWriter
 
@@ -45,11 +45,12 @@ def build_model(decoder: Decoder, float_type: FloatType, metadata: dict[str, str
     for i, layer in enumerate(decoder.layers):
         x = _block(graph, x, decoder, layer, f"model.layers.{i}", past[i], present[i], shared, rank)
     x = last_positions(graph, x, keep, config.hidden_size)
-    x = rms_norm(graph, x, decoder.final_norm, config.rms_norm_eps, "model.norm")
+    norm = RmsNorm("model.norm", decoder.final_norm, config.rms_norm_eps)
     if config.head_bits != 16:
         head = decoder.embedding if decoder.lm_head is None else decoder.lm_head
-        lm_head_int(graph, x, head, config.head_bits, logits)
+        lm_head_int(graph, x, head, config.head_bits, logits, norm)
     else:
+        x = norm.nodes(graph, x)
         if decoder.lm_head is not None:
             table = graph.floats("lm_head.weight", decoder.lm_head)
         lm_head(graph, x, table, logits)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from specquant.custom_ops import library_cuda, reference
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
+from specquant.custom_ops.schema import GATES, PROLOGUES
 from tests.cuda_arrays import EMULATED, POISON, DeviceArray, GpuArray, require_kernels
 from tests.ops import Arrays, random_input, random_weights
 
@@ -163,6 +164,36 @@ def test_rotation_is_exact(rng: np.random.Generator, block: int) -> None:
     np.testing.assert_array_equal(call.read("rotated", np.float32, (5, n)), reference.block_hadamard(x, block))
 
 
+@pytest.mark.parametrize("prologue", range(len(PROLOGUES)))
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+@pytest.mark.parametrize("index", range(0, COUNT, 3))
+def test_prologue_and_residual(rng: np.random.Generator, index: int, kind: Any, prologue: int) -> None:
+    """x̂ as the reference has it; then the plain call on it, and the sum: by every path."""
+    tokens, (_, groups) = int(rng.choice([1, 9, 20])), case(rng, index)
+    group_size, act_group, n = groups
+    m, bits, rotated = int(rng.choice([8, 144, 19])), int(rng.choice([4, 8, 16])), 8 if n % 64 == 0 and index % 2 else 0
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, min(n, 9), group_size, act_group)
+    x = rng.standard_normal((tokens, 2 * n if prologue in GATES else n)).astype(kind)
+    residual = (9 * rng.standard_normal((tokens, m))).astype(kind)
+    norm = rng.uniform(-2, 2, n).astype(np.float32)
+    plain: dict[str, Any] = {"group_size": group_size, "act_bits": bits, "act_group": act_group, "subtract": 1}
+    arrays = weights | {"residual": residual} | ({"norm": norm} if prologue == 1 else {})
+    attributes = {**plain, "prologue": prologue, "epsilon": 0.01}
+    hat = x.astype(np.float32)
+    if prologue:
+        hat = Call(x, arrays, "any", **attributes).read("rotated", np.float32, (tokens, n))
+    expected = reference.prologue_of(x, prologue, norm, 0.01)
+    np.testing.assert_allclose(hat, expected, rtol=3e-6, atol=1e-6 * np.abs(expected).max())
+    for path in paths(tokens, groups, bits, m, min(n, 9))[1:]:
+        y = Call(x, arrays, path, **attributes, hadamard=rotated).y
+        wanted = Call(hat, weights, path, **plain, hadamard=rotated).y + residual.astype(np.float32)
+        text = f"{path} T={tokens} M={m} {groups} bits={bits} hadamard={rotated}"
+        if kind == np.float32:
+            np.testing.assert_array_equal(y, wanted, text)
+        else:  # the branch's trailing bits do not count
+            np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max(), err_msg=text)
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_branch_of_any_numbers(rng: np.random.Generator, kind: Any, tokens: int) -> None:
@@ -232,10 +263,11 @@ def test_arrays_off_their_alignment(rng: np.random.Generator) -> None:
     """Addresses that vector loads cannot take: the library must see it and go another way."""
     weights = random_weights(rng, "SpecQuantMatMul", 128, 16, 8, 64, 64)
     x = random_input(rng, (9, 128), np.float16)
+    weights["residual"] = rng.standard_normal((9, 16)).astype(np.float16)
     attributes: dict[str, Any] = {"group_size": 64, "act_bits": 4, "act_group": 64, "subtract": 1}
     expected = reference.specquant_matmul(x.astype(np.float32), **weights, **attributes)
     size = float(np.abs(expected).max())
-    for name in ("x", "basis", "coef", "scales", "row_sums", "bias", "qweight", "y"):
+    for name in ("x", "basis", "coef", "scales", "row_sums", "bias", "qweight", "residual", "y"):
         y = Call(x, weights, offsets={name: 4}, **attributes).y
         np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=1e-3 * size, err_msg=name)
 
@@ -248,6 +280,8 @@ def test_arrays_off_their_alignment(rng: np.random.Generator) -> None:
         ({"act_clip": 0.0}, "act_clip"),
         ({"hadamard": 48}, "hadamard must be"),
         ({"rank": 9}, "rank must be"),
+        ({"prologue": 4}, "prologue must be"),
+        ({"prologue": 1}, "norm is missing"),
         ({"path": "fast"}, "path must be"),
         ({"path": "matvec", "group_size": 8, "act_group": 8}, "does not take these sizes"),
     ],

@@ -60,6 +60,7 @@ static_assert(offsetof(ours::ApiBase, GetApi) == offsetof(OrtApiBase, GetApi));
 static_assert(offsetof(ours::ApiBase, GetVersionString) == offsetof(OrtApiBase, GetVersionString));
 static_assert(ours::kApiVersion <= ORT_API_VERSION);
 static_assert(int(ours::kFail) == ORT_FAIL && int(ours::kInvalidArgument) == ORT_INVALID_ARGUMENT);
+static_assert(int(ours::kMemoryCpuInput) == OrtMemTypeCPUInput);
 static_assert(int(ours::kMemoryDefault) == OrtMemTypeDefault && int(ours::kRequired) == INPUT_OUTPUT_REQUIRED);
 static_assert(int(ours::kFloat) == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
 static_assert(int(ours::kInt8) == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8);

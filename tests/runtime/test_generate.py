@@ -247,7 +247,7 @@ def test_our_kernels_and_the_functions_agree(folder: Path, model: Model) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "tpu"}, "device 'tpu' is not supported: this version runs on cpu"),
+        ({"device": "tpu"}, "device 'tpu' is not supported: this version runs on cpu, cuda"),
         ({"threads": 0}, "threads = 0"),
         ({"context": 97}, "context = 97 .* 1 to 96"),
         ({"context": 0}, "context = 0"),

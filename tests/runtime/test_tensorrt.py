@@ -28,9 +28,11 @@ from specquant.runtime.artifact import open_artifact
 from specquant.runtime.cuda_driver import Device
 from specquant.runtime.engine import EngineInfo
 from specquant.runtime.generate import Model
+from specquant.runtime.on_device import PREFILL
 from specquant.runtime.session import load
-from specquant.runtime.tensorrt import PREFILL, TensorRT
+from specquant.runtime.tensorrt import TensorRT
 from specquant.runtime.tensorrt_engine import check_engine, checked_context, find_engine
+from tests.host_memory import HostMemory
 from tests.model_folder import CORPUS, fresh_seed, random_llama, save_model_folder
 
 MAX_BATCH, MAX_SEQ, BLOCK = 3, 80, 16
@@ -56,33 +58,6 @@ def info_of(artifact: Path, **fields: Any) -> EngineInfo:
         1, "tensorrt-rtx", "1.7", "sm89", "portable", MAX_BATCH, MAX_SEQ, BLOCK, "float32", graph, 0, "", 0, [0, 0]
     )
     return replace(info, **fields)
-
-
-class HostMemory:
-    """Memory with addresses, never zeroed unless asked."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[int, NDArray[np.uint8]] = {}
-
-    def allocate(self, size: int) -> int:
-        array = np.full(max(1, size), 0xFF, np.uint8)  # NaN as floats
-        self.arrays[array.ctypes.data] = array
-        return array.ctypes.data
-
-    def free(self, place: int) -> None:
-        del self.arrays[place]
-
-    def upload(self, place: int, array: NDArray[Any]) -> None:
-        ctypes.memmove(place, array.ctypes.data, array.nbytes)
-
-    def download(self, array: NDArray[Any], place: int) -> None:
-        ctypes.memmove(array.ctypes.data, place, array.nbytes)
-
-    def copy(self, to: int, place: int, size: int) -> None:
-        ctypes.memmove(to, place, size)
-
-    def clear(self, place: int, size: int) -> None:
-        ctypes.memset(place, 0, size)
 
 
 class LoweredGraph:

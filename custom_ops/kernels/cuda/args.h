@@ -43,13 +43,14 @@ struct Args {
   Order order;                   // of the levels
   float clip, level_unit;
   uint32_t high_nibbles;         // 0xF0F0F0F0, unknown to the compiler: one instruction holds one constant only
-  const void* x;                 // rotated if it is to be
+  const void* x;                 // after prologue and rotation, if it is to be
   const __half* basis;
   const __half* coef;
   const uint8_t* qweight;
   const __half* scales;
   const void* row_sums;
   const float* bias;
+  const void* residual;          // as y
   void* y;
   float* reduced;
   float* partial;
@@ -70,6 +71,8 @@ enum Mode {
 };
 
 // First stage.
+// x̂ of the problem's x, float32 [T, N].
+cudaError_t prologue(const SpecquantCudaProblem& problem, float* to, cudaStream_t stream);
 cudaError_t rotate(const Args& args, const void* x, int x_half, float* rotated, cudaStream_t stream);
 cudaError_t down(const Args& args, cudaStream_t stream);
 enum class Reduce {

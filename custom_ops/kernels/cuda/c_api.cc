@@ -1,42 +1,12 @@
-// The C API: the current device, checks, and the order of the kernels.
+// The C API of the matmul ops: checks, and the order of the kernels.
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 
 #include "plan.h"
 
-#define SPECQUANT_EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace {
 
 using namespace specquant_cuda;
-
-thread_local char message[256];
-
-const char* failed(const char* what, cudaError_t error) {
-  std::snprintf(message, sizeof message, "%s: %s", what, cudaGetErrorString(error));
-  return message;
-}
-
-// The current device, or why it cannot be used.
-const char* current(Device& device) {
-  int id = 0;
-  cudaError_t error = cudaGetDevice(&id);
-  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, id);
-  };
-  ask(device.major, cudaDevAttrComputeCapabilityMajor);
-  ask(device.minor, cudaDevAttrComputeCapabilityMinor);
-  ask(device.multiprocessors, cudaDevAttrMultiProcessorCount);
-  if (error != cudaSuccess) return failed("no GPU can be used; check nvidia-smi and the driver, or use the CPU", error);
-  if (device.major < 8) {
-    std::snprintf(message, sizeof message,
-                  "the GPU has compute capability %d.%d and the kernels need 8.0 (Ampere) or later; use the CPU",
-                  device.major, device.minor);
-    return message;
-  }
-  return nullptr;
-}
 
 enum class Path { kMatvec, kGemmSmall, kGemmLarge, kWgmmaSmall, kWgmmaLarge, kAny };
 
@@ -67,8 +37,7 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
     if (std::strcmp(entry.name, name) != 0) continue;
     path = entry.path;
     if (entry.fits) return nullptr;
-    std::snprintf(message, sizeof message, "path %s does not take these sizes; leave the choice to the library", name);
-    return message;
+    return say("path %s does not take these sizes; leave the choice to the library", name);
   }
   return "path must be matvec, gemm_small, gemm_large, wgmma_small, wgmma_large or any, or empty";
 }
@@ -80,7 +49,9 @@ cudaError_t prepare(const Plan& plan, const SpecquantCudaProblem& problem, float
   const auto run = [&](cudaError_t result) {
     if (error == cudaSuccess) error = result;
   };
-  if (a.hadamard) run(rotate(a, problem.x, problem.half, rotated, stream));
+  if (problem.prologue) run(prologue(problem, rotated, stream));
+  if (a.hadamard) run(problem.prologue ? rotate(a, rotated, 0, rotated, stream)
+                                       : rotate(a, problem.x, problem.half, rotated, stream));
   if (a.rank && !plan.tensor_prepare) run(branch_any(a, stream));
   if (a.rank && plan.tensor_prepare) run(down(a, stream));
   if (plan.direct) {
@@ -100,14 +71,8 @@ cudaError_t prepare(const Plan& plan, const SpecquantCudaProblem& problem, float
 
 }  // namespace
 
-SPECQUANT_EXPORT int32_t specquant_cuda_abi(void) { return SPECQUANT_CUDA_ABI; }
 SPECQUANT_EXPORT int64_t specquant_cuda_problem_size(void) { return int64_t(sizeof(SpecquantCudaProblem)); }
 SPECQUANT_EXPORT int64_t specquant_cuda_layout_size(void) { return int64_t(sizeof(SpecquantCudaLayout)); }
-
-SPECQUANT_EXPORT const char* specquant_cuda_device(void) {
-  Device device{};
-  return current(device);
-}
 
 SPECQUANT_EXPORT const char* specquant_cuda_check(const SpecquantCudaProblem* problem) { return check(*problem); }
 
@@ -127,7 +92,7 @@ SPECQUANT_EXPORT const char* specquant_cuda_workspace(const SpecquantCudaProblem
   for (const char* place : {arena, arena + 4}) {
     SpecquantCudaProblem p = *problem;
     p.x = p.qweight = p.scales = p.row_sums = place;
-    p.bias = reinterpret_cast<const float*>(place);
+    p.bias = p.norm = reinterpret_cast<const float*>(place);
     p.basis = p.coef = p.basis_rank ? place : nullptr;
     if (const char* wrong = check(p)) return wrong;
     for (const Device& device : widest) *bytes = std::max(*bytes, make_plan(p, device).layout.bytes);
@@ -146,16 +111,14 @@ SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* p
   if (problem->tokens == 0) return nullptr;
   if (!problem->x || !problem->y) return "x or y is missing";
   if (!workspace || workspace_bytes < plan.layout.bytes || reinterpret_cast<uintptr_t>(workspace) % 256) {
-    std::snprintf(message, sizeof message, "the workspace must have %lld bytes, aligned to 256",
-                  static_cast<long long>(plan.layout.bytes));
-    return message;
+    return say("the workspace must have %lld bytes, aligned to 256", static_cast<long long>(plan.layout.bytes));
   }
 
   Args& a = plan.args;
   char* base = static_cast<char*>(workspace);
   const auto at = [base](int64_t offset) { return offset < 0 ? nullptr : base + offset; };
   float* rotated = reinterpret_cast<float*>(at(plan.layout.rotated));
-  if (a.hadamard) a.x = rotated;
+  if (rotated) a.x = rotated;
   a.reduced = reinterpret_cast<float*>(at(plan.layout.reduced));
   a.partial = reinterpret_cast<float*>(at(plan.layout.partial));
   a.range = reinterpret_cast<float2*>(at(plan.range));

@@ -334,7 +334,7 @@ struct Gemm {
     }
   }
 
-  // + bias, and out: 8 neighbouring outputs of a token a thread.
+  // + bias and residual, and out: 8 neighbouring outputs of a token a thread.
   __device__ __forceinline__ void store() const {
 #pragma unroll
     for (int o = 0; o < 2; ++o) {
@@ -352,6 +352,16 @@ struct Gemm {
 #pragma unroll
           for (int i = 0; i < 8; ++i) v[i] = acc[o][i % 4][f][2 * h + i / 4] + bias[i];
           const int64_t at = static_cast<int64_t>(token) * args.m + output;
+          if (args.residual) {
+            float residual[8];
+            if (args.y_half) {
+              load8(residual, static_cast<const __half*>(args.residual) + at, true);
+            } else {
+              load8(residual, static_cast<const float*>(args.residual) + at, true);
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) v[i] += residual[i];
+          }
           if (args.y_half) {
             *reinterpret_cast<uint4*>(static_cast<__half*>(args.y) + at) =
                 make_uint4(bits_of(__floats2half2_rn(v[0], v[1])), bits_of(__floats2half2_rn(v[2], v[3])),

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "gemm90_ring.cuh"
+#include "levels.cuh"
 #include "unpack.cuh"
 
 namespace specquant_cuda {
@@ -139,7 +140,7 @@ struct Consumer90 {
     }
   }
 
-  // y of a tile: scales where there are no groups, the branch, bias.
+  // y of a tile: scales where there are no groups, the branch, bias, residual.
   __device__ __forceinline__ void finish(int tile, int turn) {
     const Args& args = gemm.args;
     const int token_base = gemm.first_token(tile), output = gemm.first_output(tile) + 32 * group + 4 * g;
@@ -211,7 +212,13 @@ struct Consumer90 {
           }
           v[i] = value + branch[i / 2 * 4 + i % 2 * 2 + e] + bias[i];
         }
-        if (token < args.tokens && inside) store(v, static_cast<int64_t>(token) * args.m + output);
+        const int64_t at = static_cast<int64_t>(token) * args.m + output;
+        if (token >= args.tokens || !inside) continue;
+        if (args.residual) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) v[i] += residual_at(args, at + i);
+        }
+        store(v, at);
       }
     }
     release(gemm.end_empty);

@@ -1,6 +1,7 @@
 // The arithmetic of quantised activations, operation for operation that of reference.py: nothing here may be fused.
 #pragma once
 
+#include "args.h"
 #include "ptx.cuh"
 
 namespace specquant_cuda {
@@ -89,5 +90,10 @@ __device__ __forceinline__ void load8(float (&v)[8], const float* from, bool the
 
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(float v) { return v; }
+
+__device__ __forceinline__ float residual_at(const Args& args, int64_t at) {
+  return args.y_half ? __half2float(static_cast<const __half*>(args.residual)[at])
+                     : static_cast<const float*>(args.residual)[at];
+}
 
 }  // namespace specquant_cuda

@@ -295,6 +295,7 @@ __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
     }
     if (args.bias) y += args.bias[output];
     const int64_t at = static_cast<int64_t>(token) * args.m + output;
+    if (args.residual) y += residual_at(args, at);
     if (args.y_half) {
       static_cast<__half*>(args.y)[at] = __float2half_rn(y);
     } else {

@@ -42,6 +42,9 @@ const char* check(const SpecquantCudaProblem& p) {
     return "the basis must have 0 to in-features columns, at most 4096";
   if (p.rank < 0 || p.rank > p.basis_rank) return "rank must be 0 to the columns of the basis";
   if (p.basis ? p.basis_rank && !p.coef : p.basis_rank != 0) return "basis and coef must both be there, or neither";
+  if (p.prologue < 0 || p.prologue > 3) return "prologue must be 0 to 3";
+  if (p.prologue == 1 && !p.norm) return "norm is missing";
+  if (p.prologue == 1 && !(p.epsilon >= 0.0f && p.epsilon <= 3.4e38f)) return "epsilon must be 0 or more, and finite";
   if (p.act_bits != 16 && (p.act_bits < 2 || p.act_bits > 8)) return "act_bits must be 2 to 8, or 16";
   if (!(p.act_clip > 0.0f && p.act_clip <= 1.0f)) return "act_clip must be more than 0, and at most 1";
   if (!divides(p.group_size, p.in_features) || !divides(p.act_group, p.in_features))
@@ -67,21 +70,22 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   a.segment = halves ? a.weight_group : std::min(a.weight_group, a.act_group);
   a.segments = a.n / a.segment;
   a.hadamard = int(p.hadamard);
-  a.x_half = p.half && !a.hadamard, a.y_half = p.half, a.wide_sums = p.wide_sums;
+  const bool moved = a.hadamard || p.prologue;
+  a.x_half = p.half && !moved, a.y_half = p.half, a.wide_sums = p.wide_sums;
   a.subtract = p.subtract && a.rank;
   a.early = device.major >= 9;
   a.high_nibbles = 0xF0F0F0F0u;
   a.clip = p.act_clip;
   a.basis = static_cast<const __half*>(p.basis), a.coef = static_cast<const __half*>(p.coef);
   a.qweight = static_cast<const uint8_t*>(p.qweight), a.scales = static_cast<const __half*>(p.scales);
-  a.row_sums = p.row_sums, a.bias = p.bias;
+  a.row_sums = p.row_sums, a.bias = p.bias, a.residual = p.residual;
   a.x = p.x, a.y = p.y;
 
   plan.mode = halves ? kHalf : a.segments == 1 ? kChannel : a.bits == 8 ? kFoldZero : kFold;
   a.level_unit = plan.mode == kFold || plan.mode == kFoldZero ? 0.0625f : 1.0f;
 
   const bool vectors = a.m % 8 == 0 && aligned(p.qweight) && aligned(p.scales) && aligned(p.row_sums) &&
-                       aligned(p.bias) && aligned(p.coef) && aligned(p.y);
+                       aligned(p.bias) && aligned(p.coef) && aligned(p.residual) && aligned(p.y);
   const bool whole_steps = a.segment % kStep == 0 || a.segments == 1;
   // Of a longer segment, 16 · zero · sum leaves the range in which 1.5 · 2^23 + an integer is exact.
   const bool zeros_fit = plan.mode != kFoldZero || a.segment <= 2 * kStep;
@@ -92,7 +96,7 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
                 a.m % kPanel == 0 && a.rp <= kFastRank;
   plan.matvec_tokens = !plan.gemm ? 0 : plan.mode == kChannel ? kMatvecTokens / 2 : kMatvecTokens;
 
-  plan.tensor_prepare = a.n % kBlock == 0 && a.r <= kFastRank && (a.hadamard || aligned(p.x)) && aligned(p.basis);
+  plan.tensor_prepare = a.n % kBlock == 0 && a.r <= kFastRank && (moved || aligned(p.x)) && aligned(p.basis);
   plan.direct = plan.tensor_prepare && !halves && a.segment == kStep && a.act_group == kStep;
   plan.two_pass = plan.tensor_prepare && !halves && a.act_group == a.n && !plan.direct;
   const int tiles = ceil_div(std::max(a.tokens, 1), kDownTokens), chunks = ceil_div(a.n, kDownChunk);
@@ -104,7 +108,7 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   SpecquantCudaLayout& at = plan.layout;
   const int64_t elements = p.tokens * a.n, rows = halves ? 1 : a.segments;
   Arena arena;
-  at.rotated = arena.take(a.hadamard, elements * 4);
+  at.rotated = arena.take(moved, elements * 4);
   at.reduced = arena.take(a.subtract && !plan.direct && !plan.two_pass, elements * 4);
   at.partial = arena.take(a.rank && plan.tensor_prepare, int64_t(a.splits) * a.tokens * a.rp * 4);
   at.low = arena.take(a.rank, p.tokens * 2 * a.rp * 2);

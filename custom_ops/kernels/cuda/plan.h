@@ -1,13 +1,10 @@
 // What a call will do: checked sizes, the layout of its workspace, and which kernels take it. Host only.
 #pragma once
 
+#include "api.h"
 #include "args.h"
 
 namespace specquant_cuda {
-
-struct Device {
-  int major, minor, multiprocessors;
-};
 
 struct Plan {
   Args args;  // pointers into the workspace are null

@@ -2,6 +2,7 @@
 // branch that the tensor-core kernels do not take.
 #include "args.h"
 #include "levels.cuh"
+#include "reductions.cuh"
 
 namespace specquant_cuda {
 namespace {
@@ -9,35 +10,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLongGroup = 1024;  // from here on all threads share a group
-
-struct Sum {
-  __device__ float operator()(float a, float b) const { return a + b; }
-};
-struct Smallest {
-  __device__ float operator()(float a, float b) const { return min_nan(a, b); }
-};
-struct Largest {
-  __device__ float operator()(float a, float b) const { return max_nan(a, b); }
-};
-
-template <class F>
-__device__ __forceinline__ float over_warp(float value, F combine) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) value = combine(value, __shfl_xor_sync(~0u, value, d));
-  return value;
-}
-
-// Over all threads of the block, in the same order every time. `scratch` has kWarps floats.
-template <class F>
-__device__ float over_block(float value, F combine, float* scratch) {
-  value = over_warp(value, combine);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = scratch[0];
-  for (int i = 1; i < kWarps; ++i) value = combine(value, scratch[i]);
-  return value;
-}
 
 template <class U>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const Args args, const U* all) {
@@ -56,8 +28,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const Args args, con
       lowest = min_nan(lowest, value);
       highest = max_nan(highest, value);
     }
-    lowest = wide ? over_block(lowest, Smallest(), scratch) : over_warp(lowest, Smallest());
-    highest = wide ? over_block(highest, Largest(), scratch) : over_warp(highest, Largest());
+    lowest = wide ? over_block<kWarps>(lowest, Smallest(), scratch) : over_warp(lowest, Smallest());
+    highest = wide ? over_block<kWarps>(highest, Largest(), scratch) : over_warp(highest, Largest());
     const Quantizer q(lowest, highest, args.clip, args.bits);
     const float centre = q.centre(args.bits);
     for (int i = worker; i < length; i += workers)
@@ -80,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) halve_kernel(const Args args, const 
   __half* out = static_cast<__half*>(args.levels);
   float largest = 0.0f, factor, inverse;
   for (int i = threadIdx.x; i < args.n; i += kThreads) largest = max_nan(largest, fabsf(to_float(u[i])));
-  half_factor(over_block(largest, Largest(), scratch), factor, inverse);
+  half_factor(over_block<kWarps>(largest, Largest(), scratch), factor, inverse);
   for (int i = threadIdx.x; i < args.kp; i += kThreads)
     out[level_place(args, token, i)] = i < args.n ? __float2half_rn(to_float(u[i]) * inverse) : __half(0.0f);
   if (threadIdx.x == 0) args.scale[token] = factor;
@@ -103,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) branch_kernel(const Args args) {
   __syncthreads();
   float largest = 0.0f, factor, inverse;
   for (int j = threadIdx.x; j < args.rank; j += kThreads) largest = max_nan(largest, fabsf(low[j]));
-  half_factor(over_block(largest, Largest(), scratch), factor, inverse);
+  half_factor(over_block<kWarps>(largest, Largest(), scratch), factor, inverse);
   __half* out = args.low + static_cast<int64_t>(token) * 2 * args.rp;
   for (int j = threadIdx.x; j < args.rp; j += kThreads) split_half(low[j] * inverse, out[j], out[args.rp + j]);
   if (threadIdx.x == 0) args.low_factor[token] = factor;

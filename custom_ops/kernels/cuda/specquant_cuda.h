@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define SPECQUANT_CUDA_ABI 1
+#define SPECQUANT_CUDA_ABI 2
 
 /* One call of SpecQuantMatMul, or of Int4ResidualMatMul when basis is null. library_cuda.py mirrors it. */
 typedef struct SpecquantCudaProblem {
@@ -28,20 +28,24 @@ typedef struct SpecquantCudaProblem {
   int32_t subtract;      /* 1: the branch's part of x is removed before it is quantised */
   int32_t half;          /* 1: x and y are float16; 0: float32 */
   int32_t wide_sums;     /* 1: row_sums is int32; 0: int16 */
+  int32_t prologue;      /* 0: none; 1: rms_norm; 2: silu_gate; 3: gelu_gate */
   float act_clip;        /* share of a group's range that the levels span, in (0, 1] */
-  const void* x;         /* [T, N] */
+  float epsilon;         /* of rms_norm */
+  const void* x;         /* [T, N], with a gate [T, 2N] */
   const void* basis;     /* float16 [N, r], or null */
   const void* coef;      /* float16 [r, M] */
   const void* qweight;   /* [P, Q, 64], two nibbles a byte */
   const void* scales;    /* float16 [G, M] */
   const void* row_sums;  /* [S, M] */
   const float* bias;     /* [M], or null */
+  const float* norm;     /* [N], of rms_norm */
+  const void* residual;  /* [T, M], added to y, which it may not overlap; or null */
   void* y;               /* [T, M] */
 } SpecquantCudaProblem;
 
 /* What the first stage leaves in the workspace, as byte offsets (-1: not there). Tests read it. */
 typedef struct SpecquantCudaLayout {
-  int64_t rotated;  /* float32 [T, N]: x after the Hadamard transform */
+  int64_t rotated;  /* float32 [T, N]: x after prologue and Hadamard transform, where there is one of them */
   int64_t reduced;  /* float32 [T, N]: x less the branch's part, when it is kept */
   int64_t partial;  /* float32 [splits, T, rank_padded]: shares of low */
   int64_t low;      /* float16 [T, 2, rank_padded]: leading and trailing bits of low / low_factor */
@@ -54,8 +58,41 @@ typedef struct SpecquantCudaLayout {
   float level_unit; /* 1/16 where a sum of 16 times the weights is folded in float, else 1 */
 } SpecquantCudaLayout;
 
+/* One call of Int4KVAttention, or of HalfKVAttention where half_cache is set. Symbols: B batch, S new tokens of a row
+ * (padding included), H query heads, K kv heads, d head_dim, P and T rows of the cache before and after,
+ * E = d/2 + 4 bytes of a cache row, or 2 d. library_cuda_attention.py mirrors it. */
+typedef struct SpecquantCudaAttention {
+  int64_t batch;         /* B; B * K at most 65535 */
+  int64_t sequence;      /* S */
+  int64_t past_rows;     /* P */
+  int64_t present_rows;  /* T >= P */
+  int64_t num_heads;     /* H */
+  int64_t kv_num_heads;  /* K, divides H */
+  int64_t head_dim;      /* d */
+  int64_t context;       /* rows of cos and sin */
+  int64_t rotary;        /* their columns; twice as many features turn */
+  int64_t window;        /* tokens a query sees, itself included; <= 0: all */
+  int32_t hadamard;      /* 1: queries and keys pass a Hadamard transform; 0 with half_cache */
+  int32_t half;          /* 1: qkv and y are float16; 0: float32 */
+  int32_t half_cache;    /* 1: cache rows are d float16; 0: packed */
+  float scale;           /* what q . k is multiplied by; 0: 1 / sqrt(d) */
+  float clip;            /* share of a packed row's range that its levels span, in (0, 1] */
+  const void* qkv;           /* [B, S, (H + 2K) d] */
+  const void* past_key;      /* [B, K, P, E]; cache rows are aligned to 4 bytes */
+  const void* past_value;
+  const int32_t* seqlens_k;  /* [B]: tokens of a row, the new ones included, less one */
+  const int64_t* position_ids; /* [B, S]: rows of cos and sin */
+  const float* cos;          /* [context, rotary] */
+  const float* sin;
+  const float* key_offset;   /* [K, d], or null with half_cache */
+  void* present_key;         /* [B, K, T, E]; may be past_key itself if T == P */
+  void* present_value;
+  void* y;                   /* [B, S, H d]; zeros for padding */
+} SpecquantCudaAttention;
+
 int32_t specquant_cuda_abi(void);
 int64_t specquant_cuda_problem_size(void);
+int64_t specquant_cuda_attention_size(void);
 int64_t specquant_cuda_layout_size(void);
 
 /* Each returns null if all is well, else one line that says what is wrong, valid until this thread's next call. */
@@ -79,6 +116,18 @@ const char* specquant_cuda_workspace(const SpecquantCudaProblem* problem, int64_
  * "gemm_large" or "any", the slow one that takes every shape. */
 const char* specquant_cuda_matmul(const SpecquantCudaProblem* problem, void* workspace, int64_t workspace_bytes,
                                   void* stream, const char* path);
+
+/* Sizes, attributes and pointers of a call of attention; present_key, present_value and y may be null still. What lies
+ * on the GPU is not looked at: of a row whose seqlens_k does not fit the cache nothing is written and y is NaN, and a
+ * position that is not in the tables makes its token's y and key NaN. */
+const char* specquant_cuda_check_attention(const SpecquantCudaAttention* problem);
+
+/* Bytes of workspace of a sound call on the current device. */
+const char* specquant_cuda_attention_workspace(const SpecquantCudaAttention* problem, int64_t* bytes);
+
+/* Appends the new keys and values to the cache and computes y, as specquant_cuda_matmul does its work. */
+const char* specquant_cuda_attention(const SpecquantCudaAttention* problem, void* workspace, int64_t workspace_bytes,
+                                     void* stream);
 
 #ifdef __cplusplus
 }

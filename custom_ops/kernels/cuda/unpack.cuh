@@ -12,16 +12,25 @@ __device__ __forceinline__ void unpack_s8(uint32_t word, uint32_t mask, uint32_t
   second = (word & mask) ^ 0x80808080u;
 }
 
-// q as float16, features 0, 1 | 2, 3 | 4, 5 | 6, 7. 0x6400 is 1024, whose last place is 1.
+// Low or high nibbles of bytes 0 and 2, each less 8, as float16. 0x6400 is 1024, whose last place is 1.
+__device__ __forceinline__ uint32_t low_nibbles(uint32_t bytes) {
+  const __half2 offset = half2_of(0x64086408u);  // 1024 + 8
+  return bits_of(__hsub2(half2_of((bytes & 0x000F000Fu) | 0x64006400u), offset));
+}
+
+__device__ __forceinline__ uint32_t high_nibbles(uint32_t bytes) {
+  const __half2 scale = half2_of(0x2C002C00u);   // 1/16
+  const __half2 offset = half2_of(0xD480D480u);  // −(1024 / 16 + 8)
+  return bits_of(__hfma2(half2_of((bytes & 0x00F000F0u) | 0x64006400u), scale, offset));
+}
+
+// q as float16, features 0, 1 | 2, 3 | 4, 5 | 6, 7.
 __device__ __forceinline__ void unpack_half(uint32_t word, uint32_t (&pairs)[4]) {
-  const __half2 low_offset = half2_of(0x64086408u);   // 1024 + 8
-  const __half2 high_scale = half2_of(0x2C002C00u);   // 1/16
-  const __half2 high_offset = half2_of(0xD480D480u);  // −(1024 / 16 + 8)
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint32_t bytes = __byte_perm(word, 0, i ? 0x4342 : 0x4140);
-    pairs[i] = bits_of(__hsub2(half2_of((bytes & 0x000F000Fu) | 0x64006400u), low_offset));
-    pairs[2 + i] = bits_of(__hfma2(half2_of((bytes & 0x00F000F0u) | 0x64006400u), high_scale, high_offset));
+    pairs[i] = low_nibbles(bytes);
+    pairs[2 + i] = high_nibbles(bytes);
   }
 }
 

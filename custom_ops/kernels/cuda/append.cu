@@ -1,0 +1,190 @@
+// The first stage of attention: a warp per token and head. Queries are turned and transformed, keys and values written
+// to the cache. What reaches the cache equals attention.py and kv_rows.py bit for bit: nothing here may be fused.
+#include "attention_args.h"
+#include "levels.cuh"
+#include "reductions.cuh"
+
+namespace specquant_cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kLanes = kMostHeadDim / 32;  // features of a lane: lane, lane + 32, …
+
+// Rotary positions of `row` (the warp's, in shared memory), in registers. NaN for a position that no table has.
+__device__ __forceinline__ void turn(const AttentionArgs& a, const float* row, int64_t position, float (&x)[kLanes]) {
+  const int lane = threadIdx.x % 32, r = a.rotary;
+  const bool known = position >= 0 && position < a.context;
+#pragma unroll
+  for (int j = 0; j < kLanes; ++j) {
+    const int i = lane + 32 * j, k = i < r ? i : i - r;
+    if (i >= a.d) break;
+    x[j] = row[i];
+    if (i >= 2 * r) continue;
+    const float cos = known ? a.cos[position * r + k] : __int_as_float(0x7FC00000);
+    const float sin = known ? a.sin[position * r + k] : 0.0f;
+    x[j] = i < r ? __fsub_rn(__fmul_rn(row[i], cos), __fmul_rn(row[i + r], sin))
+                 : __fadd_rn(__fmul_rn(row[i], cos), __fmul_rn(row[k], sin));
+  }
+}
+
+// Butterflies at distance 1, 2, 4, …: within the warp, then within a lane. d is a power of two.
+__device__ __forceinline__ void transform(int d, float (&x)[kLanes]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    if (step >= d) break;
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j) {
+      if (32 * j >= d) break;
+      const float other = __shfl_xor_sync(~0u, x[j], step);
+      x[j] = lane & step ? __fsub_rn(other, x[j]) : __fadd_rn(x[j], other);
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2)
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j)
+      if (!(j & step) && 32 * (j + step) < d) {
+        const float first = x[j], second = x[j + step];
+        x[j] = __fadd_rn(first, second);
+        x[j + step] = __fsub_rn(first, second);
+      }
+  const float factor = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(d)));
+#pragma unroll
+  for (int j = 0; j < kLanes; ++j) x[j] = __fmul_rn(x[j], factor);
+}
+
+// One packed row: levels over the range less `cut` at either end; NaN as scale and low if float16 cannot span it.
+__device__ __forceinline__ void pack(const AttentionArgs& a, const float (&x)[kLanes], uint8_t* levels, void* to) {
+  const int lane = threadIdx.x % 32, d = a.d;
+  float least = INFINITY, most = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < kLanes; ++j)
+    if (lane + 32 * j < d) {
+      least = min_nan(least, x[j]);
+      most = max_nan(most, x[j]);
+    }
+  least = over_warp(least, Smallest());
+  most = over_warp(most, Largest());
+  const float span = __fsub_rn(most, least), cut = __fmul_rn(span, a.cut);
+  const __half scale = __float2half_rn(__fdiv_rn(__fsub_rn(span, __fadd_rn(cut, cut)), 15.0f));
+  const __half low = __float2half_rn(__fadd_rn(least, cut));
+  const float wide = __half2float(scale), start = __half2float(low);
+  const bool sound = fabsf(wide) <= 65504.0f && fabsf(start) <= 65504.0f;
+  const float inverse = sound && wide > 0.0f ? __fdiv_rn(1.0f, wide) : 0.0f;
+#pragma unroll
+  for (int j = 0; j < kLanes; ++j)
+    if (lane + 32 * j < d) {
+      const float level = rintf(__fmul_rn(__fsub_rn(x[j], start), inverse));
+      levels[lane + 32 * j] = static_cast<uint8_t>(sound ? fminf(fmaxf(level, 0.0f), 15.0f) : 0.0f);
+    }
+  __syncwarp();
+  uint32_t* words = static_cast<uint32_t*>(to);
+  if (lane < d / 8) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      word |= static_cast<uint32_t>(levels[4 * lane + i] | levels[d / 2 + 4 * lane + i] << 4) << 8 * i;
+    words[lane] = word;
+  }
+  if (lane == 0) {
+    const uint32_t first = __half_as_ushort(scale), second = start == 0.0f ? 0 : __half_as_ushort(low);  // −0 becomes 0
+    words[d / 8] = sound ? first | second << 16 : 0x7E007E00u;
+  }
+}
+
+template <class X, bool half_cache>
+__global__ void __launch_bounds__(kThreads) append_kernel(const AttentionArgs a) {
+  __shared__ float rows[kWarps][kMostHeadDim];
+  __shared__ uint8_t levels[kWarps][kMostHeadDim];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = a.d;
+  const int all = a.heads + 2 * a.kv_heads;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  const int b = blockIdx.y, token = static_cast<int>(item / all), head = static_cast<int>(item % all);
+  if (token >= a.sequence) return;
+  const Lengths lengths = lengths_of(a, b);
+  if (!lengths.sound || token >= lengths.after - lengths.before) return;
+
+  const int64_t at = static_cast<int64_t>(b) * a.sequence + token;
+  const X* from = static_cast<const X*>(a.qkv) + (at * all + head) * d;
+  float x[kLanes] = {};
+#pragma unroll
+  for (int j = 0; j < kLanes; ++j)
+    if (lane + 32 * j < d) rows[warp][lane + 32 * j] = x[j] = to_float(from[lane + 32 * j]);
+  __syncwarp();
+  const bool query = head < a.heads, value = head >= a.heads + a.kv_heads;
+  const int kv_head = query ? 0 : value ? head - a.heads - a.kv_heads : head - a.heads;
+  if (!value) {
+    turn(a, rows[warp], a.position_ids[at], x);
+    if (!query && a.key_offset) {
+#pragma unroll
+      for (int j = 0; j < kLanes; ++j)
+        if (lane + 32 * j < d) x[j] = __fsub_rn(x[j], a.key_offset[kv_head * d + lane + 32 * j]);
+    }
+    if (a.hadamard) transform(d, x);
+  }
+  if (query) {
+    float* to = a.queries + (at * a.heads + head) * d;
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j)
+      if (lane + 32 * j < d) to[lane + 32 * j] = x[j] * a.factor;
+    return;
+  }
+  const int64_t row = (static_cast<int64_t>(b) * a.kv_heads + kv_head) * a.present_rows + lengths.before + token;
+  void* cache = value ? a.present_value : a.present_key;
+  if (half_cache) {
+    __half* to = static_cast<__half*>(cache) + row * d;
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j)
+      if (lane + 32 * j < d) to[lane + 32 * j] = __float2half_rn(x[j]);
+  } else {
+    pack(a, x, levels[warp], static_cast<char*>(cache) + row * (d / 2 + 4));
+  }
+}
+
+// The first `before` rows of one cache.
+__global__ void __launch_bounds__(kThreads) copy_kernel(const AttentionArgs a, const uint32_t* from, uint32_t* to,
+                                                        int row_words) {
+  const Lengths lengths = lengths_of(a, blockIdx.y / a.kv_heads);
+  if (!lengths.sound) return;
+  const int64_t count = static_cast<int64_t>(lengths.before) * row_words;
+  from += static_cast<int64_t>(blockIdx.y) * a.past_rows * row_words;
+  to += static_cast<int64_t>(blockIdx.y) * a.present_rows * row_words;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) to[i] = from[i];
+}
+
+}  // namespace
+
+cudaError_t copy_past(const AttentionArgs& a, cudaStream_t stream) {
+  const int row_words = a.half_cache ? a.d / 2 : a.d / 8 + 1;
+  const int64_t words = static_cast<int64_t>(a.past_rows) * row_words;
+  const int chunks = static_cast<int>(words / (8 * kThreads) < 64 ? words / (8 * kThreads) + 1 : 64);
+  const dim3 grid(chunks, a.batch * a.kv_heads);
+  const struct {
+    const void* from;
+    void* to;
+  } caches[] = {{a.past_key, a.present_key}, {a.past_value, a.present_value}};
+  for (const auto& cache : caches) {
+    if (cache.from == cache.to) continue;
+    const uint32_t* from = static_cast<const uint32_t*>(cache.from);
+    uint32_t* to = static_cast<uint32_t*>(cache.to);
+    copy_kernel<<<grid, kThreads, 0, stream>>>(a, from, to, row_words);
+  }
+  return cudaGetLastError();
+}
+
+cudaError_t append(const AttentionArgs& a, cudaStream_t stream) {
+  const int64_t rows = static_cast<int64_t>(a.sequence) * (a.heads + 2 * a.kv_heads);
+  const dim3 grid(static_cast<unsigned>((rows + kWarps - 1) / kWarps), a.batch);
+  const auto start = [&](auto kernel) { kernel<<<grid, kThreads, 0, stream>>>(a); };
+  if (a.half) {
+    a.half_cache ? start(append_kernel<__half, true>) : start(append_kernel<__half, false>);
+  } else {
+    a.half_cache ? start(append_kernel<float, true>) : start(append_kernel<float, false>);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace specquant_cuda

@@ -1,0 +1,121 @@
+// The C API of attention: checks, the workspace, and the order of the kernels.
+#include <algorithm>
+#include <cmath>
+
+#include "attention_args.h"
+
+namespace specquant_cuda {
+namespace {
+
+constexpr int64_t kMostSize = int64_t(1) << 22;  // of lengths and heads
+constexpr int64_t kMostRows = 65535;             // of a grid's second axis
+constexpr int64_t kBlocks = 4;                   // of a multiprocessor that splits are made for
+constexpr int64_t kMostSplits = 128;
+
+}  // namespace
+
+const char* check(const SpecquantCudaAttention& p) {
+  if (p.head_dim < 1 || p.head_dim > kMostHeadDim || p.head_dim % kHeadDimMultiple)
+    return "head_dim must be a multiple of 16, at most 256";
+  if (p.num_heads < 1 || p.kv_num_heads < 1 || p.num_heads > kMostRows || p.num_heads % p.kv_num_heads)
+    return "kv_num_heads must divide num_heads";
+  for (const int64_t size : {p.batch, p.sequence, p.past_rows, p.present_rows, p.context, p.rotary})
+    if (size < 0 || size > kMostSize) return "sizes must be 0 to 4194304";
+  if (p.batch * p.kv_num_heads > kMostRows) return "batch times kv_num_heads must be at most 65535";
+  if (p.sequence * p.num_heads > int64_t(1) << 30) return "sequence times num_heads must be at most 2^30";
+  if (p.present_rows < p.past_rows) return "the cache cannot shrink";
+  if (p.present_rows > p.past_rows + p.sequence) return "total_sequence_length exceeds the cache and the new tokens";
+  if (2 * p.rotary > p.head_dim) return "cos and sin have more than head_dim / 2 columns";
+  for (const int32_t flag : {p.hadamard, p.half, p.half_cache})
+    if (flag != 0 && flag != 1) return "hadamard, half and half_cache must be 0 or 1";
+  if (p.half_cache && (p.hadamard || p.key_offset)) return "a float16 cache has no hadamard and no key_offset";
+  if (!(p.clip > 0.0f && p.clip <= 1.0f)) return "clip must be more than 0, and at most 1";
+  if (!(std::abs(p.scale) <= 3.4e38f)) return "scale must be finite";
+  if (p.hadamard && (p.head_dim & (p.head_dim - 1))) return "hadamard needs a head_dim that is a power of two";
+  const bool tokens = p.batch * p.sequence > 0, cached = p.batch * p.past_rows > 0, turned = p.context * p.rotary > 0;
+  if ((tokens && (!p.qkv || !p.position_ids)) || (p.batch && !p.seqlens_k) || (turned && (!p.cos || !p.sin)) ||
+      (cached && (!p.past_key || !p.past_value)) || (!p.half_cache && !p.key_offset))
+    return "an input is missing";
+  for (const void* cache : {p.past_key, p.past_value, const_cast<const void*>(p.present_key),
+                            const_cast<const void*>(p.present_value)})
+    if (reinterpret_cast<uintptr_t>(cache) % 4) return "the cache must be aligned to 4 bytes";
+  return nullptr;
+}
+
+AttentionArgs plan_attention(const SpecquantCudaAttention& p, const Device& device, int64_t& bytes) {
+  AttentionArgs a{};
+  a.batch = int(p.batch), a.sequence = int(p.sequence);
+  a.heads = int(p.num_heads), a.kv_heads = int(p.kv_num_heads), a.group = a.heads / a.kv_heads;
+  a.d = int(p.head_dim), a.rotary = int(p.rotary), a.context = int(p.context);
+  a.window = int(std::clamp<int64_t>(p.window, 0, kMostSize));
+  a.past_rows = int(p.past_rows), a.present_rows = int(p.present_rows);
+  a.hadamard = p.hadamard, a.half = p.half, a.half_cache = p.half_cache;
+  a.factor = (p.scale != 0.0f ? p.scale : 1.0f / std::sqrt(float(a.d))) * 1.44269504f;
+  a.cut = 0.5f * (1.0f - p.clip);
+  a.qkv = p.qkv, a.past_key = p.past_key, a.past_value = p.past_value;
+  a.seqlens_k = p.seqlens_k, a.position_ids = p.position_ids;
+  a.cos = p.cos, a.sin = p.sin, a.key_offset = p.key_offset;
+  a.present_key = p.present_key, a.present_value = p.present_value, a.y = p.y;
+
+  // Splits as blocks allow. They take tiles in turn, so that a cache that is far from full keeps all of them busy.
+  const int64_t rows = int64_t(a.sequence) * a.group, heads = int64_t(a.batch) * a.kv_heads;
+  const int64_t tiles = std::max(1, ceil_div(a.present_rows, kTileTokens));
+  a.splits = 1;
+  if (rows <= kDecodeRows && rows * heads > 0) {
+    const int64_t blocks = heads * ceil_div(int(rows), kTileRows);
+    const int64_t most = std::min(tiles, kMostSplits);
+    a.splits = int(std::clamp<int64_t>(kBlocks * device.multiprocessors / blocks, 1, most));
+  }
+  bytes = round_up(p.batch * p.sequence * p.num_heads * p.head_dim * 4, 256);
+  if (a.splits > 1) bytes += heads * rows * a.splits * (a.d + 2) * 4;
+  return a;
+}
+
+void place_workspace(AttentionArgs& a, void* workspace) {
+  a.queries = static_cast<float*>(workspace);
+  a.partials = a.queries + round_up(int64_t(a.batch) * a.sequence * a.heads * a.d * 4, 256) / 4;
+}
+
+}  // namespace specquant_cuda
+
+using namespace specquant_cuda;
+
+SPECQUANT_EXPORT int64_t specquant_cuda_attention_size(void) { return int64_t(sizeof(SpecquantCudaAttention)); }
+
+SPECQUANT_EXPORT const char* specquant_cuda_check_attention(const SpecquantCudaAttention* problem) {
+  return check(*problem);
+}
+
+SPECQUANT_EXPORT const char* specquant_cuda_attention_workspace(const SpecquantCudaAttention* problem, int64_t* bytes) {
+  if (const char* wrong = check(*problem)) return wrong;
+  Device device{};
+  if (const char* wrong = current(device)) return wrong;
+  plan_attention(*problem, device, *bytes);
+  return nullptr;
+}
+
+SPECQUANT_EXPORT const char* specquant_cuda_attention(const SpecquantCudaAttention* problem, void* workspace,
+                                                      int64_t workspace_bytes, void* stream) {
+  if (const char* wrong = check(*problem)) return wrong;
+  Device device{};
+  if (const char* wrong = current(device)) return wrong;
+  int64_t bytes;
+  AttentionArgs a = plan_attention(*problem, device, bytes);
+  if (a.batch == 0) return nullptr;
+  if (!a.present_key || !a.present_value || !a.y) return "present_key, present_value or y are missing";
+  const bool moves = a.present_key != a.past_key || a.present_value != a.past_value;
+  if ((a.present_key == a.past_key || a.present_value == a.past_value) && a.present_rows != a.past_rows)
+    return "a cache that is extended in place must have room";
+  if (bytes && (!workspace || workspace_bytes < bytes || reinterpret_cast<uintptr_t>(workspace) % 256))
+    return say("the workspace must have %lld bytes, aligned to 256", static_cast<long long>(bytes));
+  place_workspace(a, workspace);
+
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  cudaError_t error = moves && a.past_rows ? copy_past(a, on) : cudaSuccess;
+  if (a.sequence > 0) {
+    if (error == cudaSuccess) error = append(a, on);
+    if (error == cudaSuccess) error = attend(a, on);
+    if (error == cudaSuccess && a.splits > 1) error = merge(a, on);
+  }
+  return error == cudaSuccess ? nullptr : failed("a CUDA kernel did not start", error);
+}

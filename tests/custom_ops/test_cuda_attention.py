@@ -1,0 +1,178 @@
+"""The CUDA kernels of attention against the reference: on a GPU, or compiled for the CPU (docs/cuda.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.kv_rows import unpack_rows
+from specquant.custom_ops.library_cuda_attention import attention, attention_problem, attention_workspace
+from tests.attention import HALF, INT4, Call, random_call
+from tests.cuda_arrays import POISON, DeviceArray, require_kernels
+
+require_kernels()
+# past and new tokens of each row, and what differs from 6 heads on 2 of 64. Up to 64 rows of a kv head (new tokens
+# times heads that share it) are split over the cached tokens; more go tile by tile.
+CALLS: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {
+    "prefill": ([0], [37], {"heads": 9, "kv_heads": 3}),
+    "unequal prompts": ([0, 0, 0], [90, 4, 1], {"head_dim": 128, "heads": 2, "kv_heads": 2}),
+    "chunk": ([70], [45], {"spare": 3}),
+    "step": ([13, 0, 300], [1, 1, 1], {"spare": 5}),
+    "long step": ([1100, 530], [1, 1], {"heads": 5, "kv_heads": 1, "head_dim": 32}),
+    "blocks": ([127], [130], {"heads": 2, "kv_heads": 2, "head_dim": 16}),
+    "window": ([19], [70], {"window": 7, "heads": 2}),
+    "window over tiles": ([100], [140], {"window": 90, "heads": 1, "kv_heads": 1, "head_dim": 112}),
+    "window step": ([900], [1], {"window": 400, "spare": 1}),
+    "many heads": ([4], [3], {"heads": 26, "kv_heads": 2, "head_dim": 16, "scale": 0.4}),
+    "step of many heads": ([40], [1], {"heads": 70, "kv_heads": 1, "head_dim": 48}),
+    "head of 80": ([20], [71], {"head_dim": 80, "rotary": 8, "heads": 1, "kv_heads": 1}),
+    "step of 256": ([130], [5], {"head_dim": 256, "heads": 2, "kv_heads": 1}),
+    "prefill of 256": ([30], [70], {"head_dim": 256, "heads": 1, "kv_heads": 1}),
+    "no rotary": ([3], [5], {"rotary": 0}),
+    "float16": ([50], [13], {"float_type": np.float16}),
+    "float16 prefill": ([20], [100], {"float_type": np.float16, "heads": 2, "head_dim": 128}),
+}
+INPUTS = ("qkv", "past_key", "past_value", "seqlens_k", "position_ids", "cos", "sin", "key_offset")
+
+
+def run(inputs: dict[str, Any], attributes: dict[str, Any], in_place: bool = False) -> list[NDArray[Any]]:
+    """y, present_key and present_value of the kernels. What nobody may write is poison, and looked at afterwards."""
+    arrays = {name: None if inputs.get(name) is None else DeviceArray(inputs[name]) for name in INPUTS}
+    batch, sequence, _ = inputs["qkv"].shape
+    heads, kv_heads = attributes["num_heads"], attributes["kv_num_heads"]
+    d = inputs["qkv"].shape[2] // (heads + 2 * kv_heads)
+    past = inputs["past_key"]
+    rows = max(past.shape[2], int(inputs["total_sequence_length"]))
+    if in_place:
+        present = [arrays["past_key"], arrays["past_value"]]
+    else:
+        empty = np.full((batch, kv_heads, rows, past.shape[3] * past.itemsize), POISON, np.uint8).view(past.dtype)
+        present = [DeviceArray(empty), DeviceArray(empty)]
+    y = DeviceArray(np.full((batch, sequence, heads * d), np.nan, inputs["qkv"].dtype))
+    problem = attention_problem(**arrays, present_key=present[0], present_value=present[1], y=y, **attributes)
+    size = attention_workspace(problem)
+    space = DeviceArray(np.full(size + 256, POISON, np.uint8))
+    attention(problem, space)
+    assert (space.numpy()[size:] == POISON).all(), "wrote past the end of the workspace"
+    return [y.numpy(), present[0].numpy(), present[1].numpy()]
+
+
+def compare(call: Call, outputs: list[NDArray[Any]]) -> None:
+    """y close, cache rows equal, padding 0."""
+    y, *caches = outputs
+    expected, *expected_caches = call.expected()
+    assert (y.dtype, y.shape) == (expected.dtype, expected.shape)
+    # Queries and weights go through the tensor cores as float16, in two parts where y is float32.
+    tolerance = 1e-5 if y.dtype == np.float32 else 5e-3
+    np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance * np.abs(expected.astype(np.float32)).max())
+    for b, count in enumerate(call.inputs["seqlens_k"] + 1 - call.past):
+        assert not y[b, count:].any()
+    for cache, expected_cache in zip(caches, expected_caches, strict=True):
+        assert cache.shape == expected_cache.shape
+        np.testing.assert_array_equal(call.rows(cache), call.rows(expected_cache))
+
+
+@pytest.mark.parametrize("op", [INT4, HALF])
+@pytest.mark.parametrize("kind", CALLS)
+def test_attention_equals_reference(rng: np.random.Generator, kind: str, op: str) -> None:
+    past, new, options = CALLS[kind]
+    head_dim = options.get("head_dim", 64)
+    hadamard = int(rng.integers(2)) if head_dim & (head_dim - 1) == 0 else 0
+    clip = float(rng.choice([1.0, 0.93, 0.5]))
+    call = random_call(rng, past, new, op=op, hadamard=hadamard, clip=clip, **options)
+    compare(call, run(call.inputs, call.attributes))
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 128, 256])
+def test_lengths_from_0(rng: np.random.Generator, head_dim: int) -> None:
+    for past in range(0, 140, 23):
+        new = int(rng.integers(1, 5))
+        options = {"head_dim": head_dim, "heads": 2, "kv_heads": 1, "spare": int(rng.integers(3))}
+        call = random_call(rng, [past], [new], hadamard=1, **options)
+        compare(call, run(call.inputs, call.attributes))
+
+
+@pytest.mark.parametrize("past", [[40, 7], [0, 300]])
+def test_the_cache_can_be_extended_where_it_lies(rng: np.random.Generator, past: list[int]) -> None:
+    call = random_call(rng, past, [1, 1], hadamard=1, spare=9)
+    outputs = run(call.inputs, call.attributes, in_place=True)
+    compare(call, outputs)
+    for cache in outputs[1:]:
+        for b, n in enumerate(past):
+            assert (cache[b, :, n + 1 :] == -1).all()  # what lies beyond a row's tokens stays
+
+
+@pytest.mark.parametrize("hostile", ["huge", "tiny", "constant", "denormal"])
+def test_cache_rows_are_bit_exact(rng: np.random.Generator, hostile: str) -> None:
+    call = random_call(rng, [0], [9], head_dim=48, rotary=0)
+    factor = {"huge": 3e4, "tiny": 1e-7, "constant": 0.0, "denormal": 1e-41}[hostile]
+    call.inputs["key_offset"][:] = 0
+    call.inputs["qkv"][:] = call.inputs["qkv"] * np.float32(factor) + np.float32(factor == 0)
+    y, *caches = run(call.inputs, call.attributes)
+    expected, *expected_caches = call.expected()
+    for cache, expected_cache in zip(caches, expected_caches, strict=True):
+        np.testing.assert_array_equal(call.rows(cache), call.rows(expected_cache))
+    if hostile in ("tiny", "constant"):
+        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("past", "new"), [([30], [1]), ([30], [40])])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_reaches_those_who_see_it(
+    rng: np.random.Generator, value: float, past: list[int], new: list[int]
+) -> None:
+    call = random_call(rng, past, new, heads=4, kv_heads=2, head_dim=32)
+    call.inputs["past_value"][0, 1, 5, -3] = 0x7E  # NaN as scale, of the second kv head
+    y = run(call.inputs, call.attributes)[0].reshape(-1, 4, 32)
+    assert np.isfinite(y[:, :2]).all()
+    assert np.isnan(y[:, 2:]).all()
+    call.inputs["qkv"][0, -1, 4 * 32] = value  # in the last key of the first kv head
+    y, keys, _ = run(call.inputs, call.attributes)
+    assert np.isnan(unpack_rows(keys[0, 0, sum(past) + sum(new) - 1])).all()
+    assert np.isnan(y.reshape(-1, 4, 32)[-1]).all()
+
+
+@pytest.mark.parametrize("lengths", [[41, 30], [-2, 30], [36, 30]])
+def test_lengths_that_do_not_fit_are_bounded(rng: np.random.Generator, lengths: list[int]) -> None:
+    """They lie on the GPU, so nobody can refuse them: the row's y is NaN, its cache stays, the other row is right."""
+    call = random_call(rng, [28, 28], [3, 3], head_dim=16)
+    expected, good = call.expected(), np.array(lengths, np.int32)
+    call.inputs["seqlens_k"][:] = good
+    y, keys, values = run(call.inputs, call.attributes)
+    assert np.isnan(y[0]).all()
+    np.testing.assert_allclose(y[1], expected[0][1], rtol=0, atol=1e-5 * np.abs(expected[0]).max())
+    for cache, wanted in ((keys, expected[1]), (values, expected[2])):
+        assert (cache[0].view(np.uint8) == POISON).all()
+        np.testing.assert_array_equal(cache[1], wanted[1])
+
+
+def test_positions_that_no_table_has_are_nan(rng: np.random.Generator) -> None:
+    call = random_call(rng, [5], [3], head_dim=16)
+    call.inputs["position_ids"][0, 1] = 1 << 40
+    y, keys, _ = run(call.inputs, call.attributes)
+    assert np.isfinite(y[0, 0]).all()
+    assert np.isnan(y[0, 1:]).all()
+    assert np.isnan(unpack_rows(keys[0, :, 6])).all()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "attributes", "message"),
+    [
+        ({"total_sequence_length": np.array(99, np.int32)}, {}, "total_sequence_length exceeds"),
+        ({"cos": np.ones((40, 9), np.float32), "sin": np.ones((40, 9), np.float32)}, {}, "head_dim / 2 columns"),
+        ({"key_offset": np.ones((2, 8), np.float32)}, {}, "key_offset is"),
+        ({}, {"hadamard": 1}, "power of two"),
+        ({}, {"clip": 0.0}, "clip"),
+        ({}, {"num_heads": 8, "kv_num_heads": 1}, "past_key is"),
+    ],
+)
+def test_what_is_refused(
+    rng: np.random.Generator, inputs: dict[str, Any], attributes: dict[str, Any], message: str
+) -> None:
+    call = random_call(rng, [30], [3], head_dim=48 if attributes.get("hadamard") else 16)
+    with pytest.raises(SpecQuantError, match=message):
+        run(call.inputs | inputs, call.attributes | attributes)
