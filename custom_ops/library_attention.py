@@ -101,7 +101,7 @@ def _attend(
     head_dim = width // (num_heads + 2 * kv_num_heads)
     past_rows, (context, columns) = past_key.shape[2], cos.shape
     rows = max(past_rows, int(total_sequence_length))
-    kind = np.dtype(np.float16 if key_offset is None else np.int8)
+    kind: type[np.generic] = np.float16 if key_offset is None else np.int8
     cache = (batch, kv_num_heads, past_rows, head_dim if key_offset is None else row_bytes(head_dim))
     operands = {
         "qkv": np.ascontiguousarray(qkv),

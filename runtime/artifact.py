@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -268,7 +268,7 @@ def _types_of(kind: type) -> tuple[dict[str, Any], tuple[Field[Any], ...]]:
 def _typed_fields(value: Any, kind: type[T], where: str) -> T:
     if not isinstance(value, dict):
         raise ValueError(f"{where.lstrip('.') or 'the whole'} should be an object")
-    hints, items = _types_of(kind)
+    hints, items = _types_of(cast(Any, kind))
     arguments = {}
     for item in items:
         if item.name in value:

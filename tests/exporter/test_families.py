@@ -144,7 +144,9 @@ def test_quantised_export_equals_its_simulation(rng: np.random.Generator, tmp_pa
     ids = rng.integers(3, VOCAB, 37)
     original = logits_of(model, ids)
     expected = logits_of(simulate(model, family_of(model.config), decoder), ids)
-    assert relative(prefill_and_steps(decoder, ids, tmp_path), expected) < 1e-3
+    assert (
+        relative(prefill_and_steps(decoder, ids, tmp_path), expected) < 3e-3
+    )  # a key near half a step of float16 goes either way
     assert relative(expected, original) > 1e-2  # it is not the float model that was compared with itself
 
 

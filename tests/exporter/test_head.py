@@ -75,8 +75,8 @@ def test_the_op_multiplies_what_the_table_says(rng: np.random.Generator, bits: i
 @pytest.mark.parametrize("bits", [8, 4])
 def test_graph_equals_simulation(rng: np.random.Generator, tmp_path: Path, bits: int, tied: bool) -> None:
     """Of some models, one has no activation so near half a step that the order of summation moves it."""
-    errors = []
-    for _ in range(4):
+    errors: list[float] = []
+    while min(errors, default=1) > 1e-4 and len(errors) < 12:
         model, decoder = tiny_llama(int(rng.integers(2**31)), tied=tied)
         decoder = replace(decoder, config=replace(decoder.config, head_bits=bits))
         ids = rng.integers(3, 128, (1, 12))
@@ -85,7 +85,7 @@ def test_graph_equals_simulation(rng: np.random.Generator, tmp_path: Path, bits:
             exact = model(torch.from_numpy(ids)).logits.numpy()
             expected = simulate(model, family_of(model.config), decoder)(torch.from_numpy(ids)).logits.numpy()
         assert np.abs(expected - exact).max() > 1e-3 * np.abs(exact).max()
-        errors.append(np.abs(actual - expected).max() / np.abs(expected).max())
+        errors.append(float(np.abs(actual - expected).max() / np.abs(expected).max()))
     assert min(errors) < 1e-4
 
 

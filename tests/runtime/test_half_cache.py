@@ -9,10 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from specquant.runtime import load
 from specquant.runtime.generate import Model
 from specquant.runtime.onnx_cpu import OnnxSequences
+
+
+def typical(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """The error of half of the tokens, of logits [T, vocab]: where a value lies so near half a step that the order of a
+    sum moves it, all later tokens show it."""
+    return float(np.median(np.abs(actual - expected).max(axis=1)) / np.abs(expected).max())
 
 
 @pytest.fixture(scope="module")
@@ -21,25 +28,20 @@ def model(folder: Path) -> Model:
 
 
 def test_op_and_function_compute_the_same(model: Model, folder: Path, rng: np.random.Generator) -> None:
-    """A key so near half a step that the order of a sum moves it shows in all later tokens: best of a few."""
-    plain, differences = load(folder, threads=1, custom_ops=False), []
-    for _ in range(3):
-        ids = rng.integers(3, 320, 40)
-        expected = plain.logits(ids)
-        differences.append(np.abs(model.logits(ids) - expected).max() / np.abs(expected).max())
-    assert min(differences) < 1e-3
+    plain = load(folder, threads=1, custom_ops=False)
+    prompts = [rng.integers(3, 320, 40) for _ in range(10)]
+    assert any(typical(model.logits(ids), plain.logits(ids)) < 1e-4 for ids in prompts)
 
 
 def test_steps_and_blocks_equal_one_pass(model: Model, rng: np.random.Generator) -> None:
     differences = []
-    for _ in range(3):
+    for _ in range(5):
         ids = rng.integers(3, 320, 50)
         sequences = model.sequences(1)
         parts = [block.copy() for start in (0, 13) for block in sequences.prefill(0, ids[start : (13, 20)[start > 0]])]
         parts += [sequences.decode(ids[t : t + 1]).copy() for t in range(20, 50)]
-        expected = model.logits(ids)
-        differences.append(np.abs(np.concatenate(parts) - expected).max() / np.abs(expected).max())
-    assert min(differences) < 1e-3
+        differences.append(typical(np.concatenate(parts), model.logits(ids)))
+    assert min(differences) < 1e-4
 
 
 def test_batches_equal_prompts_alone(model: Model) -> None:
