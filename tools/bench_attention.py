@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from bench_kernels import machine_limits
 from onnx import TensorProto, helper
+from ort_bench import Run, in_place, in_turns, open_session
 
 from specquant.custom_ops import library
 from specquant.custom_ops.errors import SpecQuantError
@@ -68,15 +68,11 @@ def model(op: str, heads: Sizes) -> onnx.ModelProto:
     )
 
 
-def runner(op: str, heads: Sizes, new: int, past: int, threads: int) -> Callable[[], np.ndarray]:
+def runner(op: str, heads: Sizes, new: int, past: int, threads: int) -> Run:
     """A call that runs `op` in place and returns y. All ops get the same numbers."""
     query, kv, d = heads
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # one's idle threads in the other's turn
-    if op == OURS:
-        library.register(options)
-    session = ort.InferenceSession(model(op, heads).SerializeToString(), options, ["CPUExecutionProvider"])
+    register = library.register if op == OURS else None
+    session = open_session(model(op, heads).SerializeToString(), threads, register)
     rng, total = np.random.default_rng(0), past + new
     angles = rng.uniform(0, 6.3, (total, d // 2))
     feeds = {
@@ -87,21 +83,12 @@ def runner(op: str, heads: Sizes, new: int, past: int, threads: int) -> Callable
         "cos": np.cos(angles).astype(np.float32),
         "sin": np.sin(angles).astype(np.float32),
     }
-    binding, y = session.io_binding(), np.empty((1, new, query * d), np.float32)
     caches = [rng.standard_normal((1, kv, total, d)).astype(np.float16) for _ in range(2)]
     if op != OURS:
         caches = [cache.astype(np.float32) for cache in caches]
-    bound = feeds | {"past_key": caches[0], "past_value": caches[1]}
-    for name, array in bound.items():
-        binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-    for name, array in {"y": y, "present_key": caches[0], "present_value": caches[1]}.items():
-        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def run(alive: Any = bound) -> np.ndarray:
-        session.run_with_iobinding(binding)
-        return y
-
-    return run
+    y = np.empty((1, new, query * d), np.float32)
+    present = {"present_key": caches[0], "present_value": caches[1]}
+    return in_place(session, feeds | {"past_key": caches[0], "past_value": caches[1]}, {"y": y} | present)
 
 
 def measure(heads: Sizes, new: int, past: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -111,13 +98,7 @@ def measure(heads: Sizes, new: int, past: int, options: argparse.Namespace) -> d
     error = float(np.abs(first[0] - first[1]).max() / np.abs(first[1]).max())
     if not error < 2e-2:
         raise SpecQuantError(f"{OURS} is {error:.3f} away from {PEER}: they compute different things")
-    times: dict[str, list[float]] = {op: [] for op in runs}
-    clock, end = thread_time if options.cpu_time else perf_counter, perf_counter() + options.seconds
-    while perf_counter() < end or len(times[PEER]) < 5:
-        for op, run in runs.items():
-            since = clock()
-            run()
-            times[op].append(clock() - since)
+    times = in_turns(runs, options.seconds, thread_time if options.cpu_time else perf_counter)
     flops = 4 * heads[2] * heads[0] * sum(range(past + 1, past + new + 1))
     found: dict[str, Any] = {
         op: {"median_ms": 1e3 * median(list_), "best_ms": 1e3 * min(list_), "gflops": 1e-9 * flops / median(list_)}

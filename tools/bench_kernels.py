@@ -18,11 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,6 +33,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from ort_bench import PEER, Register, Run, in_turns, open_session, peer_node
 
 from specquant.custom_ops import library
 from specquant.custom_ops.errors import SpecQuantError
@@ -47,8 +47,6 @@ SHAPES = (
 )
 WEIGHT_BYTES = 64 << 20  # of all nodes of a model
 TOKENS_OF_ALL_NODES = 512
-PEER = "MatMulNBits"
-Run = Callable[[], NDArray[np.float32]]
 
 
 def node_weights(rng: np.random.Generator, n: int, m: int, group: int) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
@@ -83,27 +81,12 @@ def our_node(
     return node, arrays
 
 
-def peer_node(
-    index: int, q: NDArray[np.int8], scales: NDArray[np.float16], options: argparse.Namespace
-) -> tuple[onnx.NodeProto, dict[str, NDArray[Any]]]:
-    """The same weights for MatMulNBits: nibbles of even features low, zero-point 8, blocks along the features."""
-    (n, m), group = q.shape, options.group_size
-    levels = (q.T + np.int8(8)).astype(np.uint8)
-    arrays: dict[str, NDArray[Any]] = {
-        f"b{index}": (levels[:, ::2] | levels[:, 1::2] << 4).reshape(m, n // group, group // 2),
-        f"s{index}": np.ascontiguousarray(scales.T.astype(np.float32)).reshape(-1),
-    }
-    attributes = {"K": n, "N": m, "bits": 4, "block_size": group, "accuracy_level": 4}
-    node = helper.make_node(PEER, ["x", *arrays], [f"y{index}"], domain="com.microsoft", **attributes)
-    return node, arrays
-
-
 def session(
     nodes: Sequence[tuple[onnx.NodeProto, dict[str, NDArray[Any]]]],
     n: int,
     m: int,
     threads: int,
-    register: Callable[[ort.SessionOptions], None] | None,
+    register: Register | None,
 ) -> ort.InferenceSession:
     """Nodes that share x [T, n]; each has its own output [T, m]."""
     graph = helper.make_graph(
@@ -119,18 +102,7 @@ def session(
         helper.make_opsetid(DOMAIN, VERSION),
     ]
     model = helper.make_model(graph, opset_imports=domains, ir_version=10)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # one's idle threads in the other's turn
-    chosen = os.environ.get("SPECQUANT_ISA")
-    try:
-        if register:
-            register(options)
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    finally:
-        os.environ.pop("SPECQUANT_ISA", None)
-        if chosen is not None:
-            os.environ["SPECQUANT_ISA"] = chosen
+    return open_session(model.SerializeToString(), threads, register)
 
 
 def register_isa(isa: str, options: ort.SessionOptions) -> None:
@@ -163,7 +135,7 @@ def contenders(shape: tuple[int, int, int], options: argparse.Namespace) -> tupl
     x = rng.standard_normal((tokens, n)).astype(np.float32)
     weights = [node_weights(rng, n, m, options.group_size) for _ in range(count)]
     ours = [our_node(i, *pair, options) for i, pair in enumerate(weights)]
-    peers = [peer_node(i, *pair, options) for i, pair in enumerate(weights)]
+    peers = [peer_node("x", f"y{i}", *pair) for i, pair in enumerate(weights)]
     baseline = options.baseline and (lambda to: to.register_custom_ops_library(str(options.baseline)))
     sessions = {
         "ours": session(ours, n, m, options.threads, library.register),
@@ -184,16 +156,9 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[st
     """Times in ms of one node, GOP/s, GB/s and ratios of the medians for one shape."""
     tokens, n, m = shape
     runs, count = contenders(shape, options)
-    times: dict[str, list[float]] = {name: [] for name in runs}
     clock = thread_time if options.cpu_time else perf_counter
-    end = perf_counter() + options.seconds
-    order, shuffled = list(runs), random.Random(0)
-    while perf_counter() < end or len(times[PEER]) < 5:
-        shuffled.shuffle(order)  # what ran before leaves its mark on caches and clocks
-        for name in order:
-            since = clock()
-            runs[name]()
-            times[name].append((clock() - since) * 1e3 / count)
+    seconds = in_turns(runs, options.seconds, clock)
+    times = {name: [second * 1e3 / count for second in list_] for name, list_ in seconds.items()}
     scales = n // options.group_size * m
     read = {name: n * m / 2 + scales * (4 if name == PEER or options.act_bits == 8 else 2) for name in runs}
     found: dict[str, Any] = {
