@@ -43,7 +43,7 @@ class Recipe:
     budget_alpha: float = 1.0  # temperature of its softmax
     rounding: str = "gptq"
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
-    descents: int = 2  # after GPTQ: each makes every integer the best for the others, twice, then the scales
+    descents: int = 0  # after GPTQ: each makes every integer the best for the others, twice, then the scales
     asymmetry: float = 0.0  # how far weights make up for what was done to their inputs (GPTAQ); 1: all the way
     samples: int = 128
     sequence_length: int = 512  # tokens a calibration sample
@@ -171,7 +171,6 @@ PRESETS: dict[str, Recipe] = {
         group_size=0,
         act_group=0,
         hadamard=0,
-        descents=0,
         clip_grid=(1.0,),
         smooth_by="max",
         smooth_grid=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),

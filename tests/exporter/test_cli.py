@@ -46,7 +46,7 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str
         (["--basis", "none"], replace(preset("klt"), basis="none", subtract=False)),
         (["--w-bits", "16", "--a-bits", "16", "--float-type", "float16"], float_recipe("float16")),
         (["--damping", "0.5", "--seed", "3"], replace(preset("klt"), damping=0.5, seed=3)),
-        (["--descents", "0", "--asymmetry", "0.7"], replace(preset("klt"), descents=0, asymmetry=0.7)),
+        (["--descents", "2", "--asymmetry", "0.7"], replace(preset("klt"), descents=2, asymmetry=0.7)),
     ],
 )
 def test_the_recipe_that_is_printed_is_the_recipe(
