@@ -9,17 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from specquant.runtime import load
 from specquant.runtime.generate import Model
 from specquant.runtime.onnx_cpu import OnnxSequences
-
-
-def typical(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """The error of half of the tokens, of logits [T, vocab]: where a value lies so near half a step that the order of a
-    sum moves it, all later tokens show it."""
-    return float(np.median(np.abs(actual - expected).max(axis=1)) / np.abs(expected).max())
+from tests.logits import error_in_pieces, typical
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +28,7 @@ def test_op_and_function_compute_the_same(model: Model, folder: Path, rng: np.ra
 
 
 def test_steps_and_blocks_equal_one_pass(model: Model, rng: np.random.Generator) -> None:
-    differences = []
-    for _ in range(5):
-        ids = rng.integers(3, 320, 50)
-        sequences = model.sequences(1)
-        parts = [block.copy() for start in (0, 13) for block in sequences.prefill(0, ids[start : (13, 20)[start > 0]])]
-        parts += [sequences.decode(ids[t : t + 1]).copy() for t in range(20, 50)]
-        differences.append(typical(np.concatenate(parts), model.logits(ids)))
-    assert min(differences) < 1e-4
+    assert min(error_in_pieces(model, rng) for _ in range(5)) < 1e-4
 
 
 def test_batches_equal_prompts_alone(model: Model) -> None:
