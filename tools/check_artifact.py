@@ -104,7 +104,8 @@ def simulated(folder: Path, source: str) -> torch.nn.Module:
     else:
         name = "lm_head.weight" if "lm_head.weight" in values else "model.embed_tokens.weight"
         model.get_submodule(family.lm_head).weight.data = tensor(name)
-    family.set_norm(base, family.final_norm, tensor("model.norm.weight"))
+    # The op of an 8-bit head norms the hidden state twice over (docs/formats.md): the factors lie there twice.
+    family.set_norm(base, family.final_norm, tensor("model.norm.weight")[: model.config.get_text_config().hidden_size])
     for index, layer in enumerate(base.get_submodule(family.layers).children()):
         for field, path in family.norms.items():
             family.set_norm(layer, path, tensor(f"model.layers.{index}.{field}.weight"))
