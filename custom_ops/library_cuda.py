@@ -22,7 +22,7 @@ from specquant.custom_ops.schema import GATES
 
 ABI = 2  # SPECQUANT_CUDA_ABI
 FILE = "libspecquant_cuda.so"
-PATHS = ("matvec", "gemm_small", "gemm_large", "wgmma_small", "wgmma_large", "any")  # kernels of the second stage
+PATHS = ("cluster", "matvec", "gemm_small", "gemm_large", "wgmma_small", "wgmma_large", "any")  # kernels of the second stage
 REBUILD = "install nvcc of CUDA 12.8 or later and run `pip install --force-reinstall .`, or use the CPU"
 
 _SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group", "hadamard")

@@ -6,12 +6,10 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 from lm_eval.api.model import TemplateLM
 
-from specquant.custom_ops.errors import SpecQuantError
+from specquant.runtime.continuations import continuation_scores
 from specquant.runtime.generate import Model
-from specquant.runtime.perplexity import token_nll
 
 # lm-eval's: (context and continuation as text, their tokens); the answer is (log-likelihood, whether greedy decoding
 # would write the continuation).
@@ -63,40 +61,11 @@ class ArtifactLM(_ScoringLM):
         self._progress = progress
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> list[Score]:
-        """Requests in the order of their tokens, so that each begins as the one before it does: what two have in
-        common stays in the KV cache. Choices of one question share its context, WinoGrande's two the sentence's start.
-        """
-        scores: list[Score] = [(0.0, False)] * len(requests)
-        sequences = self._model.sequences()
-        held: list[int] = []
-        for index in sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2]):
-            _, context, continuation = requests[index]
-            tokens = (context + continuation)[-(self._model.context + 1) :]  # as lm-eval's own models cut it
-            first = len(tokens) - len(continuation) - 1  # the position that predicts the continuation's first token
-            if first < 0:
-                raise SpecQuantError(
-                    f"an answer has {len(continuation)} tokens and the context holds {self._model.context}: "
-                    "choose a longer --context"
-                )
-            fed = tokens[:-1]
-            keep = min(_common(held, fed), first)
-            sequences.rewind(0, keep)
-            nll, greedy, row = 0.0, True, keep
-            for block in sequences.prefill(0, np.array(fed[keep:], np.int64)):
-                logits = block[max(0, first - row) :]
-                row += len(block)
-                targets = np.array(tokens[row - len(logits) + 1 : row + 1], np.int64)
-                if len(logits):
-                    nll += float(token_nll(logits, targets).sum())
-                    greedy &= bool((logits.argmax(-1) == targets).all())
-            held = fed
-            scores[index] = (-nll, greedy)
-            self._progress(1)
-        return scores
+        return continuation_scores(self._model, [(context, choice) for _, context, choice in requests], self._progress)
 
 
 class TorchLM(_ScoringLM):
-    """A transformers model with its tokenizer, wherever its parameters are; the rest as in `continuation_scores`."""
+    """A transformers model with its tokenizer, wherever its parameters are; the rest as in `exporter.evaluate`."""
 
     def __init__(
         self,
@@ -113,12 +82,7 @@ class TorchLM(_ScoringLM):
         self._model, self._batch_tokens, self._progress = model, batch_tokens, progress
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> list[Score]:
-        from specquant.exporter.evaluate import continuation_scores  # torch, which no device needs
+        from specquant.exporter.evaluate import continuation_scores as in_torch  # which no device needs
 
         pairs = [(context, continuation) for _, context, continuation in requests]
-        return continuation_scores(self._model, pairs, self._batch_tokens, self._progress)
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """How many tokens two sequences have in common from their start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        return in_torch(self._model, pairs, self._batch_tokens, self._progress)

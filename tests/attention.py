@@ -63,8 +63,8 @@ def random_call(
 
     Cache rows that hold no token are NaN, if read. hadamard and clip are of Int4KVAttention.
     """
-    batch, sequence, context = len(past), max(new), max(past) + max(new) + 3
-    capacity = max(past) + spare
+    batch, sequence, capacity = len(past), max(new), max(past) + spare
+    context = capacity + sequence + 3
     total = np.array(past) + np.array(new)
     half = head_dim // 2 if rotary is None else rotary
     angles = rng.uniform(0, 6.3, (context, half))

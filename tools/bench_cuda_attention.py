@@ -22,7 +22,7 @@ from torch.nn import functional
 from specquant.custom_ops import library_cuda
 from specquant.custom_ops.kv_rows import row_bytes
 from specquant.custom_ops.library_cuda_attention import attention, attention_problem, attention_workspace
-from tools.bench_cuda_kernels import CACHE, graph_of, medians
+from tools.bench_cuda_kernels import CACHE, graph_of, kernel_times, medians
 
 
 class Ours:
@@ -86,6 +86,8 @@ def measure(past: int, new: int, args: argparse.Namespace) -> dict[str, Any]:
     line: dict[str, Any] = {"past": past, "new": new, "us": {name: value * 1e6 for name, value in seconds.items()}}
     line["ratio"] = {name: seconds["torch"] / seconds[name] for name in moved}
     line["bandwidth"] = {name: size / seconds[name] / args.peak for name, size in moved.items()}
+    if args.kernels:
+        line["kernels"] = {name: kernel_times(calls[name][0]) for name in moved}
     return line
 
 
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, choices=[4, 16], default=[4, 16], help="of the cache")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--peak", type=float, default=3.35e12, help="bytes per second; default: H100 SXM")
+    parser.add_argument("--kernels", action="store_true", help="the time of every kernel, from torch's profiler")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     library_cuda.check_device()
@@ -118,6 +121,9 @@ def main() -> None:
             for name in (f"kv{bits}" for bits in args.bits):
                 text += f" {line['us'][name]:>9.1f} {line['ratio'][name]:>6.2f} {line['bandwidth'][name]:>5.1%}"
             print(text, flush=True)
+            for name, kernels in line.get("kernels", {}).items():
+                for kernel, value in sorted(kernels.items()):
+                    print(f"    {name:5} {kernel:34} {value:8.1f} us")
 
 
 if __name__ == "__main__":

@@ -68,8 +68,10 @@ class _Rows:
         self.__cuda_array_interface__ = {**array.__cuda_array_interface__, "shape": self.shape, "strides": None}
 
 
-def paths(tokens: int, groups: tuple[int, int, int], bits: int, m: int = 8, rank: int = 0) -> list[str | None]:
-    """The paths that take these sizes; None, the library's own choice, always."""
+def paths(
+    tokens: int, groups: tuple[int, int, int], bits: int, m: int = 8, rank: int = 0, columns: int = 0
+) -> list[str | None]:
+    """The paths that take these sizes, `columns` being the basis's; None, the library's own choice, always."""
     segment = segment_length(groups[2], *groups[:2])
     whole = segment == groups[2]
     if m % 8 or (segment % 64 and not whole):
@@ -77,7 +79,8 @@ def paths(tokens: int, groups: tuple[int, int, int], bits: int, m: int = 8, rank
     limit = 16 if bits < 16 and whole else 32
     fits = HOPPER and bits < 16 and groups[2] % 128 == 0 and m % 16 == 0 and rank <= 64
     wgmma = ["wgmma_small", "wgmma_large"] if fits else []
-    return [None, "any", "gemm_small", "gemm_large", *wgmma, *(["matvec"] if tokens <= limit else [])]
+    few = [] if tokens > limit else ["matvec", "cluster"] if HOPPER and columns <= 64 else ["matvec"]
+    return [None, "any", "gemm_small", "gemm_large", *wgmma, *few]
 
 
 def case(rng: np.random.Generator, index: int) -> tuple[int, tuple[int, int, int]]:
@@ -126,7 +129,7 @@ def test_matmul_equals_reference(rng: np.random.Generator, index: int, bits: int
     expected = reference.specquant_matmul(x.astype(np.float32), **weights, **attributes)
     size = max(float(np.abs(expected).max()), 1.0)
     tolerance = 1e-5 if kind == np.float32 and bits != 16 else 1e-3
-    for path in paths(tokens, groups, bits, m, int(weights["rank"][0])):
+    for path in paths(tokens, groups, bits, m, int(weights["rank"][0]), r):
         y = Call(x, weights, path, **attributes).y
         assert y.dtype == kind
         text = f"{path} T={tokens} M={m} r={r} {weights['rank']} {groups} {attributes}"
@@ -160,7 +163,7 @@ def test_rotation_is_exact(rng: np.random.Generator, block: int) -> None:
     n = block * int(rng.integers(1, 4))
     weights = random_weights(rng, "Int4ResidualMatMul", n, 8, 0, 0, 0)
     x = rng.standard_normal((5, n)).astype(rng.choice([np.float32, np.float16]))
-    call = Call(x, weights, act_bits=8, hadamard=block)
+    call = Call(x, weights, "any", act_bits=8, hadamard=block)
     np.testing.assert_array_equal(call.read("rotated", np.float32, (5, n)), reference.block_hadamard(x, block))
 
 
@@ -203,7 +206,7 @@ def test_branch_of_any_numbers(rng: np.random.Generator, kind: Any, tokens: int)
     weights["basis"] = np.linalg.qr(rng.standard_normal((n, r)))[0].astype(np.float16)
     x = rng.standard_normal((tokens, n)).astype(kind)
     x[:, ::97] *= 60
-    call = Call(x, weights, group_size=64, subtract=1, act_bits=16)
+    call = Call(x, weights, "any", group_size=64, subtract=1, act_bits=16)
     low = x.astype(np.float64) @ weights["basis"].astype(np.float64)
     parts = call.read("low", np.float16, (tokens, 2, call.layout.rank_padded)).astype(np.float64).sum(1)
     found = parts[:, :r] * call.read("low_factor", np.float32, (tokens, 1))

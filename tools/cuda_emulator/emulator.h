@@ -1,7 +1,8 @@
 // A GPU's threads on a CPU, one fiber each, so that the CUDA kernels can be tested where there is no GPU.
 //
-// A block's threads run in turn and in random order until they meet at a barrier; operations of a warp (mma, shuffles,
-// ldmatrix) happen when the last of its 32 lanes arrives. Copies to shared memory land at their wait and not before.
+// The threads of a block, or of a cluster of blocks, run in turn and in random order until they meet at a barrier;
+// operations of a warp (mma, shuffles, ldmatrix) happen when the last of its 32 lanes arrives. Copies to shared memory
+// land at their wait and not before. Kernels of clusters may have dynamic shared memory only.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -48,7 +49,10 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done;
-  uint3 thread;
+  uint3 thread, block;
+  int rank;      // of its block in the cluster
+  long arrived;  // the generation of the cluster's barrier that it is part of
+  char* shared;  // its block's
   int warp, lane;
 };
 
@@ -60,9 +64,7 @@ struct Meeting {
   void* out[32];
 };
 
-extern uint3 block;
 extern dim3 block_size, grid_size;
-extern char* shared;
 extern Fiber* self;
 extern std::vector<Meeting> warps;
 
@@ -73,7 +75,10 @@ extern std::vector<Meeting> warps;
 
 void yield();
 void sync_threads();
-void launch(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body);
+void cluster_arrive();
+void cluster_wait();
+const char* shared_of(int rank);  // of another block of the cluster
+void launch(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body, int cluster = 1);
 
 // Every lane brings `in` and `out`; the last one runs work(in[32], out[32]).
 template <class Work>
@@ -111,11 +116,11 @@ To bits_as(From value) {
 #define __launch_bounds__(...)
 #define __shared__ static
 #define threadIdx (emulator::self->thread)
-#define blockIdx emulator::block
+#define blockIdx (emulator::self->block)
 #define blockDim emulator::block_size
 #define gridDim emulator::grid_size
 #define __syncthreads emulator::sync_threads
-#define EMULATED_SHARED(type, name) type* name = reinterpret_cast<type*>(emulator::shared)
+#define EMULATED_SHARED(type, name) type* name = reinterpret_cast<type*>(emulator::self->shared)
 
 inline void __syncwarp() {
   emulator::together(nullptr, nullptr, [](void**, void**) {});

@@ -12,4 +12,11 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, 
   return cudaSuccess;
 }
 
+template <class... Parameters, class... Arguments>
+cudaError_t launch_cluster(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int blocks,
+                           cudaStream_t, Arguments... arguments) {
+  emulator::launch(grid, dim3(threads), shared, [&] { kernel(arguments...); }, blocks);
+  return cudaSuccess;
+}
+
 }  // namespace specquant_cuda

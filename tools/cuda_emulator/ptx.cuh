@@ -66,7 +66,7 @@ inline void load_matrices(uint32_t (&d)[4], const void* shared) {
     for (int i = 0; i < 4; ++i) {
       int banks = 0;
       for (int row = 0; row < 8; ++row)
-        banks |= 1 << (static_cast<const char*>(in[8 * i + row]) - emulator::shared) / 16 % 8;
+        banks |= 1 << (static_cast<const char*>(in[8 * i + row]) - emulator::self->shared) / 16 % 8;
       if (banks != 255) emulator::fail("ldmatrix with a bank conflict");
     }
   });

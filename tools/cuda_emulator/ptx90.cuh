@@ -79,7 +79,7 @@ void leave_registers() {}
 
 inline void hold(int&) {}
 inline uint64_t wgmma_operand(const void* shared) {
-  const size_t at = static_cast<const char*>(shared) - emulator::shared;
+  const size_t at = static_cast<const char*>(shared) - emulator::self->shared;
   if (at % 1024) emulator::fail("an operand of wgmma that is not aligned to 1024 bytes");
   return at >> 4;
 }
@@ -104,7 +104,7 @@ inline void multiply_product(emulator::Product* const (&lanes)[32]) {
     int8_t B[32];
     for (int piece = 0; piece < 2; ++piece) {  // the swizzle is of address bits: 4..6 by 7..9
       const size_t at = (lanes[0]->b << 4) + column * 128 + piece * 16;
-      std::memcpy(B + piece * 16, emulator::shared + (at ^ (at >> 7 & 7) << 4), 16);
+      std::memcpy(B + piece * 16, emulator::self->shared + (at ^ (at >> 7 & 7) << 4), 16);
     }
     for (int row = 0; row < 16; ++row) {
       const emulator::Product& to = *lanes[row % 8 * 4 + column % 8 / 2];

@@ -1,6 +1,7 @@
 // The first stage of attention: a warp per token and head. Queries are turned and transformed, keys and values written
 // to the cache. What reaches the cache equals attention.py and kv_rows.py bit for bit: nothing here may be fused.
 #include "attention_args.h"
+#include "launch.h"
 #include "levels.cuh"
 #include "reductions.cuh"
 
@@ -100,6 +101,8 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AttentionArgs a)
   __shared__ uint8_t levels[kWarps][kMostHeadDim];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = a.d;
   const int all = a.heads + 2 * a.kv_heads;
+  let_next_start();
+  wait_for_previous();
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   const int b = blockIdx.y, token = static_cast<int>(item / all), head = static_cast<int>(item % all);
   if (token >= a.sequence) return;
@@ -178,13 +181,14 @@ cudaError_t copy_past(const AttentionArgs& a, cudaStream_t stream) {
 cudaError_t append(const AttentionArgs& a, cudaStream_t stream) {
   const int64_t rows = static_cast<int64_t>(a.sequence) * (a.heads + 2 * a.kv_heads);
   const dim3 grid(static_cast<unsigned>((rows + kWarps - 1) / kWarps), a.batch);
-  const auto start = [&](auto kernel) { kernel<<<grid, kThreads, 0, stream>>>(a); };
+  cudaError_t error = cudaSuccess;
+  const auto start = [&](auto kernel) { error = launch_early(kernel, grid, kThreads, 0, a.early, stream, a); };
   if (a.half) {
     a.half_cache ? start(append_kernel<__half, true>) : start(append_kernel<__half, false>);
   } else {
     a.half_cache ? start(append_kernel<float, true>) : start(append_kernel<float, false>);
   }
-  return cudaGetLastError();
+  return error;
 }
 
 }  // namespace specquant_cuda

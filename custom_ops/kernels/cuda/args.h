@@ -86,6 +86,17 @@ cudaError_t branch_any(const Args& args, cudaStream_t stream);
 // Levels of u, which is x or, float32, `reduced`.
 cudaError_t quantize(const Args& args, const void* u, int u_half, cudaStream_t stream);
 
+// The first stage of few tokens at once, to kRows, on compute capability 9.0 or later.
+struct Source {  // x of the problem, and what its prologue takes
+  const void* x;
+  const float* norm;
+  float epsilon;
+  int prologue, half;
+};
+constexpr int kMostClusterShared = 99 * 1024;  // bytes of a block that every such GPU has
+bool cluster_fits(const Args& args);
+cudaError_t first_stage(const Args& args, const Source& source, cudaStream_t stream);
+
 // Second stage.
 cudaError_t matvec(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream);
 cudaError_t gemm(const Args& args, Mode mode, bool large, cudaStream_t stream);

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "attend.cuh"
+#include "launch.h"
 
 namespace specquant_cuda {
 namespace {
@@ -126,6 +127,8 @@ __device__ __forceinline__ void put_together(const AttentionArgs& a, int b, int 
 template <class A>
 __global__ void __launch_bounds__(A::kThreads) attend_kernel(const AttentionArgs a) {
   extern __shared__ __align__(16) uint4 shared[];
+  let_next_start();
+  wait_for_previous();
   const int d = a.d, stride = A::stride(d), rows = a.sequence * a.group;
   uint4* fragments = shared;
   uint32_t* keys = reinterpret_cast<uint32_t*>(fragments + A::fragments(d));
@@ -161,6 +164,15 @@ __global__ void __launch_bounds__(A::kThreads) attend_kernel(const AttentionArgs
     return;
   }
 
+  const int64_t head = static_cast<int64_t>(blockIdx.y) * a.present_rows * A::Cache::row_words(d);
+  const uint32_t* all_keys = static_cast<const uint32_t*>(a.present_key) + head;
+  const uint32_t* all_values = static_cast<const uint32_t*>(a.present_value) + head;
+  const auto load = [&](int tile) {
+    load_tile<A>(all_keys, d, tile, lengths.after, keys, key_scales, key_middles);
+    load_tile<A>(all_values, d, tile, lengths.after, values, scales, middles);
+  };
+  load(start);  // on its way while the queries are
+
   const int own = A::split ? row : row + warp * kTileRows;  // the warp's first row
   float *own_factors = factors + (own - row), *own_sums = row_sums + (own - row);
   uint4* own_fragments = fragments + (A::split ? 0 : warp) * A::units(d) * 2 * A::kParts * 32;
@@ -181,14 +193,12 @@ __global__ void __launch_bounds__(A::kThreads) attend_kernel(const AttentionArgs
     sums.largest[h] = -INFINITY;
   }
   sums.factor = 1.0f;
-  const int64_t head = static_cast<int64_t>(blockIdx.y) * a.present_rows * A::Cache::row_words(d);
-  const uint32_t* all_keys = static_cast<const uint32_t*>(a.present_key) + head;
-  const uint32_t* all_values = static_cast<const uint32_t*>(a.present_value) + head;
   const int offset = A::split ? warp * A::kWarpTokens : 0;
   for (int tile = start; tile < end; tile += (A::split ? a.splits : 1) * A::kTokens) {
-    __syncthreads();
-    load_tile<A>(all_keys, d, tile, lengths.after, keys, key_scales, key_middles);
-    load_tile<A>(all_values, d, tile, lengths.after, values, scales, middles);
+    if (tile > start) {
+      __syncthreads();
+      load(tile);
+    }
     __syncthreads();
     attend_tile<A>(own_fragments, d, keys + offset * stride, values + offset * stride, key_scales + offset,
                    key_middles + offset, scales + offset, middles + offset, tile + offset, first, last, row_factor,
@@ -217,28 +227,45 @@ __global__ void __launch_bounds__(A::kThreads) attend_kernel(const AttentionArgs
   }
 }
 
-constexpr int kMergeThreads = 128;
+constexpr int kMergeThreads = 512;
+constexpr int kMergeWarps = kMergeThreads / 32;
 
-// y = Σ 2^(largest_s − largest) y_s / Σ 2^(largest_s − largest) sum_s of every row.
+// y = Σ 2^(largest_s − largest) y_s / Σ 2^(largest_s − largest) sum_s of every row. Threads that share a feature take
+// every so many splits.
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const AttentionArgs a) {
+  __shared__ float weights[kMostSplits], scratch[kMergeWarps], shares[kMergeThreads];
+  let_next_start();
+  wait_for_previous();
   const int row = blockIdx.x, kv_head = blockIdx.y % a.kv_heads, b = blockIdx.y / a.kv_heads;
   const int d = a.d, width = d + 2, rows = a.sequence * a.group;
   const Lengths lengths = lengths_of(a, b);
   const int64_t to = output_row(a, b, kv_head, row) * d;
-  const bool there = row < (lengths.after - lengths.before) * a.group;
-  const float* parts = a.partials + (static_cast<int64_t>(blockIdx.y) * rows + row) * a.splits * width;
-  float largest = -INFINITY;
-  for (int s = 0; there && s < a.splits; ++s) largest = fmaxf(largest, parts[s * width + d]);
-  for (int i = threadIdx.x; i < d; i += kMergeThreads) {
-    float sum = 0.0f, y = 0.0f;
-    for (int s = 0; there && s < a.splits; ++s) {
-      if (parts[s * width + d] == -INFINITY && parts[s * width + d + 1] == 0.0f) continue;  // no tokens: y was not written
-      const float share = weight_of(parts[s * width + d], largest);
-      sum = fmaf(share, parts[s * width + d + 1], sum);
-      y = fmaf(share, parts[s * width + i], y);
-    }
-    store(a, to + i, there ? y / sum : lengths.sound ? 0.0f : __int_as_float(0x7FC00000));
+  if (row >= (lengths.after - lengths.before) * a.group) {  // padding, or lengths that do not fit
+    for (int i = threadIdx.x; i < d; i += kMergeThreads)
+      store(a, to + i, lengths.sound ? 0.0f : __int_as_float(0x7FC00000));
+    return;
   }
+  const float* parts = a.partials + (static_cast<int64_t>(blockIdx.y) * rows + row) * a.splits * width;
+  const int split = threadIdx.x;
+  const float own = split < a.splits ? parts[split * width + d] : -INFINITY;
+  const float seen = split < a.splits ? parts[split * width + d + 1] : 0.0f;
+  const float largest = over_block<kMergeWarps>(own, LargestNumber(), scratch);
+  const bool empty = own == -INFINITY && seen == 0.0f;  // a split without tokens: its y was not written
+  const float weight = empty ? 0.0f : weight_of(own, largest);
+  if (split < a.splits) weights[split] = empty ? -1.0f : weight;
+  const float total = over_block<kMergeWarps>(weight * seen, Sum(), scratch);  // meets after weights are written
+  const int groups = kMergeThreads / d, group = threadIdx.x / d, feature = threadIdx.x % d;
+  float y = 0.0f;
+  if (group < groups) {
+#pragma unroll 8
+    for (int s = group; s < a.splits; s += groups)
+      if (weights[s] >= 0.0f || weights[s] != weights[s]) y = fmaf(weights[s], parts[s * width + feature], y);
+  }
+  shares[threadIdx.x] = y;
+  __syncthreads();
+  if (group > 0) return;
+  for (int i = 1; i < groups; ++i) y += shares[i * d + feature];
+  store(a, to + feature, y / total);
 }
 
 template <class A>
@@ -249,8 +276,7 @@ cudaError_t start(const AttentionArgs& a, cudaStream_t stream) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error != cudaSuccess) return error;
   const dim3 grid(ceil_div(a.sequence * a.group, A::kRows) * (A::split ? a.splits : 1), a.batch * a.kv_heads);
-  kernel<<<grid, A::kThreads, shared, stream>>>(a);
-  return cudaGetLastError();
+  return launch_early(kernel, grid, A::kThreads, shared, a.early, stream, a);
 }
 
 template <class Cache, int most, bool exact>
@@ -279,8 +305,7 @@ cudaError_t attend(const AttentionArgs& a, cudaStream_t stream) {
 
 cudaError_t merge(const AttentionArgs& a, cudaStream_t stream) {
   const dim3 grid(a.sequence * a.group, a.batch * a.kv_heads);
-  merge_kernel<<<grid, kMergeThreads, 0, stream>>>(a);
-  return cudaGetLastError();
+  return launch_early(merge_kernel, grid, kMergeThreads, 0, a.early, stream, a);
 }
 
 }  // namespace specquant_cuda

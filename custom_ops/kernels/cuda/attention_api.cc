@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t kMostSize = int64_t(1) << 22;  // of lengths and heads
 constexpr int64_t kMostRows = 65535;             // of a grid's second axis
 constexpr int64_t kBlocks = 4;                   // of a multiprocessor that splits are made for
-constexpr int64_t kMostSplits = 128;
 
 }  // namespace
 
@@ -51,6 +50,7 @@ AttentionArgs plan_attention(const SpecquantCudaAttention& p, const Device& devi
   a.past_rows = int(p.past_rows), a.present_rows = int(p.present_rows);
   a.hadamard = p.hadamard, a.half = p.half, a.half_cache = p.half_cache;
   a.factor = (p.scale != 0.0f ? p.scale : 1.0f / std::sqrt(float(a.d))) * 1.44269504f;
+  a.early = device.major >= 9;
   a.cut = 0.5f * (1.0f - p.clip);
   a.qkv = p.qkv, a.past_key = p.past_key, a.past_value = p.past_value;
   a.seqlens_k = p.seqlens_k, a.position_ids = p.position_ids;
@@ -63,7 +63,7 @@ AttentionArgs plan_attention(const SpecquantCudaAttention& p, const Device& devi
   a.splits = 1;
   if (rows <= kDecodeRows && rows * heads > 0) {
     const int64_t blocks = heads * ceil_div(int(rows), kTileRows);
-    const int64_t most = std::min(tiles, kMostSplits);
+    const int64_t most = std::min<int64_t>(tiles, kMostSplits);
     a.splits = int(std::clamp<int64_t>(kBlocks * device.multiprocessors / blocks, 1, most));
   }
   bytes = round_up(p.batch * p.sequence * p.num_heads * p.head_dim * 4, 256);

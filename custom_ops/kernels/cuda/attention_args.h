@@ -19,6 +19,7 @@ struct AttentionArgs {
   int past_rows, present_rows;
   int hadamard, half, half_cache;               // half: qkv and y
   int splits;                                   // shares of the cached tokens, tile by tile in turn; 1: not split
+  bool early;                                   // kernels may start before those before them end
   float factor;                                 // of q · k: scale · log2 e
   float cut;                                    // share of a row's range that is clipped at either end
   const void* qkv;
@@ -41,6 +42,8 @@ struct Lengths {
   int before, after;
   bool sound;
 };
+
+constexpr int kMostSplits = 128;
 
 #ifdef __CUDACC__
 #define SPECQUANT_DEVICE __device__ __forceinline__

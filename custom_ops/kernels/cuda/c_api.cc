@@ -8,7 +8,7 @@ namespace {
 
 using namespace specquant_cuda;
 
-enum class Path { kMatvec, kGemmSmall, kGemmLarge, kWgmmaSmall, kWgmmaLarge, kAny };
+enum class Path { kCluster, kMatvec, kGemmSmall, kGemmLarge, kWgmmaSmall, kWgmmaLarge, kAny };
 
 // The second stage: the one asked for, if it takes the problem, else the fastest that does.
 const char* choose(const Plan& plan, const Device& device, const char* name, Path& path) {
@@ -17,7 +17,7 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
   if (!name || !*name) {
     const int large_tiles = ceil_div(tokens, 128) * ceil_div(plan.args.m, 256);
     const bool large = large_tiles * 4 >= device.multiprocessors * 3;
-    path = matvec        ? Path::kMatvec
+    path = matvec        ? (plan.cluster ? Path::kCluster : Path::kMatvec)
            : plan.gemm90 ? (large ? Path::kWgmmaLarge : Path::kWgmmaSmall)
            : plan.gemm   ? (large ? Path::kGemmLarge : Path::kGemmSmall)
                          : Path::kAny;
@@ -27,7 +27,8 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
     const char* name;
     Path path;
     bool fits;
-  } known[] = {{"matvec", Path::kMatvec, matvec},
+  } known[] = {{"cluster", Path::kCluster, matvec && plan.cluster},
+               {"matvec", Path::kMatvec, matvec},
                {"gemm_small", Path::kGemmSmall, plan.gemm},
                {"gemm_large", Path::kGemmLarge, plan.gemm},
                {"wgmma_small", Path::kWgmmaSmall, plan.gemm90},
@@ -39,7 +40,7 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
     if (entry.fits) return nullptr;
     return say("path %s does not take these sizes; leave the choice to the library", name);
   }
-  return "path must be matvec, gemm_small, gemm_large, wgmma_small, wgmma_large or any, or empty";
+  return "path must be cluster, matvec, gemm_small, gemm_large, wgmma_small, wgmma_large or any, or empty";
 }
 
 // First stage: levels and scales, low.
@@ -132,9 +133,11 @@ SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* p
                                                                        : kRows;
 
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  cudaError_t error = prepare(plan, *problem, rotated, on);
+  const Source source{problem->x, problem->norm, problem->epsilon, problem->prologue, problem->half};
+  cudaError_t error = chosen == Path::kCluster ? first_stage(a, source, on) : prepare(plan, *problem, rotated, on);
   if (error == cudaSuccess) {
     switch (chosen) {
+      case Path::kCluster:
       case Path::kMatvec: error = matvec(a, plan.mode, device.multiprocessors, on); break;
       case Path::kGemmSmall: error = gemm(a, plan.mode, false, on); break;
       case Path::kGemmLarge: error = gemm(a, plan.mode, true, on); break;

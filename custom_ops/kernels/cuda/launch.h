@@ -23,4 +23,24 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, 
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// The same, started early, with clusters of `blocks` blocks: compute capability 9.0 or later.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_cluster(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int blocks,
+                           cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(blocks);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 }  // namespace specquant_cuda

@@ -243,6 +243,7 @@ __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
     if (work.warp + i * warps < steps) work.load_weights(loaded[i], work.warp + i * warps);
   float coef[M::kEarly];
   work.load_coef(coef);
+  let_next_start();
   wait_for_previous();
   for (int first = work.warp; first < steps; first += warps * M::kDepth) {
 #pragma unroll

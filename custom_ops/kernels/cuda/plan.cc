@@ -98,6 +98,8 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
 
   plan.tensor_prepare = a.n % kBlock == 0 && a.r <= kFastRank && (moved || aligned(p.x)) && aligned(p.basis);
   plan.direct = plan.tensor_prepare && !halves && a.segment == kStep && a.act_group == kStep;
+  // Tokens of any groups; of the basis, what a cluster holds. Rows are copied 16 bytes at a time.
+  plan.cluster = device.major >= 9 && plan.matvec_tokens && a.r <= kFastRank && (!a.rank || aligned(p.basis)) && cluster_fits(a);
   plan.two_pass = plan.tensor_prepare && !halves && a.act_group == a.n && !plan.direct;
   const int tiles = ceil_div(std::max(a.tokens, 1), kDownTokens), chunks = ceil_div(a.n, kDownChunk);
   a.splits = int(std::clamp<int64_t>(3 * device.multiprocessors / tiles, 1, std::min<int64_t>(chunks, kSplits)));

@@ -1,13 +1,11 @@
 // x̂ (docs/ops.md): x normed, or one half of it gated by the other, row by row in float32.
-#include "levels.cuh"
-#include "reductions.cuh"
+#include "prologue.cuh"
 
 namespace specquant_cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-enum Prologue { kRmsNorm = 1, kSiluGate, kGeluGate };
 
 // x / √(mean(x²) + epsilon) · norm of one token a block.
 template <class X>
@@ -15,24 +13,15 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const X* all, const floa
                                                         float epsilon) {
   __shared__ float scratch[kWarps];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * n;
-  float sum = 0.0f;
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    const float value = to_float(all[row + i]);
-    sum = fmaf(value, value, sum);
-  }
-  sum = over_block<kWarps>(sum, Sum(), scratch);
-  const float root = __fsqrt_rn(sum / static_cast<float>(n) + epsilon);
+  const float root = root_mean_square<kThreads>(all + row, n, epsilon, scratch);
   for (int i = threadIdx.x; i < n; i += kThreads) to[row + i] = __fdiv_rn(to_float(all[row + i]), root) * norm[i];
 }
 
-// gate / (1 + e^−w) · up: w is the gate, or what makes it GELU by tanh.
 template <class X>
 __global__ void __launch_bounds__(kThreads) gate_kernel(const X* all, float* to, int n, int gelu) {
   const X *gates = all + static_cast<int64_t>(blockIdx.x) * 2 * n, *ups = gates + n;
   for (int i = blockIdx.y * kThreads + threadIdx.x; i < n; i += gridDim.y * kThreads) {
-    const float gate = to_float(gates[i]), up = to_float(ups[i]);
-    const float w = gelu ? gate * fmaf(gate * gate, 0.0713548163f, 1.59576912f) : gate;
-    to[static_cast<int64_t>(blockIdx.x) * n + i] = __fdiv_rn(gate, 1.0f + expf(-w)) * up;
+    to[static_cast<int64_t>(blockIdx.x) * n + i] = gated(to_float(gates[i]), to_float(ups[i]), gelu);
   }
 }
 

@@ -1,7 +1,8 @@
-// x times the orthonormal Hadamard matrix of Sylvester's order, block by block, in float32.
+// x times the orthonormal Hadamard matrix, block by block.
 #include <algorithm>
 
 #include "args.h"
+#include "hadamard.cuh"
 #include "levels.cuh"
 
 namespace specquant_cuda {
@@ -10,30 +11,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSpan = 2048;  // features that a block of threads holds, or one Hadamard block where that is longer
 
-// `steps` butterflies, at distance d, 2d, …, on 2^steps values in registers: the order of walsh_hadamard in attention.py.
-template <int steps>
-__device__ __forceinline__ void butterflies(float* values, int count, int d) {
-  constexpr int size = 1 << steps;
-  for (int i = threadIdx.x; i < count / size; i += kThreads) {
-    float* base = values + (i / d) * d * size + i % d;
-    float v[size];
-#pragma unroll
-    for (int j = 0; j < size; ++j) v[j] = base[j * d];
-#pragma unroll
-    for (int step = 1; step < size; step *= 2)
-#pragma unroll
-      for (int j = 0; j < size; ++j)
-        if (!(j & step)) {
-          const float a = v[j], b = v[j + step];
-          v[j] = a + b;
-          v[j + step] = a - b;
-        }
-#pragma unroll
-    for (int j = 0; j < size; ++j) base[j * d] = v[j];
-  }
-  __syncthreads();
-}
-
 template <class X>
 __global__ void __launch_bounds__(kThreads) rotate_kernel(const X* x, float* out, int n, int block, int span) {
   extern __shared__ float values[];
@@ -41,11 +18,8 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(const X* x, float* out
   const int64_t at = static_cast<int64_t>(blockIdx.x) * n + first;
   for (int i = threadIdx.x; i < count; i += kThreads) values[i] = to_float(x[at + i]);
   __syncthreads();
-  int d = 1;
-  for (; d * 8 <= block; d *= 8) butterflies<3>(values, count, d);
-  if (d * 4 == block) butterflies<2>(values, count, d);
-  if (d * 2 == block) butterflies<1>(values, count, d);
-  const float factor = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(block)));
+  hadamard_blocks<kThreads>(values, count, block);
+  const float factor = hadamard_factor(block);
   for (int i = threadIdx.x; i < count; i += kThreads) out[at + i] = values[i] * factor;
 }
 

@@ -1,0 +1,46 @@
+// Blocks of the orthonormal Hadamard matrix of Sylvester's order on values in shared memory, in float32.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace specquant_cuda {
+
+// `steps` butterflies, at distance d, 2d, …, on 2^steps values in registers: the order of walsh_hadamard in attention.py.
+template <int threads, int steps>
+__device__ __forceinline__ void butterflies(float* values, int count, int d) {
+  constexpr int size = 1 << steps;
+  for (int i = threadIdx.x; i < count / size; i += threads) {
+    float* base = values + (i / d) * d * size + i % d;
+    float v[size];
+#pragma unroll
+    for (int j = 0; j < size; ++j) v[j] = base[j * d];
+#pragma unroll
+    for (int step = 1; step < size; step *= 2)
+#pragma unroll
+      for (int j = 0; j < size; ++j)
+        if (!(j & step)) {
+          const float a = v[j], b = v[j + step];
+          v[j] = a + b;
+          v[j + step] = a - b;
+        }
+#pragma unroll
+    for (int j = 0; j < size; ++j) base[j * d] = v[j];
+  }
+  __syncthreads();
+}
+
+// Every `block` of `count` values, by all threads of a block of threads, which have met before; the caller scales by
+// hadamard_factor.
+template <int threads>
+__device__ __forceinline__ void hadamard_blocks(float* values, int count, int block) {
+  int d = 1;
+  for (; d * 8 <= block; d *= 8) butterflies<threads, 3>(values, count, d);
+  if (d * 4 == block) butterflies<threads, 2>(values, count, d);
+  if (d * 2 == block) butterflies<threads, 1>(values, count, d);
+}
+
+__device__ __forceinline__ float hadamard_factor(int block) {
+  return __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(block)));
+}
+
+}  // namespace specquant_cuda

@@ -1,0 +1,29 @@
+// The arithmetic of prologues, the same wherever they are computed: in float32, in one order.
+#pragma once
+
+#include "levels.cuh"
+#include "reductions.cuh"
+
+namespace specquant_cuda {
+
+enum Prologue { kNoPrologue, kRmsNorm, kSiluGate, kGeluGate };
+
+// √(mean(row²) + epsilon), by all threads; scratch has a float a warp.
+template <int threads, class X>
+__device__ __forceinline__ float root_mean_square(const X* row, int n, float epsilon, float* scratch) {
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < n; i += threads) {
+    const float value = to_float(row[i]);
+    sum = fmaf(value, value, sum);
+  }
+  sum = over_block<threads / 32>(sum, Sum(), scratch);
+  return __fsqrt_rn(sum / static_cast<float>(n) + epsilon);
+}
+
+// gate / (1 + e^−w) · up: w is the gate, or what makes it GELU by tanh.
+__device__ __forceinline__ float gated(float gate, float up, int gelu) {
+  const float w = gelu ? gate * fmaf(gate * gate, 0.0713548163f, 1.59576912f) : gate;
+  return __fdiv_rn(gate, 1.0f + expf(-w)) * up;
+}
+
+}  // namespace specquant_cuda
