@@ -1,10 +1,10 @@
 """Decoding with a whole Llama-shaped model on a GPU: torch in float16, and our ops, both one CUDA graph a token.
 
-Random weights of every layer of --model, a head over --vocabulary words, one token after --past cached ones. Ours is the
-graph that an export holds, 5 calls a layer: norms, gates and residuals inside the products, INT4 weights with a branch of
---rank columns, a packed KV cache; the head has 8-bit weights (two planes of 4) and activations. Torch's has float16
-weights and its scaled_dot_product_attention, and its kernels for all else. Both read every weight once, so
-that nothing stays in the GPU's cache; times are medians of replays in turn. `bytes` is what ours reads, of --peak.
+Random weights of every layer of --model, a head over --vocabulary words, one token after --past cached ones. Ours is
+the graph that an export holds, 5 calls a layer: norms, gates and residuals inside the products, INT4 weights with a
+branch of --rank columns, a packed KV cache; the head has 8-bit weights (two planes of 4) and activations. Torch's has
+float16 weights, its scaled_dot_product_attention, and its kernels for all else. Both read every weight once, so that
+nothing stays in the GPU's cache; times are medians of replays in turn. `bytes` is what ours reads, of --peak.
 
     python -m tools.bench_decode_cuda --model llama-3-8b --past 1024 8192
 """

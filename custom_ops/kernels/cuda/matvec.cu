@@ -4,7 +4,8 @@
 // Weights are the rows of a fragment here and tokens its columns, so that one token costs what 8 do. With g = lane / 4
 // and t = lane % 4, a 16-byte load holds 4 outputs (4g … 4g + 3) of block 4s + t of 8 features; words 0 and 1 are rows
 // g and g + 8 of one fragment, words 2 and 3 of another. Column n is token n. The kernel may start before the first
-// stage is done: weights, scales and C are on their way by then.
+// stage is done: weights, scales and C are on their way by then. What that stage made is copied to shared memory once,
+// where it fits, so that the steps wait for weights alone.
 #include "args.h"
 #include "launch.h"
 #include "levels.cuh"
@@ -16,7 +17,25 @@ namespace {
 constexpr int kOutputs = 32;
 constexpr int kMostColumns = 64;  // of the branch whose C is loaded early
 
-template <Mode mode, int frags, int warps>
+constexpr int kSkew = 32;                     // bytes between staged rows: 8 tokens meet in no bank
+constexpr size_t kMostStaged = 48 * 1024;
+
+// What a block keeps of the first stage's result, in bytes: levels, scales and zeros of every segment, low.
+template <Mode mode, int frags>
+struct Staged {
+  static constexpr int kTokens = frags * 8;
+  int stride, scales, zeros, lows, bytes;  // stride: of a token's levels
+  __host__ __device__ explicit Staged(const Args& a) {
+    const bool folds = mode == kFold || mode == kFoldZero;
+    stride = a.kp * (mode == kHalf ? 2 : 1) + kSkew;
+    scales = a.tokens * stride;
+    zeros = scales + (folds ? a.segments * kTokens * 4 : 0);
+    lows = zeros + (mode == kFoldZero ? a.segments * kTokens * 4 : 0);
+    bytes = lows + (a.rank ? a.tokens * 4 * a.rp : 0);
+  }
+};
+
+template <Mode mode, int frags, int warps, bool staged>
 struct Matvec {
   static constexpr int kTokens = frags * 8;
   // Steps whose loads are under way together: as many as the registers hold.
@@ -36,11 +55,14 @@ struct Matvec {
   const int warp, lane, g, t, first_output, blocks;
   const uint32_t mask;
   const uint8_t* panel;
+  const Staged<mode, frags> places;
+  char* const kept;        // the staged bytes
   float acc[2][frags][4];  // [words 0, 1 or 2, 3][f][2h + e]: output 4g + 2·pair + h, token 8f + 2t + e
 
-  __device__ __forceinline__ explicit Matvec(const Args& a)
+  __device__ __forceinline__ Matvec(const Args& a, char* shared)
       : args(a), warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(lane / 4), t(lane % 4),
-        first_output(blockIdx.x * kOutputs), blocks(ceil_div(a.n, kBlock)), mask(a.high_nibbles) {
+        first_output(blockIdx.x * kOutputs), blocks(ceil_div(a.n, kBlock)), mask(a.high_nibbles), places(a),
+        kept(shared) {
     const int panels = ceil_div(args.m, kPanel), wanted = first_output / kPanel + g / 4;
     panel = args.qweight + static_cast<int64_t>(min(wanted, panels - 1)) * blocks * 64 + g % 4 * 16;
 #pragma unroll
@@ -71,32 +93,59 @@ struct Matvec {
     }
   }
 
+  // Copies what the first stage made; the block meets before it is read.
+  __device__ __forceinline__ void stage() const {
+    if constexpr (!staged) return;
+    const int threads = warps * 32, pieces = (places.stride - kSkew) / 16, segments = args.segments;
+    for (int token = 0; token < args.tokens; ++token) {
+      const char* from = static_cast<const char*>(args.levels) + static_cast<int64_t>(token) * (places.stride - kSkew);
+      for (int i = threadIdx.x; i < pieces; i += threads)
+        copy_async(kept + token * places.stride + 16 * i, from + 16 * i, true);
+    }
+    commit_async();
+    for (int i = threadIdx.x; (mode == kFold || mode == kFoldZero) && i < segments * kTokens; i += threads) {
+      const int token = i % kTokens;
+      const int64_t at = static_cast<int64_t>(i / kTokens) * args.tp + token;
+      reinterpret_cast<float*>(kept + places.scales)[i] = token < args.tokens ? args.scale[at] : 0.0f;
+      if constexpr (mode == kFoldZero)
+        reinterpret_cast<int*>(kept + places.zeros)[i] = token < args.tokens ? args.zero[at] : 0;
+    }
+    if (args.rank)
+      for (int i = threadIdx.x; i < args.tokens * args.rp; i += threads)  // two halves a word
+        reinterpret_cast<uint32_t*>(kept + places.lows)[i] = reinterpret_cast<const uint32_t*>(args.low)[i];
+    wait_async<0>();
+    __syncthreads();
+  }
+
   __device__ __forceinline__ void load_activations(Step& s, int step) const {
 #pragma unroll
     for (int f = 0; f < frags; ++f) {
       const int token = 8 * f + g;
-      const int64_t at = static_cast<int64_t>(token) * args.kp + step * kStep + 8 * t;
       const bool there = token < args.tokens;
+      constexpr int size = mode == kHalf ? 2 : 1;
+      const char* row = staged ? kept + token * places.stride
+                               : static_cast<const char*>(args.levels) + static_cast<int64_t>(token) * args.kp * size;
+      row += (step * kStep + 8 * t) * size;
       if constexpr (mode == kHalf) {
-        const __half* row = static_cast<const __half*>(args.levels) + at;
         s.activations[f][0] = there ? *reinterpret_cast<const uint4*>(row) : make_uint4(0, 0, 0, 0);
-        s.activations[f][1] = there ? *reinterpret_cast<const uint4*>(row + 32) : make_uint4(0, 0, 0, 0);
+        s.activations[f][1] = there ? *reinterpret_cast<const uint4*>(row + 64) : make_uint4(0, 0, 0, 0);
       } else {
-        const int8_t* row = static_cast<const int8_t*>(args.levels) + at;
         const uint2 a = there ? *reinterpret_cast<const uint2*>(row) : make_uint2(0, 0);
         const uint2 b = there ? *reinterpret_cast<const uint2*>(row + 32) : make_uint2(0, 0);
         s.activations[f][0] = make_uint4(a.x, a.y, b.x, b.y);
       }
     }
     if constexpr (mode == kFold || mode == kFoldZero) {
-      const int64_t segment = step * kStep / args.segment;
+      const int segment = step * kStep / args.segment;
+      const int64_t at = staged ? segment * kTokens : static_cast<int64_t>(segment) * args.tp;
+      const float* scale = staged ? reinterpret_cast<const float*>(kept + places.scales) : args.scale;
+      const int* zero = staged ? reinterpret_cast<const int*>(kept + places.zeros) : args.zero;
 #pragma unroll
       for (int f = 0; f < frags; ++f) {
-        const int64_t at = segment * args.tp + 8 * f + 2 * t;
-        s.token_scale[f] = *reinterpret_cast<const float2*>(args.scale + at);
+        s.token_scale[f] = *reinterpret_cast<const float2*>(scale + at + 8 * f + 2 * t);
         if constexpr (mode == kFoldZero) {
           const bool first = step * kStep % args.segment == 0;  // of its segment: the zero-point goes with it
-          s.zero[f] = first ? *reinterpret_cast<const int2*>(args.zero + at) : make_int2(0, 0);
+          s.zero[f] = first ? *reinterpret_cast<const int2*>(zero + at + 8 * f + 2 * t) : make_int2(0, 0);
         }
       }
     }
@@ -207,7 +256,8 @@ struct Matvec {
 #pragma unroll
     for (int token = 0; token < kTokens; ++token) {
       if (token >= args.tokens) break;
-      const __half* low = args.low + static_cast<int64_t>(token) * 2 * args.rp + column;
+      const __half* all = staged ? reinterpret_cast<const __half*>(kept + places.lows) : args.low;
+      const __half* low = all + token * 2 * args.rp + column;
       sum[token] = fmaf(__half2float(low[0]) + __half2float(low[args.rp]), c, sum[token]);
     }
   }
@@ -227,12 +277,13 @@ struct Matvec {
   }
 };
 
-template <Mode mode, int frags, int warps>
+template <Mode mode, int frags, int warps, bool staged>
 __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
-  using M = Matvec<mode, frags, warps>;
+  using M = Matvec<mode, frags, warps, staged>;
+  extern __shared__ uint4 kept[];
   __shared__ float4 shares4[warps][M::kTokens * kOutputs / 4];  // kChannel: int32
   __shared__ float branch[mode == kChannel ? warps : 1][M::kTokens * kOutputs];
-  M work(args);
+  M work(args, reinterpret_cast<char*>(kept));
   float* shares = reinterpret_cast<float*>(shares4[work.warp]);
   const int steps = args.kp / kStep;
 
@@ -245,6 +296,7 @@ __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
   work.load_coef(coef);
   let_next_start();
   wait_for_previous();
+  work.stage();
   for (int first = work.warp; first < steps; first += warps * M::kDepth) {
 #pragma unroll
     for (int i = 0; i < M::kDepth; ++i)
@@ -308,7 +360,13 @@ __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
 template <Mode mode, int frags, int warps>
 cudaError_t start(const Args& args, cudaStream_t stream) {
   const dim3 blocks(ceil_div(args.m, kOutputs));
-  return launch_early(matvec_kernel<mode, frags, warps>, blocks, warps * 32, 0, args.early, stream, args);
+  const size_t bytes = Staged<mode, frags>(args).bytes;
+  if (frags > 1 || bytes > kMostStaged)
+    return launch_early(matvec_kernel<mode, frags, warps, false>, blocks, warps * 32, 0, args.early, stream, args);
+  const auto kernel = matvec_kernel<mode, frags, warps, frags == 1>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostStaged);
+  if (error != cudaSuccess) return error;
+  return launch_early(kernel, blocks, warps * 32, bytes, args.early, stream, args);
 }
 
 template <Mode mode>
