@@ -45,13 +45,17 @@ from tools.latency import measure as measure_latency
 from tools.report import table, write_section
 
 Runs = dict[str, Recipe]
+OFTEN = ("4-8-16", "4-4-16")
 BITS = {"4-16-16": 16, "4-8-16": 8, "4-4-16": 4}  # W-A-KV -> a_bits
 TITLES = {
     "table3": "Smoothing and truncation (the paper's Table 3)",
     "table4": "K frequencies (the paper's Table 4)",
     "table5": "Importance metrics (the paper's Table 5)",
     "recipes": "From the paper's recipe to ours",
+    "choices": "What our recipe could do besides, on text to choose by",
 }
+# Branches of other sizes at the same bytes in all: SmolLM2's stages cost 1536, 1152, 3648 and 2112 numbers a column.
+RANKS = {"qkv_proj": (64, 32), "o_proj": (48, 32), "gate_up_proj": (16, 24), "down_proj": (28, 44)}
 
 
 def grouped(recipe: Recipe, size: int) -> Recipe:
@@ -79,8 +83,25 @@ def tables(ks: list[int], group: int) -> dict[str, dict[str, Runs]]:
         runs = both(recipe)
         return {column: runs[column] for column in runs if column != "4-16-16 per channel"}
 
+    def chosen(**changes: Any) -> Runs:
+        recipe = replace(klt, **changes)
+        return {f"{bits} groups of {group}": replace(grouped(recipe, group), a_bits=BITS[bits]) for bits in OFTEN}
+
+    def ranks(index: int) -> Runs:
+        return chosen(overrides={stage: {"k": sizes[index]} for stage, sizes in RANKS.items()})
+
     bare = replace(klt, smooth=False, hadamard=0, clip_grid=(1.0,))
     return {
+        "choices": {
+            "klt": chosen(),
+            "two descents": chosen(descents=2),
+            "asymmetry 0.5": chosen(asymmetry=0.5),
+            "… and two descents": chosen(asymmetry=0.5, descents=2),
+            "asymmetry 0.5, not smoothed": chosen(asymmetry=0.5, smooth=False),
+            "asymmetry 1": chosen(asymmetry=1.0),
+            "larger branches at qkv and o": ranks(0),
+            "a larger branch at down": ranks(1),
+        },
         "table3": {
             "neither": both(replace(no_branch(paper), smooth=False)),
             "smoothing": both(no_branch(paper)),
