@@ -88,19 +88,23 @@ def tables(ks: list[int], group: int) -> dict[str, dict[str, Runs]]:
         return {f"{bits} groups of {group}": replace(grouped(recipe, group), a_bits=BITS[bits]) for bits in OFTEN}
 
     def ranks(index: int) -> Runs:
-        return chosen(overrides={stage: {"k": sizes[index]} for stage, sizes in RANKS.items()})
+        sizes = {stage: {"k": both[index]} for stage, both in RANKS.items()}
+        return chosen(descents=0, asymmetry=0.0, smooth=True, overrides=sizes)
 
-    bare = replace(klt, smooth=False, hadamard=0, clip_grid=(1.0,))
+    plain = replace(klt, descents=0, asymmetry=0.0)
+    bare = replace(plain, hadamard=0, clip_grid=(1.0,))
     return {
         "choices": {
-            "klt": chosen(),
-            "two descents": chosen(descents=2),
-            "asymmetry 0.5": chosen(asymmetry=0.5),
-            "… and two descents": chosen(asymmetry=0.5, descents=2),
-            "asymmetry 0.5, not smoothed": chosen(asymmetry=0.5, smooth=False),
-            "asymmetry 1": chosen(asymmetry=1.0),
-            "larger branches at qkv and o": ranks(0),
-            "a larger branch at down": ranks(1),
+            "no descents, no asymmetry, smoothed": chosen(descents=0, asymmetry=0.0, smooth=True),
+            "… two descents": chosen(descents=2, asymmetry=0.0, smooth=True),
+            "… asymmetry 0.5": chosen(descents=0, smooth=True),
+            "… both": chosen(descents=2, smooth=True),
+            "… asymmetry 1": chosen(descents=0, asymmetry=1.0, smooth=True),
+            "… asymmetry 0.5, not smoothed": chosen(descents=0),
+            "preset klt: one descent, asymmetry 0.5": chosen(),
+            "… two descents, asymmetry 0.5": chosen(descents=2),
+            "no descents, no asymmetry, smoothed, larger branches at qkv and o": ranks(0),
+            "… a larger branch at down": ranks(1),
         },
         "table3": {
             "neither": both(replace(no_branch(paper), smooth=False)),
@@ -115,9 +119,10 @@ def tables(ks: list[int], group: int) -> dict[str, dict[str, Runs]]:
             "no branch, nothing else": ours(no_branch(bare)),
             f"klt branch, r = {klt.k}, s = 1": ours(bare),
             "… and smoothing": ours(replace(bare, smooth=True)),
-            "… and Hadamard": ours(replace(klt, clip_grid=(1.0,))),
-            "… and clips: preset klt": ours(klt),
-            "klt without smoothing": ours(replace(klt, smooth=False)),
+            "… and Hadamard, not smoothing": ours(replace(plain, clip_grid=(1.0,))),
+            "… and clips": ours(plain),
+            "… and a descent, asymmetry 0.5: preset klt": ours(klt),
+            "klt and smoothing": ours(replace(klt, smooth=True)),
             "klt without the branch": ours(no_branch(klt)),
             "klt, s = 0": ours(replace(klt, subtract=False)),
             "klt, r = 64": ours(replace(klt, k=64)),

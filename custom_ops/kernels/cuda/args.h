@@ -20,7 +20,6 @@ constexpr int kDownChunk = 256;    // features of the basis that `down` holds at
 constexpr int kDownTokens = 32;    // tokens per block of `down`
 constexpr int kReduceTokens = 128;  // tokens per block of `reduce`, at most
 constexpr int kMatvecTokens = 32;  // the most that `matvec` takes
-constexpr int kRingTokens = 8;     // the most that `matvec90` takes
 constexpr int kChunk = 128;        // features that `gemm90` takes at a time
 
 // How the first stage lays the levels out.
@@ -40,7 +39,6 @@ struct Args {
   int hadamard, splits, bits;    // splits: shares of the features in `down`
   int shares;                    // and in `reduce`
   int x_half, y_half, wide_sums;
-  int shared;                    // bytes of shared memory that a block may take, on compute capability 9.0 and later
   int cluster;                   // blocks that share a token in `first_stage`
   bool early;                    // later kernels may start before earlier ones end
   int subtract;                  // only where there is a branch
@@ -103,8 +101,6 @@ cudaError_t first_stage(const Args& args, const Source& source, cudaStream_t str
 
 // Second stage.
 cudaError_t matvec(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream);
-// Compute capability 9.0 or later, up to 8 tokens.
-cudaError_t matvec90(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream);
 cudaError_t gemm(const Args& args, Mode mode, bool large, cudaStream_t stream);
 // sm_90a only. large: of its two tiles.
 cudaError_t gemm90(const Args& args, Mode mode, bool large, int multiprocessors, cudaStream_t stream);

@@ -138,9 +138,6 @@ SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* p
   if (error == cudaSuccess) {
     switch (chosen) {
       case Path::kCluster:
-        error = a.tokens <= kRingTokens ? matvec90(a, plan.mode, device.multiprocessors, on)
-                                        : matvec(a, plan.mode, device.multiprocessors, on);
-        break;
       case Path::kMatvec: error = matvec(a, plan.mode, device.multiprocessors, on); break;
       case Path::kGemmSmall: error = gemm(a, plan.mode, false, on); break;
       case Path::kGemmLarge: error = gemm(a, plan.mode, true, on); break;

@@ -103,11 +103,10 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   plan.direct = plan.tensor_prepare && !halves && a.segment == kStep && a.act_group == kStep;
   // 16 blocks are more than other GPUs than Hopper take.
   const bool hopper = device.major == 9;
-  a.shared = int(hopper ? kSharedHopper : kSharedLeast);
   a.cluster = 1;
   while (a.cluster * kClusterFeatures < a.n && a.cluster < (hopper ? 16 : 8)) a.cluster *= 2;
   plan.cluster = device.major >= 9 && plan.matvec_tokens && a.r <= kFastRank && (!a.rank || aligned(p.basis)) &&
-                 cluster_shared(a) <= size_t(a.shared);
+                 cluster_shared(a) <= size_t(hopper ? kSharedHopper : kSharedLeast);
   plan.two_pass = plan.tensor_prepare && !halves && a.act_group == a.n && !plan.direct;
   const int tiles = ceil_div(std::max(a.tokens, 1), kDownTokens), chunks = ceil_div(a.n, kDownChunk);
   a.splits = int(std::clamp<int64_t>(3 * device.multiprocessors / tiles, 1, std::min<int64_t>(chunks, kSplits)));
