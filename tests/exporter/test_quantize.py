@@ -59,7 +59,17 @@ def test_smoothing_folds_away(
 ) -> None:
     """A branch of full rank holds the whole weight, to float16: then what is left of smoothing must be nothing."""
     overrides = {"down_proj": {"k": 88}}
-    recipe = Recipe(k=64, a_bits=16, head_bits=16, group_size=8, act_group=8, subtract=subtract, overrides=overrides)
+    recipe = Recipe(
+        smooth=True,
+        asymmetry=0.0,
+        k=64,
+        a_bits=16,
+        head_bits=16,
+        group_size=8,
+        act_group=8,
+        subtract=subtract,
+        overrides=overrides,
+    )
     expected = logits(llama, tokens)
     norm = llama.model.layers[0].input_layernorm.weight.detach().numpy().copy()
     decoder = quantize(llama, recipe, tokens)
@@ -103,7 +113,8 @@ def test_floats_are_the_models_own(llama: LlamaForCausalLM) -> None:
 
 def test_what_is_reported(llama: LlamaForCausalLM, tokens: torch.Tensor) -> None:
     steps: list[tuple[int, int]] = []
-    decoder = quantize(llama, RECIPE, tokens, progress=lambda done, total, what: steps.append((done, total)))
+    recipe = replace(RECIPE, smooth=True)
+    decoder = quantize(llama, recipe, tokens, progress=lambda done, total, what: steps.append((done, total)))
     assert steps == [(0, 2), (1, 2), (2, 2)]
     linears = [linear for layer in decoder.layers for linear in layer.linears]
     names = {linear.name for linear in linears}
@@ -113,7 +124,7 @@ def test_what_is_reported(llama: LlamaForCausalLM, tokens: torch.Tensor) -> None
         assert isinstance(linear, QuantLinear)
         assert linear.error is not None
         assert 1e-7 < linear.error < 0.5
-        assert linear.alpha in RECIPE.smooth_grid
+        assert linear.alpha in recipe.smooth_grid
 
 
 def test_overrides_hold_for_their_stage(llama: LlamaForCausalLM, tokens: torch.Tensor) -> None:
