@@ -16,25 +16,31 @@ def plugin_linear(low: Lowering, node: ir.Node) -> ir.Value:
     """`SpecQuantMatMul` or `Int4ResidualMatMul`, as in the artifact but for two inputs.
 
     row_sums become int32, since TensorRT has no int16. The rank is a constant: with fewer columns than the artifact's,
-    `basis` and `coef` are cut.
+    `basis` and `coef` are cut, and with none the op is the one without a branch.
     """
-    graph, name, inputs = low.graph, str(node.name), []
-    names = [tensor.name for tensor in OPS[node.op_type].inputs]
-    for index, key in enumerate(names):
+    graph, name, op_type, given = low.graph, str(node.name), node.op_type, attributes(node)
+    at = {tensor.name: index for index, tensor in enumerate(OPS[op_type].inputs)}
+    rank = 0
+    if "basis" in at:
+        columns = int(dims(node.inputs[at["basis"]])[1])
+        rank = columns if low.rank is None else min(low.rank, columns)
+    if not rank:
+        op_type = "Int4ResidualMatMul"
+        given.pop("subtract", None)
+    inputs = []
+    for key in (tensor.name for tensor in OPS[op_type].inputs):
         if key == "rank":
-            columns = int(dims(node.inputs[names.index("basis")])[1])
-            kept = columns if low.rank is None else min(low.rank, columns)
-            inputs.append(graph.tensor(f"{name}.rank", np.array([kept], np.int64)))
+            inputs.append(graph.tensor(f"{name}.rank", np.array([rank], np.int64)))
         elif key == "row_sums":
-            inputs.append(graph.tensor(f"{name}.row_sums", low.array(node, index).astype(np.int32)))
+            inputs.append(graph.tensor(f"{name}.row_sums", low.array(node, at[key]).astype(np.int32)))
         elif key in ("basis", "coef") and low.rank is not None:
-            array = low.array(node, index)
-            cut = array[:, : low.rank] if key == "basis" else array[: low.rank]
+            array = low.array(node, at[key])
+            cut = array[:, :rank] if key == "basis" else array[:rank]
             inputs.append(graph.tensor(f"{name}.{key}", np.ascontiguousarray(cut)))
         else:
-            inputs.append(low.input(node, index))
+            inputs.append(low.input(node, at[key]))
     y = ir.val(str(node.outputs[0].name), graph.float_type, dims(node.outputs[0]))
-    graph.node(node.op_type, inputs, [y], name, DOMAIN, **attributes(node))
+    graph.node(op_type, inputs, [y], name, DOMAIN, **given)
     return y
 
 

@@ -16,7 +16,7 @@ from tests.cuda_arrays import POISON, require_kernels
 from tests.tensorrt_harness import Harness, computed, opened, refusal
 
 require_kernels()
-# Past and new tokens of each row, what differs from 6 heads on 2 of 64, and the largest batch and sequence of the profile.
+# Past and new tokens of each row, what differs from 6 heads on 2 of 64, and most rows and tokens of the profile.
 CALLS: dict[str, tuple[list[int], list[int], dict[str, Any], tuple[int, int]]] = {
     "prompt": ([0], [37], {"heads": 9, "kv_heads": 3, "spare": 50}, (1, 64)),
     "block after a block": ([70], [45], {"spare": 60, "window": 30}, (1, 45)),

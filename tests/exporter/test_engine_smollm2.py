@@ -1,4 +1,4 @@
-"""Engines of a real model, for GPUs that are not here: SmolLM2-135M, quantised as quickly as it goes (a minute in all)."""
+"""Engines of a real model, for GPUs that are not here: SmolLM2-135M, quantised as quickly as it goes, in a minute."""
 
 from __future__ import annotations
 

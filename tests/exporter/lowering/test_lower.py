@@ -246,6 +246,25 @@ def test_the_custom_profile_keeps_our_ops(rng: np.random.Generator, tmp_path: Pa
     assert sum("rotary" in name for name in names) == 2  # shared by the layers
 
 
+def test_the_custom_profile_of_a_float_model_is_portable(rng: np.random.Generator, tmp_path: Path) -> None:
+    save_model(build_model(float_decoder(tiny_model("llama", int(rng.integers(2**31)))), "float32", {}), tmp_path)
+    nodes = [[(n.op_type, n.name) for n in lower(tmp_path, p, CAPACITY).graph] for p in ("portable", "custom")]
+    assert nodes[0] == nodes[1]
+
+
+def test_a_custom_engine_without_branches(rng: np.random.Generator, tmp_path: Path) -> None:
+    """With rank 0 the op is the one that has none: no tensor is without elements."""
+    _, decoder = tiny_llama(int(rng.integers(2**31)))
+    decoder = quantised_decoder(decoder, rng, 16, 8, 0, 5, True)
+    original = Running(decoder, tmp_path, kernels=True, rank=np.array([0]))
+    lowered = Lowered(tmp_path, decoder, 0, "custom")
+    kinds = {node.op_type for node in lower(tmp_path, "custom", CAPACITY, 0).graph if node.domain}
+    assert kinds == {"Int4ResidualMatMul", "HalfKVAttention"}
+    ids = rng.integers(3, 128, (1, 12))
+    actual, expected = (running.step(ids, [12]) for running in (lowered, original))
+    assert np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("kv_bits", [4, 16])
 @pytest.mark.parametrize("float_type", ["float32", "float16"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-partial-rotary", "qwen3"])
