@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from specquant.custom_ops import library_cuda
 from specquant.custom_ops.errors import SpecQuantError
 
-POISON = 0xC5
+POISON = 0xFF  # of floats: NaN
 EMULATED = os.environ.get("SPECQUANT_CUDA_EMULATED") == "1"
 
 

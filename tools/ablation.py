@@ -45,13 +45,17 @@ from tools.latency import measure as measure_latency
 from tools.report import table, write_section
 
 Runs = dict[str, Recipe]
+OFTEN = ("4-8-16", "4-4-16")
 BITS = {"4-16-16": 16, "4-8-16": 8, "4-4-16": 4}  # W-A-KV -> a_bits
 TITLES = {
     "table3": "Smoothing and truncation (the paper's Table 3)",
     "table4": "K frequencies (the paper's Table 4)",
     "table5": "Importance metrics (the paper's Table 5)",
     "recipes": "From the paper's recipe to ours",
+    "choices": "What our recipe could do besides, on text to choose by",
 }
+# Branches of other sizes at the same bytes in all: SmolLM2's stages cost 1536, 1152, 3648 and 2112 numbers a column.
+RANKS = {"qkv_proj": (64, 32), "o_proj": (48, 32), "gate_up_proj": (16, 24), "down_proj": (28, 44)}
 
 
 def grouped(recipe: Recipe, size: int) -> Recipe:
@@ -79,8 +83,29 @@ def tables(ks: list[int], group: int) -> dict[str, dict[str, Runs]]:
         runs = both(recipe)
         return {column: runs[column] for column in runs if column != "4-16-16 per channel"}
 
-    bare = replace(klt, smooth=False, hadamard=0, clip_grid=(1.0,))
+    def chosen(**changes: Any) -> Runs:
+        recipe = replace(klt, **changes)
+        return {f"{bits} groups of {group}": replace(grouped(recipe, group), a_bits=BITS[bits]) for bits in OFTEN}
+
+    def ranks(index: int) -> Runs:
+        sizes = {stage: {"k": both[index]} for stage, both in RANKS.items()}
+        return chosen(descents=0, asymmetry=0.0, smooth=True, overrides=sizes)
+
+    plain = replace(klt, descents=0, asymmetry=0.0)
+    bare = replace(plain, hadamard=0, clip_grid=(1.0,))
     return {
+        "choices": {
+            "no descents, no asymmetry, smoothed": chosen(descents=0, asymmetry=0.0, smooth=True),
+            "… two descents": chosen(descents=2, asymmetry=0.0, smooth=True),
+            "… asymmetry 0.5": chosen(descents=0, smooth=True),
+            "… both": chosen(descents=2, smooth=True),
+            "… asymmetry 1": chosen(descents=0, asymmetry=1.0, smooth=True),
+            "… asymmetry 0.5, not smoothed": chosen(descents=0),
+            "preset klt: one descent, asymmetry 0.5": chosen(),
+            "… two descents, asymmetry 0.5": chosen(descents=2),
+            "no descents, no asymmetry, smoothed, larger branches at qkv and o": ranks(0),
+            "… a larger branch at down": ranks(1),
+        },
         "table3": {
             "neither": both(replace(no_branch(paper), smooth=False)),
             "smoothing": both(no_branch(paper)),
@@ -94,9 +119,10 @@ def tables(ks: list[int], group: int) -> dict[str, dict[str, Runs]]:
             "no branch, nothing else": ours(no_branch(bare)),
             f"klt branch, r = {klt.k}, s = 1": ours(bare),
             "… and smoothing": ours(replace(bare, smooth=True)),
-            "… and Hadamard": ours(replace(klt, clip_grid=(1.0,))),
-            "… and clips: preset klt": ours(klt),
-            "klt without smoothing": ours(replace(klt, smooth=False)),
+            "… and Hadamard, not smoothing": ours(replace(plain, clip_grid=(1.0,))),
+            "… and clips": ours(plain),
+            "… and a descent, asymmetry 0.5: preset klt": ours(klt),
+            "klt and smoothing": ours(replace(klt, smooth=True)),
             "klt without the branch": ours(no_branch(klt)),
             "klt, s = 0": ours(replace(klt, subtract=False)),
             "klt, r = 64": ours(replace(klt, k=64)),

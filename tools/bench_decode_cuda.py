@@ -80,7 +80,7 @@ class Ours:
             self.layers.append((products, Attention(past, 1, args.cache_bits, options)))
         # 8-bit weights are two planes of 4 bits, on the same activations twice.
         head = argparse.Namespace(**vars(args) | {"act_bits": 8, "rank": 0, "hadamard": 0})
-        self.head = Product(2 * shape.hidden, args.vocabulary, head, {}, None)
+        self.head = Product(2 * shape.hidden, args.vocabulary, head, {"prologue": RMS_NORM}, None)
         self.bytes = self.head.bytes
         for products, attention in self.layers:
             attention.problem.qkv = products[0].y.data_ptr()  # where the product before it writes

@@ -175,7 +175,7 @@ def write_artifact(folder: Path, args: argparse.Namespace) -> None:
 
 
 def compare(folder: Path, text: Path | None) -> int:
-    """The GPU beside the CPU, as a JSON line; 1 if they are too far apart. Compared are logits of a prompt and of steps,
+    """The GPU beside the CPU, as a JSON line; 1 if they are too far apart. Compared are logits of a prompt and steps,
     or, with a text, its perplexity (10 windows) and what 10 of its paragraphs are continued with (32 greedy tokens).
     """
     import numpy as np

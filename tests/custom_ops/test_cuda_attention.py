@@ -39,6 +39,8 @@ CALLS: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {
     "step of 256": ([130], [5], {"head_dim": 256, "heads": 2, "kv_heads": 1}),
     "prefill of 256": ([30], [70], {"head_dim": 256, "heads": 1, "kv_heads": 1}),
     "no rotary": ([3], [5], {"rotary": 0}),
+    "tiles in turn": ([2300], [1], {"heads": 4, "kv_heads": 1, "head_dim": 128, "float_type": np.float16}),
+    "tiles in turn on a GPU": ([4500], [1], {"heads": 16, "kv_heads": 8, "head_dim": 16, "spare": 2}),
     "float16": ([50], [13], {"float_type": np.float16}),
     "float16 prefill": ([20], [100], {"float_type": np.float16, "heads": 2, "head_dim": 128}),
 }

@@ -8,9 +8,9 @@ std::vector<Meeting> warps;
 
 namespace {
 
-// A block's on the smallest GPU that the kernels are for, and, for those with a block a multiprocessor, on Hopper.
-constexpr size_t kMostShared = 99 * 1024, kMostShared90 = 227 * 1024;
-constexpr size_t kStack = 128 * 1024;
+// A block's on Hopper, as which cudaDeviceGetAttribute below presents itself.
+constexpr size_t kMostShared = 227 * 1024;
+constexpr size_t kStack = 64 * 1024;
 
 ucontext_t scheduler;
 std::vector<Fiber> fibers;
@@ -106,7 +106,7 @@ const char* shared_of(int rank) { return memories.at(rank); }
 
 void launch(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body, int size) {
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.x % size) fail("a grid that no GPU takes");
-  if (shared_bytes > (threads.x == 384 ? kMostShared90 : kMostShared)) fail("more shared memory than every GPU has");
+  if (shared_bytes > kMostShared) fail("more shared memory than a GPU has");
   grid_size = grid;
   block_size = threads;
   kernel = &body;

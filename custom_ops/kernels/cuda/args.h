@@ -35,9 +35,11 @@ struct Args {
   int kp, tp;                    // N padded to kStep, T padded to kTokenPad
   int segments, segment;         // S, N / S
   int weight_group, act_group;   // features per scale, N where the attribute is 0
+  uint32_t group_steps, segment_steps;  // reciprocals of weight_group / kStep and segment / kStep, for `quotient`
   int hadamard, splits, bits;    // splits: shares of the features in `down`
   int shares;                    // and in `reduce`
   int x_half, y_half, wide_sums;
+  int cluster;                   // blocks that share a token in `first_stage`
   bool early;                    // later kernels may start before earlier ones end
   int subtract;                  // only where there is a branch
   Order order;                   // of the levels
@@ -93,8 +95,8 @@ struct Source {  // x of the problem, and what its prologue takes
   float epsilon;
   int prologue, half;
 };
-constexpr int kMostClusterShared = 99 * 1024;  // bytes of a block that every such GPU has
-bool cluster_fits(const Args& args);
+// Bytes of shared memory of a block.
+size_t cluster_shared(const Args& args);
 cudaError_t first_stage(const Args& args, const Source& source, cudaStream_t stream);
 
 // Second stage.
@@ -121,6 +123,14 @@ __host__ __device__ constexpr int64_t level_place(const Args& args, int token, i
   return args.order == kTiles ? tile_place(token, feature, args.tp)
                               : static_cast<int64_t>(token) * args.kp +
                                     (args.order == kFragments ? place_of(feature, args.bits == 16) : feature);
+}
+
+// x / k for x · k < 2^32, by multiplication: a division costs a warp more than the mma of a step.
+__host__ __device__ constexpr uint32_t reciprocal(uint32_t k) {
+  return k < 2 ? 0 : static_cast<uint32_t>((uint64_t(1) << 32) / k + 1);
+}
+__host__ __device__ constexpr int quotient(int x, uint32_t reciprocal_of_k) {
+  return reciprocal_of_k ? static_cast<int>(uint64_t(static_cast<uint32_t>(x)) * reciprocal_of_k >> 32) : x;
 }
 
 __host__ __device__ constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }

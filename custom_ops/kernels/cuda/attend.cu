@@ -67,60 +67,54 @@ __device__ __forceinline__ void attend_tile(const uint4* fragments, int d, const
   multiply_values<A>(scores, d, values, sums);
 }
 
-// Of `split` kernels: what the warps found, as one; then y, or a share of it for `merge`.
+// Of `split` kernels: what the warps found, as one; then y, or a share of it for `merge`. y: room for every warp's.
 template <class A>
 __device__ __forceinline__ void put_together(const AttentionArgs& a, int b, int kv_head, int row, int rows, int count,
                                              int share, float* y, float* found, Sums<A>& sums) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, d = a.d;
+  const int used = min(kTileRows, rows - row);
   float* largests = found;  // [kAttendWarps, kTileRows]
   float* totals = largests + kAttendWarps * kTileRows;
   float* middles = totals + kAttendWarps * kTileRows;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int at = warp * kTileRows + g + 8 * h;
+    const int r = g + 8 * h, at = warp * kTileRows + r;
     if (t == 0) largests[at] = sums.largest[h], totals[at] = sums.sum[h], middles[at] = sums.middle[h];
+    if (r >= used) continue;
+#pragma unroll
+    for (int column = 0; column < A::kColumns; ++column)
+#pragma unroll
+      for (int tile = 0; tile < A::Cache::kTiles; ++tile)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int feature = A::Cache::column(d, 8 * column + 2 * t + e, tile);
+          if (feature >= 0) y[at * d + feature] = sums.y[column][tile][2 * h + e] * sums.factor;
+        }
   }
   __syncthreads();
-  float share_of[2];
+  for (int r = 0; r < used; ++r) {
+    float most = -INFINITY, total = 0.0f, middle = 0.0f, parts[kAttendWarps];
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float most = -INFINITY;
-    for (int w = 0; w < kAttendWarps; ++w) most = fmaxf(most, largests[w * kTileRows + g + 8 * h]);
-    share_of[h] = weight_of(sums.largest[h], most) * sums.factor;
-  }
-  // In turn, so that the sum is the same every time.
-  for (int w = 0; w < kAttendWarps; ++w) {
-    if (w == warp)
-#pragma unroll
-      for (int column = 0; column < A::kColumns; ++column)
-#pragma unroll
-        for (int tile = 0; tile < A::Cache::kTiles; ++tile)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int feature = A::Cache::column(d, 8 * column + 2 * t + i % 2, tile), at = (g + i / 2 * 8) * d + feature;
-            if (feature >= 0) y[at] = (w ? y[at] : 0.0f) + sums.y[column][tile][i] * share_of[i / 2];
-          }
-    __syncthreads();
-  }
-  for (int i = threadIdx.x; i < kTileRows * d; i += A::kThreads) {
-    const int r = i / d, feature = i % d;
-    if (row + r >= rows) return;
-    float most = -INFINITY, total = 0.0f, middle = 0.0f;
     for (int w = 0; w < kAttendWarps; ++w) most = fmaxf(most, largests[w * kTileRows + r]);
+#pragma unroll
     for (int w = 0; w < kAttendWarps; ++w) {
-      const float part = weight_of(largests[w * kTileRows + r], most);
-      total = fmaf(part, totals[w * kTileRows + r], total);
-      middle = fmaf(part, middles[w * kTileRows + r], middle);
-    }
-    if (a.splits == 1) {
-      const float value = row + r < count ? (y[i] + middle) / total : 0.0f;
-      store(a, output_row(a, b, kv_head, row + r) * d + feature, value);
-      continue;
+      parts[w] = weight_of(largests[w * kTileRows + r], most);
+      total = fmaf(parts[w], totals[w * kTileRows + r], total);
+      middle = fmaf(parts[w], middles[w * kTileRows + r], middle);
     }
     const int64_t line = (static_cast<int64_t>(b) * a.kv_heads + kv_head) * rows + row + r;
     float* to = a.partials + (line * a.splits + share) * (d + 2);
-    to[feature] = y[i] + middle;
-    if (feature == 0) to[d] = most, to[d + 1] = total;
+    for (int feature = threadIdx.x; feature < d; feature += A::kThreads) {
+      float sum = middle;
+#pragma unroll
+      for (int w = 0; w < kAttendWarps; ++w) sum = fmaf(parts[w], y[(w * kTileRows + r) * d + feature], sum);
+      if (a.splits == 1) {
+        store(a, output_row(a, b, kv_head, row + r) * d + feature, row + r < count ? sum / total : 0.0f);
+      } else {
+        to[feature] = sum;
+        if (feature == 0) to[d] = most, to[d + 1] = total;
+      }
+    }
   }
 }
 
@@ -171,6 +165,7 @@ __global__ void __launch_bounds__(A::kThreads) attend_kernel(const AttentionArgs
     load_tile<A>(all_keys, d, tile, lengths.after, keys, key_scales, key_middles);
     load_tile<A>(all_values, d, tile, lengths.after, values, scales, middles);
   };
+  clear_padding<A>(d, keys);
   load(start);  // on its way while the queries are
 
   const int own = A::split ? row : row + warp * kTileRows;  // the warp's first row
@@ -233,7 +228,7 @@ constexpr int kMergeWarps = kMergeThreads / 32;
 // y = Σ 2^(largest_s − largest) y_s / Σ 2^(largest_s − largest) sum_s of every row. Threads that share a feature take
 // every so many splits.
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const AttentionArgs a) {
-  __shared__ float weights[kMostSplits], scratch[kMergeWarps], shares[kMergeThreads];
+  __shared__ float weights[kMergeWarps][kMostSplits], shares[kMergeThreads];
   let_next_start();
   wait_for_previous();
   const int row = blockIdx.x, kv_head = blockIdx.y % a.kv_heads, b = blockIdx.y / a.kv_heads;
@@ -246,20 +241,33 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const AttentionArg
     return;
   }
   const float* parts = a.partials + (static_cast<int64_t>(blockIdx.y) * rows + row) * a.splits * width;
-  const int split = threadIdx.x;
-  const float own = split < a.splits ? parts[split * width + d] : -INFINITY;
-  const float seen = split < a.splits ? parts[split * width + d + 1] : 0.0f;
-  const float largest = over_block<kMergeWarps>(own, LargestNumber(), scratch);
-  const bool empty = own == -INFINITY && seen == 0.0f;  // a split without tokens: its y was not written
-  const float weight = empty ? 0.0f : weight_of(own, largest);
-  if (split < a.splits) weights[split] = empty ? -1.0f : weight;
-  const float total = over_block<kMergeWarps>(weight * seen, Sum(), scratch);  // meets after weights are written
+  // Every warp for itself what each split counts: that is sooner than to meet.
+  const int lane = threadIdx.x % 32;
+  float* weight = weights[threadIdx.x / 32];
+  float largest[kMostSplits / 32], seen[kMostSplits / 32], most = -INFINITY, total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMostSplits / 32; ++i) {
+    const int split = lane + 32 * i;
+    largest[i] = split < a.splits ? parts[split * width + d] : -INFINITY;
+    seen[i] = split < a.splits ? parts[split * width + d + 1] : 0.0f;
+    most = fmaxf(most, largest[i]);
+  }
+  most = over_warp(most, LargestNumber());
+#pragma unroll
+  for (int i = 0; i < kMostSplits / 32; ++i) {
+    const bool empty = largest[i] == -INFINITY && seen[i] == 0.0f;  // a split without tokens: its y was not written
+    const float part = weight_of(largest[i], most);
+    weight[lane + 32 * i] = empty ? -1.0f : part;
+    total += empty ? 0.0f : part * seen[i];
+  }
+  total = over_warp(total, Sum());
+  __syncwarp();
   const int groups = kMergeThreads / d, group = threadIdx.x / d, feature = threadIdx.x % d;
   float y = 0.0f;
   if (group < groups) {
 #pragma unroll 8
     for (int s = group; s < a.splits; s += groups)
-      if (weights[s] >= 0.0f || weights[s] != weights[s]) y = fmaf(weights[s], parts[s * width + feature], y);
+      if (!(weight[s] < 0.0f)) y = fmaf(weight[s], parts[s * width + feature], y);  // NaN counts
   }
   shares[threadIdx.x] = y;
   __syncthreads();

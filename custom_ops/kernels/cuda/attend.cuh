@@ -31,7 +31,7 @@ struct Attend {
   __host__ __device__ static int units(int d) { return (d + kUnit - 1) / kUnit; }
   __host__ __device__ static int fragments(int d) { return kRowTiles * units(d) * 2 * kParts * 32; }  // of uint4
   __host__ __device__ static int cache_words(int d) {
-    const int tiles = 2 * kTokens * stride(d), outputs = split ? kTileRows * d : 0;
+    const int tiles = 2 * kTokens * stride(d), outputs = split ? kAttendWarps * kTileRows * d : 0;
     return tiles > outputs ? tiles : outputs;
   }
   static size_t shared(int d) {
@@ -115,7 +115,8 @@ __device__ __forceinline__ void load_queries(const AttentionArgs& a, int b, int 
   }
 }
 
-// Tokens [start, start + kTokens) of one cache, words and parameters; zeros from `end` on, which are not read.
+// Tokens [start, start + kTokens) of one cache, words and parameters; zeros from `end` on, which are not read. What pads
+// the rows stays.
 template <class A>
 __device__ __forceinline__ void load_tile(const uint32_t* rows, int d, int start, int end, uint32_t* words,
                                           float* scales, float* middles) {
@@ -134,13 +135,23 @@ __device__ __forceinline__ void load_tile(const uint32_t* rows, int d, int start
       scales[token] = found.x, middles[token] = found.y;
     }
   }
+  if (there == A::kTokens && A::Cache::kScaled) return;
   for (int i = threadIdx.x; i < A::kTokens; i += A::kThreads) {
-    for (int word = i < there ? used : 0; word < padded; ++word) words[i * stride + word] = 0;
+    for (int word = i < there ? used : 0; word < used; ++word) words[i * stride + word] = 0;
     if (i >= there || !A::Cache::kScaled) {
       const float2 found = i < there ? A::Cache::parameters(0) : make_float2(0.0f, 0.0f);
       scales[i] = found.x, middles[i] = found.y;
     }
   }
+}
+
+// Zeros in the words that pad the tiles' rows.
+template <class A>
+__device__ __forceinline__ void clear_padding(int d, uint32_t* words) {
+  const int used = A::Cache::words(d), padded = A::padded(d);
+  if (used == padded) return;
+  for (int row = threadIdx.x; row < 2 * A::kTokens; row += A::kThreads)
+    for (int word = used; word < padded; ++word) words[row * A::stride(d) + word] = 0;
 }
 
 // What a thread knows of rows g and g + 8 of its warp's tile: weights are relative to `largest`, `y` to `factor`.

@@ -14,7 +14,7 @@
 namespace specquant_cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kNormThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kExchanged = kFastRank + 4;  // floats that other blocks read: low, range, maximum
 
@@ -38,11 +38,9 @@ struct Places {
 __device__ __forceinline__ void fetch(const Args& args, int first, int count, __half* basis) {
   const int stride = basis_stride(args.r), whole = args.r / 8;
   if (args.r % 8 == 0) {
-    const __half* from = args.basis + static_cast<int64_t>(first) * args.r;
-    for (int i = threadIdx.x; i < count * whole; i += kThreads) {
-      const int row = i / whole, column = i - row * whole;
-      copy_async(basis + row * stride + column * 8, from + static_cast<int64_t>(i) * 8, true);
-    }
+    const int rows = kThreads / whole, column = threadIdx.x % whole * 8;  // of a turn; whole is at most 8
+    for (int row = threadIdx.x / whole; row < count && threadIdx.x < rows * whole; row += rows)
+      copy_async(basis + row * stride + column, args.basis + static_cast<int64_t>(first + row) * args.r + column, true);
     commit_async();
     return;
   }
@@ -60,7 +58,7 @@ __device__ __forceinline__ void load(const Source& source, const Args& args, int
   const int gates = source.prologue >= kSiluGate;
   const X* row = static_cast<const X*>(source.x) + static_cast<int64_t>(token) * args.n * (1 + gates);
   if (source.prologue == kRmsNorm) {
-    const float root = root_mean_square<kThreads>(row, args.n, source.epsilon, scratch);
+    const float root = root_mean_square(row, args.n, source.epsilon, scratch);
     for (int i = threadIdx.x; i < count; i += kThreads)
       values[i] = __fdiv_rn(to_float(row[first + i]), root) * source.norm[first + i];
     return;
@@ -121,9 +119,8 @@ __device__ __forceinline__ void branch(const Args& args, const Places& at, int t
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float2 pair = __half22float2(half2_of(words[j]));
-        part = fmaf(at.low[c + 2 * j], pair.x, part);
-        part = fmaf(at.low[c + 2 * j + 1], pair.y, part);
+        const float2 pair = __half22float2(half2_of(words[j])), low = *reinterpret_cast<float2*>(at.low + c + 2 * j);
+        part = fmaf(low.y, pair.y, fmaf(low.x, pair.x, part));
       }
     }
     at.values[i] = __fsub_rn(at.values[i], __fmul_rn(part, factor));
@@ -203,12 +200,12 @@ __device__ __forceinline__ void quantize_groups(const Args& args, const Places& 
   }
 }
 
-// blocks: of a cluster; span: features of a block.
+// span: features of a block.
 template <class X>
-__global__ void __launch_bounds__(kThreads) cluster_kernel(const Args args, const Source source, int blocks, int span) {
+__global__ void __launch_bounds__(kThreads) cluster_kernel(const Args args, const Source source, int span) {
   extern __shared__ float shared[];
   const Places at(shared, span);
-  const int rank = cluster_rank(), token = blockIdx.x / blocks, first = rank * span;
+  const int blocks = args.cluster, rank = cluster_rank(), token = blockIdx.x / blocks, first = rank * span;
   const int count = max(0, min(span, args.n - first));
   let_next_start();
   if (args.rank) fetch(args, first, count, at.basis);
@@ -241,35 +238,29 @@ __global__ void __launch_bounds__(kThreads) cluster_kernel(const Args args, cons
   cluster_wait();
 }
 
-// What a block's share is made of: whole groups, whole rotations, whole steps.
-int unit_of(const Args& args) {
-  int unit = std::lcm(kStep, args.hadamard ? args.hadamard : 1);
-  if (args.act_group < args.n && args.bits != 16) unit = static_cast<int>(std::min<int64_t>(std::lcm<int64_t, int64_t>(unit, args.act_group), 1 << 30));
-  return unit;
+// Features of a block: whole groups, whole rotations, whole steps.
+int span_of(const Args& args) {
+  int64_t unit = std::lcm(kStep, args.hadamard ? args.hadamard : 1);
+  if (args.act_group < args.n && args.bits != 16) unit = std::lcm<int64_t>(unit, args.act_group);
+  return static_cast<int>(std::min<int64_t>(round_up(ceil_div(args.n, args.cluster), unit), 1 << 20));
 }
-
-int span_of(const Args& args, int blocks) {
-  return static_cast<int>(round_up(ceil_div(args.n, blocks), unit_of(args)));
-}
-
-// As many as leave each some 512 features; 8 is what every GPU takes.
-int blocks_of(const Args& args) { return args.n > 2048 ? 8 : args.n > 1024 ? 4 : args.n > 512 ? 2 : 1; }
 
 template <class X>
 cudaError_t start(const Args& args, const Source& source, cudaStream_t stream) {
   const auto kernel = cluster_kernel<X>;
-  const int blocks = blocks_of(args), span = span_of(args, blocks);
-  const size_t shared = Places::bytes(span, args.rank ? args.r : 0);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostClusterShared);
+  const size_t shared = cluster_shared(args);
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error == cudaSuccess && args.cluster > 8)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error;
-  return launch_cluster(kernel, dim3(args.tokens * blocks), kThreads, shared, blocks, stream, args, source, blocks, span);
+  const dim3 grid(args.tokens * args.cluster);
+  return launch_cluster(kernel, grid, kThreads, shared, args.cluster, stream, args, source, span_of(args));
 }
 
 }  // namespace
 
-bool cluster_fits(const Args& args) {
-  return Places::bytes(span_of(args, blocks_of(args)), args.rank ? args.r : 0) <= kMostClusterShared;
-}
+size_t cluster_shared(const Args& args) { return Places::bytes(span_of(args), args.rank ? args.r : 0); }
 
 cudaError_t first_stage(const Args& args, const Source& source, cudaStream_t stream) {
   return source.half ? start<__half>(args, source, stream) : start<float>(args, source, stream);

@@ -79,12 +79,12 @@ struct Matvec {
       s.weights[i] = block < blocks ? load_stream(panel + static_cast<int64_t>(block) * 64) : make_uint4(0, 0, 0, 0);
     }
     if constexpr (mode != kChannel) {
-      const int64_t group = step * kStep / args.weight_group;
+      const int64_t group = quotient(step, args.group_steps);
       const __half* from = args.scales + group * args.m + first_output + 4 * g;
       s.scales = scaled() ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
     }
     if constexpr (mode == kFoldZero) {
-      const int64_t at = static_cast<int64_t>(step * kStep / args.segment) * args.m + first_output + 4 * g;
+      const int64_t at = static_cast<int64_t>(quotient(step, args.segment_steps)) * args.m + first_output + 4 * g;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         s.sums[i] = !scaled() ? 0
@@ -136,7 +136,7 @@ struct Matvec {
       }
     }
     if constexpr (mode == kFold || mode == kFoldZero) {
-      const int segment = step * kStep / args.segment;
+      const int segment = quotient(step, args.segment_steps);
       const int64_t at = staged ? segment * kTokens : static_cast<int64_t>(segment) * args.tp;
       const float* scale = staged ? reinterpret_cast<const float*>(kept + places.scales) : args.scale;
       const int* zero = staged ? reinterpret_cast<const int*>(kept + places.zeros) : args.zero;
@@ -144,7 +144,7 @@ struct Matvec {
       for (int f = 0; f < frags; ++f) {
         s.token_scale[f] = *reinterpret_cast<const float2*>(scale + at + 8 * f + 2 * t);
         if constexpr (mode == kFoldZero) {
-          const bool first = step * kStep % args.segment == 0;  // of its segment: the zero-point goes with it
+          const bool first = step * kStep == segment * args.segment;  // of its segment: the zero-point goes with it
           s.zero[f] = first ? *reinterpret_cast<const int2*>(zero + at + 8 * f + 2 * t) : make_int2(0, 0);
         }
       }

@@ -12,6 +12,8 @@ constexpr int64_t kMostColumns = 4096;
 constexpr int64_t kMostHadamard = 4096;
 constexpr int64_t kChannelFeatures = 131071;  // 16 · 8 · 128 · N stays below 2^31
 constexpr int64_t kSplits = 16;
+constexpr int kClusterFeatures = 256;  // of a block that shares a token, where there are enough blocks
+constexpr int64_t kSharedHopper = 220 * 1024, kSharedLeast = 98 * 1024;  // bytes that a block may take there, anywhere
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -69,6 +71,7 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   const bool halves = a.bits == 16;
   a.segment = halves ? a.weight_group : std::min(a.weight_group, a.act_group);
   a.segments = a.n / a.segment;
+  a.group_steps = reciprocal(ceil_div(a.weight_group, kStep)), a.segment_steps = reciprocal(ceil_div(a.segment, kStep));
   a.hadamard = int(p.hadamard);
   const bool moved = a.hadamard || p.prologue;
   a.x_half = p.half && !moved, a.y_half = p.half, a.wide_sums = p.wide_sums;
@@ -98,8 +101,12 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
 
   plan.tensor_prepare = a.n % kBlock == 0 && a.r <= kFastRank && (moved || aligned(p.x)) && aligned(p.basis);
   plan.direct = plan.tensor_prepare && !halves && a.segment == kStep && a.act_group == kStep;
-  // Tokens of any groups; of the basis, what a cluster holds. Rows are copied 16 bytes at a time.
-  plan.cluster = device.major >= 9 && plan.matvec_tokens && a.r <= kFastRank && (!a.rank || aligned(p.basis)) && cluster_fits(a);
+  // 16 blocks are more than other GPUs than Hopper take.
+  const bool hopper = device.major == 9;
+  a.cluster = 1;
+  while (a.cluster * kClusterFeatures < a.n && a.cluster < (hopper ? 16 : 8)) a.cluster *= 2;
+  plan.cluster = device.major >= 9 && plan.matvec_tokens && a.r <= kFastRank && (!a.rank || aligned(p.basis)) &&
+                 cluster_shared(a) <= size_t(hopper ? kSharedHopper : kSharedLeast);
   plan.two_pass = plan.tensor_prepare && !halves && a.act_group == a.n && !plan.direct;
   const int tiles = ceil_div(std::max(a.tokens, 1), kDownTokens), chunks = ceil_div(a.n, kDownChunk);
   a.splits = int(std::clamp<int64_t>(3 * device.multiprocessors / tiles, 1, std::min<int64_t>(chunks, kSplits)));

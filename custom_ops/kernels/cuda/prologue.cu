@@ -5,16 +5,15 @@ namespace specquant_cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 
 // x / √(mean(x²) + epsilon) · norm of one token a block.
 template <class X>
-__global__ void __launch_bounds__(kThreads) norm_kernel(const X* all, const float* norm, float* to, int n,
-                                                        float epsilon) {
-  __shared__ float scratch[kWarps];
+__global__ void __launch_bounds__(kNormThreads) norm_kernel(const X* all, const float* norm, float* to, int n,
+                                                            float epsilon) {
+  __shared__ float scratch[kNormThreads / 32];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * n;
-  const float root = root_mean_square<kThreads>(all + row, n, epsilon, scratch);
-  for (int i = threadIdx.x; i < n; i += kThreads) to[row + i] = __fdiv_rn(to_float(all[row + i]), root) * norm[i];
+  const float root = root_mean_square(all + row, n, epsilon, scratch);
+  for (int i = threadIdx.x; i < n; i += kNormThreads) to[row + i] = __fdiv_rn(to_float(all[row + i]), root) * norm[i];
 }
 
 template <class X>
@@ -30,7 +29,7 @@ void launch(const SpecquantCudaProblem& problem, float* to, cudaStream_t stream)
   const X* x = static_cast<const X*>(problem.x);
   const int tokens = static_cast<int>(problem.tokens), n = static_cast<int>(problem.in_features);
   if (problem.prologue == kRmsNorm) {
-    norm_kernel<<<tokens, kThreads, 0, stream>>>(x, problem.norm, to, n, problem.epsilon);
+    norm_kernel<<<tokens, kNormThreads, 0, stream>>>(x, problem.norm, to, n, problem.epsilon);
   } else {
     const int gelu = problem.prologue == kGeluGate;
     const dim3 grid(tokens, ceil_div(n, 4 * kThreads));

@@ -6,17 +6,19 @@
 
 namespace specquant_cuda {
 
+constexpr int kNormThreads = 512;  // that sum a row up, wherever: in the same order
+
 enum Prologue { kNoPrologue, kRmsNorm, kSiluGate, kGeluGate };
 
-// √(mean(row²) + epsilon), by all threads; scratch has a float a warp.
-template <int threads, class X>
+// √(mean(row²) + epsilon), by kNormThreads threads; scratch has a float a warp.
+template <class X>
 __device__ __forceinline__ float root_mean_square(const X* row, int n, float epsilon, float* scratch) {
   float sum = 0.0f;
-  for (int i = threadIdx.x; i < n; i += threads) {
+  for (int i = threadIdx.x; i < n; i += kNormThreads) {
     const float value = to_float(row[i]);
     sum = fmaf(value, value, sum);
   }
-  sum = over_block<threads / 32>(sum, Sum(), scratch);
+  sum = over_block<kNormThreads / 32>(sum, Sum(), scratch);
   return __fsqrt_rn(sum / static_cast<float>(n) + epsilon);
 }
 
