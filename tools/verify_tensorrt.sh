@@ -19,7 +19,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | 
 artifacts=("$@")
 if [ $# = 0 ]; then
   artifacts=(build/verify build/verify-kv4)
-  quick=(--kv-bits 4 --rounding rtn --no-smooth --samples 8 --sequence-length 128)
+  quick=(--kv-bits 4 --rounding rtn --asymmetry 0 --no-smooth --samples 8 --sequence-length 128)
   [ -f build/verify/specquant.json ] || "$bin/specquant" export sample -o build/verify --float-type float16
   [ -f build/verify-kv4/specquant.json ] ||
     "$bin/specquant" export sample -o build/verify-kv4 --float-type float16 "${quick[@]}"

@@ -22,7 +22,16 @@ from specquant.exporter.sources import sample_gguf
 from specquant.runtime.artifact import open_artifact
 from specquant.runtime.engine import open_engine
 
-RECIPE = Recipe(rounding="rtn", smooth=False, samples=2, sequence_length=32, float_type="float16", kv_bits=4)
+RECIPE = Recipe(
+    rounding="rtn",
+    descents=0,
+    asymmetry=0.0,
+    smooth=False,
+    samples=2,
+    sequence_length=32,
+    float_type="float16",
+    kv_bits=4,
+)
 OPTIONS = EngineOptions(gpu="sm89", max_batch=4, max_seq=1024)
 LAYERS, ARTIFACT_BYTES = 30, 166e6  # 4-bit weights, an 8-bit table, and branches of rank 32
 
