@@ -20,9 +20,17 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
 from specquant.custom_ops.schema import GATES
 
-ABI = 2  # SPECQUANT_CUDA_ABI
+ABI = 3  # SPECQUANT_CUDA_ABI
 FILE = "libspecquant_cuda.so"
-PATHS = ("cluster", "matvec", "gemm_small", "gemm_large", "wgmma_small", "wgmma_large", "any")  # kernels of the second stage
+PATHS = (
+    "cluster",
+    "matvec",
+    "gemm_small",
+    "gemm_large",
+    "wgmma_small",
+    "wgmma_large",
+    "any",
+)  # kernels of the second stage
 REBUILD = "install nvcc of CUDA 12.8 or later and run `pip install --force-reinstall .`, or use the CPU"
 
 _SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group", "hadamard")
@@ -102,6 +110,7 @@ def loaded() -> ctypes.CDLL:
         "specquant_cuda_matmul": [problem, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p],
         "specquant_cuda_check_attention": [attention],
         "specquant_cuda_attention_workspace": [attention, ctypes.POINTER(ctypes.c_int64)],
+        "specquant_cuda_attention_bound": [attention, ctypes.POINTER(ctypes.c_int64)],
         "specquant_cuda_attention": [attention, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
     }
     for name, arguments in signatures.items():

@@ -82,3 +82,18 @@ def attention(problem: Attention, workspace: Any, *, stream: int = 0) -> None:
     size = math.prod(workspace.shape)
     place = address("workspace", workspace, (size,), (np.int8, np.uint8))
     raise_for(loaded().specquant_cuda_attention(ctypes.byref(problem), place, size, stream))
+
+
+def attention_bound(problem: Attention) -> int:
+    """Bytes of workspace that suffice on every GPU for the problem's batch, tokens and cache or smaller ones; needs no
+    GPU, reads no address. Raises SpecQuantError if sizes or attributes disagree."""
+    size = ctypes.c_int64()
+    raise_for(loaded().specquant_cuda_attention_bound(ctypes.byref(problem), ctypes.byref(size)))
+    return size.value
+
+
+def run_attention(problem: Attention, workspace: int, stream: int) -> None:
+    """`attention` of a problem whose addresses are filled in; workspace: an address aligned to 256, of as many bytes as
+    `attention_workspace` says. Raises SpecQuantError if sizes or attributes disagree, or a kernel does not start."""
+    size = attention_workspace(problem)
+    raise_for(loaded().specquant_cuda_attention(ctypes.byref(problem), workspace, size, stream))

@@ -37,10 +37,7 @@ def reference_ops() -> list[type[OpRun]]:
 def _schema(op: Op) -> defs.OpSchema:
     def parameter(tensor: Tensor) -> defs.OpSchema.FormalParameter:
         kind = tensor.types[0] if tensor.types == (FLOAT,) else f"T_{tensor.name}"
-        option = defs.OpSchema.FormalParameterOption
-        return defs.OpSchema.FormalParameter(
-            tensor.name, kind, tensor.doc, param_option=option.Optional if tensor.optional else option.Single
-        )
+        return defs.OpSchema.FormalParameter(tensor.name, kind, tensor.doc)
 
     constraints: dict[str, tuple[str, ...]] = {FLOAT: FLOAT_TYPES}
     others = (tensor for tensor in (*op.inputs, *op.outputs) if tensor.types != (FLOAT,))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 DOMAIN = "specquant"
 VERSION = 1
@@ -19,7 +19,7 @@ GATES = (2, 3)  # those with x [..., 2N]: gate, then up
 class Tensor:
     """An input or output. `types` are ONNX element types, or (FLOAT,); `shape` uses the symbols of docs/ops.md.
 
-    optional: may be a dummy of one element, and is left out of what a TensorRT plugin takes (`core`).
+    optional: may be a dummy of one element.
     """
 
     name: str
@@ -142,9 +142,3 @@ OPS = {
         ),
     )
 }
-
-
-def core(op: Op) -> Op:
-    """The op without prologue and residual: what TensorRT plugins take, in graphs that are lowered to them."""
-    inputs = tuple(tensor for tensor in op.inputs if not tensor.optional)
-    return replace(op, inputs=inputs, attributes=tuple(a for a in op.attributes if a not in _PROLOGUE))

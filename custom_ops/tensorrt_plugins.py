@@ -12,11 +12,12 @@ import numpy as np
 
 from specquant.custom_ops import library_cuda
 from specquant.custom_ops.library_tensorrt import PLUGINS, prepare_plugins
-from specquant.custom_ops.schema import DOMAIN, FLOAT, OPS, VERSION, Op, core
+from specquant.custom_ops.schema import DOMAIN, FLOAT, OPS, VERSION, Op, Tensor
+from specquant.custom_ops.tensorrt_calls import CALLS
 
 _ALIGNMENT = 256  # of the workspace; TensorRT promises none
 # TensorRT has no int16: row_sums are int32 in a lowered graph.
-_TYPES = {"float16": "HALF", "float": "FLOAT", "int8": "INT8", "int16": "INT32", "int64": "INT64"}
+_TYPES = {name: name.upper() for name in ("float", "int8", "int32", "int64")} | {"float16": "HALF", "int16": "INT32"}
 
 
 def register(api: Any) -> None:
@@ -29,7 +30,7 @@ def register(api: Any) -> None:
     registry = api.get_plugin_registry()
     for name in PLUGINS:
         if registry.get_creator(name, str(VERSION), DOMAIN) is None:
-            creator = _creator_class(api)(core(OPS[name]))
+            creator = _creator_class(api)(OPS[name])
             registry.register_creator(creator, DOMAIN)
             _REGISTERED.append(creator)
 
@@ -71,15 +72,18 @@ def _fields(api: Any, op: Op, attributes: dict[str, Any]) -> Any:
 
 
 def _plugin_class(api: Any) -> type:
-    class Plugin(api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuild, api.IPluginV3OneRuntime):
-        """One call of a matmul op; has no state but its attributes."""
+    # The one with aliases came with TensorRT 10.3.
+    build: Any = getattr(api, "IPluginV3OneBuildV2", None) or api.IPluginV3OneBuild
+    bases = (api.IPluginV3, api.IPluginV3OneCore, build, api.IPluginV3OneRuntime)
+
+    class Plugin(*bases):  # type: ignore[misc]
+        """One node; has no state but its attributes."""
 
         def __init__(self, op: Op, attributes: dict[str, Any]) -> None:
-            for base in (api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuild, api.IPluginV3OneRuntime):
+            for base in bases:
                 base.__init__(self)
-            self.op, self.attributes = op, attributes
-            self.at = {tensor.name: index for index, tensor in enumerate(op.inputs)}
-            self.num_outputs = 1
+            self.op, self.attributes, self.call = op, attributes, CALLS[op.name](op, attributes)
+            self.num_outputs = len(op.outputs)
             self.plugin_name, self.plugin_version, self.plugin_namespace = op.name, str(VERSION), DOMAIN
             self.timing_cache_id = ""
 
@@ -90,25 +94,31 @@ def _plugin_class(api: Any) -> type:
             return Plugin(self.op, dict(self.attributes))
 
         def get_output_data_types(self, types: Any) -> Any:
-            return [types[0]]
+            return [types[0] if tensor.types == (FLOAT,) else _type(api, tensor) for tensor in self.op.outputs]
 
         def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> Any:
-            x, scales = inputs[0], inputs[self.at["scales"]]
-            y = api.DimsExprs(len(x))
-            for axis in range(len(x) - 1):
-                y[axis] = x[axis]
-            y[len(x) - 1] = scales[1]
-            return [y]
+            def scaled(dimension: Any, times: int, over: int) -> Any:
+                product = builder.operation(api.DimensionOperation.PROD, dimension, builder.constant(times))
+                return builder.operation(api.DimensionOperation.FLOOR_DIV, product, builder.constant(over))
+
+            shapes = [[shape[axis] for axis in range(len(shape))] for shape in inputs]
+            made = []
+            for dimensions in self.call.output_shapes(shapes, scaled):
+                made.append(api.DimsExprs(len(dimensions)))
+                for axis, dimension in enumerate(dimensions):
+                    made[-1][axis] = dimension
+            return made
+
+        def get_aliased_input(self, output_index: int) -> int:
+            return self.call.aliased_input(output_index)
 
         def supports_format_combination(self, position: int, tensors: Any, inputs: int) -> bool:
-            desc = tensors[position].desc
+            desc, tensor = tensors[position].desc, (*self.op.inputs, *self.op.outputs)[position]
             if desc.format != api.TensorFormat.LINEAR:
                 return False
-            if position == inputs:
-                return bool(desc.type == tensors[0].desc.type)
-            kind = self.op.inputs[position].types
-            wanted = ("FLOAT", "HALF") if kind == (FLOAT,) else (_TYPES[kind[0]],)
-            return desc.type in [getattr(api.DataType, name) for name in wanted]
+            if tensor.types != (FLOAT,):
+                return bool(desc.type == _type(api, tensor))
+            return desc.type == tensors[0].desc.type and desc.type in (api.DataType.FLOAT, api.DataType.HALF)
 
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
             pass
@@ -117,20 +127,15 @@ def _plugin_class(api: Any) -> type:
             pass
 
         def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
-            shapes = [tuple(x.desc.dims) for x in inputs]
-            problem = self.problem([tuple(inputs[0].max), *shapes[1:]], inputs[0].desc.type == api.DataType.HALF)
-            return library_cuda.workspace_bound(problem) + _ALIGNMENT
+            shapes = [tuple(each.max) for each in inputs]
+            return self.call.workspace(shapes, inputs[0].desc.type == api.DataType.HALF) + _ALIGNMENT
 
         def enqueue(
             self, descs: Any, output_descs: Any, inputs: Any, outputs: Any, workspace: int, stream: int
         ) -> None:
-            problem = self.problem([tuple(desc.dims) for desc in descs], descs[0].type == api.DataType.HALF)
-            for name in ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias"):
-                if name in self.at and (problem.basis_rank or name not in ("basis", "coef")):
-                    setattr(problem, name, inputs[self.at[name]])
-            problem.y = outputs[0]
+            shapes, half = [tuple(desc.dims) for desc in descs], descs[0].type == api.DataType.HALF
             start = -(-workspace // _ALIGNMENT) * _ALIGNMENT
-            library_cuda.run(problem, start, library_cuda.workspace_bound(problem), stream)
+            self.call.run(shapes, half, inputs, outputs, start, stream)
 
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()
@@ -141,16 +146,8 @@ def _plugin_class(api: Any) -> type:
         def get_fields_to_serialize(self) -> Any:
             return _fields(api, self.op, self.attributes)
 
-        def problem(self, shapes: list[tuple[int, ...]], half: bool) -> library_cuda.Problem:
-            """Sizes and attributes of a call, from the shapes of its inputs; all columns of a branch are used."""
-            *leading, n = shapes[0]
-            rank = shapes[self.at["basis"]][1] if "basis" in self.at else 0
-            problem = library_cuda.Problem(tokens=int(np.prod(leading, dtype=np.int64)), in_features=n, half=half)
-            problem.out_features = shapes[self.at["scales"]][1]
-            problem.basis_rank = problem.rank = rank
-            problem.wide_sums = 1
-            for name, value in self.attributes.items():
-                setattr(problem, name, value)
-            return problem
-
     return Plugin
+
+
+def _type(api: Any, tensor: Tensor) -> Any:
+    return getattr(api.DataType, _TYPES[tensor.types[0]])

@@ -17,7 +17,8 @@ EPILOG = """examples:
   specquant build build/smollm2 --target tensorrt-rtx --gpu sm89 --profile custom -o smollm2-sm89-custom
 
 TensorRT-RTX builds for a GPU that need not be there. Activations of a portable engine, and its KV cache, are of the
-model's float type: export with --float-type float16 for speed. docs/tensorrt.md says what was run and what was not.
+model's float type: export with --float-type float16 for speed. A custom one has the cache of the artifact, of 4 bits
+after --kv-bits 4. docs/tensorrt.md says what was run and what was not.
 """
 
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile",
         default="portable",
         metavar="NAME",
-        help="portable (default): TensorRT's own operators; custom: our plugins, with the activations' bits",
+        help="portable (default): TensorRT's own operators; custom: our plugins, activations and cache as exported",
     )
     parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="rows decoded together (default: 1)")
     parser.add_argument("--max-seq", type=int, metavar="N", help="tokens of a row (default: the context, at most 2048)")

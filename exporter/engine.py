@@ -19,6 +19,7 @@ from specquant.exporter.artifact import whole_folder
 from specquant.exporter.engine_builder import Built, Limits, build_engine, check_gpu, load_api
 from specquant.exporter.graph import save_model
 from specquant.exporter.lowering import PROFILES, lower
+from specquant.exporter.lowering.context import dims
 from specquant.runtime.artifact import Manifest, open_artifact, sha256_of
 from specquant.runtime.engine import ENGINE, ENGINE_FORMAT, ENGINE_MANIFEST, EngineInfo, engine_folder
 
@@ -124,9 +125,10 @@ def estimate(model: ir.Model, manifest: Manifest, limits: Limits) -> Estimate:
     """Of a lowered model; what the builder holds of the weights is several times them."""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     info = manifest.model
-    width = info.float_dtype.itemsize
-    cache = 2 * info.num_layers * info.num_kv_heads * info.head_dim * width * limits.max_batch * limits.max_seq
-    logits = max(limits.block, limits.max_batch) * info.vocab_size * width
+    caches = [value for value in model.graph.inputs if str(value.name).startswith("past_key_values.")]
+    a_token = sum(info.num_kv_heads * int(dims(cache)[3]) * cache.dtype.itemsize for cache in caches if cache.dtype)
+    cache = int(a_token * limits.max_batch * limits.max_seq)
+    logits = max(limits.block, limits.max_batch) * info.vocab_size * info.float_dtype.itemsize
     return Estimate(int(_BUILDER_BYTES + _COPIES * weights), weights, cache, logits)
 
 

@@ -100,6 +100,8 @@ def build_engine(
     if target == "tensorrt-rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(api.ComputeCapability.__members__[gpu.upper()], 0)
+    if aliased := getattr(api.PreviewFeature, "ALIASED_PLUGIN_IO_10_03", None):  # attention's cache, in place
+        config.set_preview_feature(aliased, True)
     if plugins is not None and embed:
         config.plugins_to_serialize = [str(plugins)]
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED  # names of layers, in the log and in the engine

@@ -10,13 +10,13 @@ from typing import Any
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.runtime.artifact import ReadBytes, sha256_of, typed
 
-ENGINE, ENGINE_MANIFEST, ENGINE_FORMAT = "model.engine", "engine.json", 1
+ENGINE, ENGINE_MANIFEST, ENGINE_FORMAT = "model.engine", "engine.json", 2
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # target -> its Python module
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """engine.json, format 1.
+    """engine.json, format 2 (1: plugins without norm, residual and cache).
 
     target: `tensorrt` or `tensorrt-rtx`, of `version`; gpu: `sm89`, …; profile: `portable` or `custom`. A call takes at
     most `max_batch` rows of one token, or one row of `block` tokens, and rows of `max_seq` tokens in the cache.
@@ -67,8 +67,9 @@ def open_engine(model: Path, folder: Path, verify: bool = True, progress: ReadBy
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         version = content.get("format") if isinstance(content, dict) else None
-        if isinstance(version, int) and version > ENGINE_FORMAT:
-            raise SpecQuantError(f"{path} has format {version}, this version reads {ENGINE_FORMAT}: upgrade specquant")
+        if isinstance(version, int) and version != ENGINE_FORMAT:
+            mend = "upgrade specquant" if version > ENGINE_FORMAT else "build the engine again"
+            raise SpecQuantError(f"{path} has format {version}, this version reads {ENGINE_FORMAT}: {mend}")
         info: EngineInfo = typed(content, EngineInfo, "")
     except (ValueError, OSError, RecursionError) as error:
         raise SpecQuantError(f"{path} is not an engine's manifest ({error}): build the engine again") from None

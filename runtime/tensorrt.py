@@ -13,7 +13,8 @@ from specquant.runtime.on_device import DeviceSequences, Graph, Memory, OnDevice
 class TensorRT(OnDevice):
     """Implements session.Backend with an engine.
 
-    Its cache is of the engine's float type even where the artifact's is 4-bit (profile `portable`).
+    Its cache is the artifact's in a `custom` engine; in a `portable` one it is of the engine's float type, even where
+    the artifact's has 4 bits.
     """
 
     def __init__(self, engine: Graph, memory: Memory, info: EngineInfo, model: ModelInfo, context: int) -> None:
@@ -26,7 +27,7 @@ class TensorRT(OnDevice):
             capacity=info.max_seq,
             prompt_block=info.block,
             dtype=dtype,
-            cache_row=(model.head_dim, dtype),
+            cache_row=model.cache_row if info.profile == "custom" else (model.head_dim, dtype),
         )
         self.info = info
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from specquant.custom_ops import reference
 from specquant.custom_ops.functions import OPSET, function_protos
 from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
-from specquant.custom_ops.schema import DOMAIN, OPS, VERSION, core
+from specquant.custom_ops.schema import DOMAIN, OPS, VERSION, Op, Tensor
 
 Arrays = dict[str, NDArray[Any]]
 REFERENCE: dict[str, Callable[..., Any]] = {
@@ -26,7 +26,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
 def random_weights(
     rng: np.random.Generator, op: str, n: int, m: int, rank: int, group_size: int = 0, act_group: int = 0
 ) -> Arrays:
-    """Inputs of `op`'s core but x, in order: weights of n in-features and m out-features, a branch of `rank`.
+    """Operands of `op` but x, in order: weights of n in-features and m out-features, a branch of `rank`.
 
     With `random_input`, low and x − low · Bᵀ are exact in float32, so no order of summation moves a level.
     """
@@ -40,7 +40,12 @@ def random_weights(
         "row_sums": row_sums(q, segment_length(n, group_size, act_group)),
         "bias": rng.standard_normal(m).astype(np.float32),
     }
-    return {tensor.name: arrays[tensor.name] for tensor in core(OPS[op]).inputs if tensor.name != "x"}
+    return {tensor.name: arrays[tensor.name] for tensor in operands(OPS[op]) if tensor.name != "x"}
+
+
+def operands(op: Op) -> tuple[Tensor, ...]:
+    """Inputs that are never dummies: all but norm and residual."""
+    return tuple(tensor for tensor in op.inputs if not tensor.optional)
 
 
 def random_input(rng: np.random.Generator, shape: tuple[int, ...], float_type: Any = np.float32) -> NDArray[Any]:
@@ -57,7 +62,7 @@ def op_model(op: str, n: int, weights: Arrays, float_type: Any, attributes: dict
     dummies = {"norm": np.zeros(1, np.float32), "residual": np.zeros(1, float_type)}
     weights = {tensor.name: weights.get(tensor.name, dummies.get(tensor.name)) for tensor in OPS[op].inputs[1:]}
     sizes: dict[str, int] = {}
-    for tensor in core(OPS[op]).inputs[1:]:
+    for tensor in operands(OPS[op])[1:]:
         sizes |= dict(zip(tensor.shape, weights[tensor.name].shape, strict=True))
     inputs = [helper.make_tensor_value_info("x", kind, ["a", "b", n])]
     if "rank" in weights:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # On a machine with an RTX GPU: builds both kinds of engine, compares their logits and text with ONNX Runtime's, and times
-# them.   tools/verify_tensorrt.sh [ARTIFACT]   (default: exports SmolLM2 to build/verify, 10 minutes once)
+# them.   tools/verify_tensorrt.sh [ARTIFACT]   (default: exports SmolLM2 to build/verify, 10 minutes once, and for
+# Int4KVAttention with a 4-bit cache to build/verify-kv4, rounded to nearest, 1 minute)
 # The custom profile needs libspecquant_trt.so (docs/tensorrt.md, "Plugins"); without it, it is left out, and it says so.
 # Exit code 0: all that ran agreed. 1: something did not, or nothing could run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
-artifact=${1:-build/verify}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -16,13 +16,19 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | 
 "$bin/python" -c 'import tensorrt_rtx as t; print("tensorrt_rtx", t.__version__)' || {
   echo "install it: $bin/python -m pip install -c constraints.txt -e '.[tensorrt-rtx]'" >&2; exit 1; }
 
-if [ ! -f "$artifact/specquant.json" ]; then
-  "$bin/specquant" export sample -o "$artifact" --float-type float16
+artifacts=("$@")
+if [ $# = 0 ]; then
+  artifacts=(build/verify build/verify-kv4)
+  quick=(--kv-bits 4 --rounding rtn --asymmetry 0 --no-smooth --samples 8 --sequence-length 128)
+  [ -f build/verify/specquant.json ] || "$bin/specquant" export sample -o build/verify --float-type float16
+  [ -f build/verify-kv4/specquant.json ] ||
+    "$bin/specquant" export sample -o build/verify-kv4 --float-type float16 "${quick[@]}"
 fi
 
 echo "== tests that need no GPU, and those that do"
 "$bin/python" -m pytest -q tests/exporter/lowering tests/exporter/test_engine.py tests/runtime/test_tensorrt.py \
-  tests/custom_ops/test_tensorrt.py tests/custom_ops/test_tensorrt_plugins.py tests/custom_ops/test_tensorrt_enqueue.py
+  tests/custom_ops/test_tensorrt.py tests/custom_ops/test_tensorrt_plugins.py \
+  tests/custom_ops/test_tensorrt_enqueue.py tests/custom_ops/test_tensorrt_attention.py
 
 profiles=(portable)
 if "$bin/python" -c 'from specquant.custom_ops.library_tensorrt import library_path; library_path()' 2>"$work/why"; then
@@ -31,12 +37,13 @@ else
   echo "== custom profile left out: $(tail -1 "$work/why")"
 fi
 
-for profile in "${profiles[@]}"; do
-  echo "== $profile: build for sm$capability"
+for artifact in "${artifacts[@]}"; do for profile in "${profiles[@]}"; do
+  echo "== $artifact, $profile: build for sm$capability"
+  engine=$work/$(basename "$artifact")-$profile
   "$bin/specquant" build "$artifact" --gpu "sm$capability" --profile "$profile" --max-batch 4 --max-seq 1024 \
-    -o "$work/$profile"
-  echo "== $profile: against ONNX Runtime on the CPU"
-  "$bin/python" - "$artifact" "$work/$profile" <<'PY'
+    -o "$engine" --json | grep -A5 '"plugins"'
+  echo "== $artifact, $profile: against ONNX Runtime on the CPU"
+  "$bin/python" - "$artifact" "$engine" <<'PY'
 import sys
 from time import perf_counter
 
@@ -53,6 +60,8 @@ error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 same = float((actual.argmax(-1) == expected.argmax(-1)).mean())
 # Portable engines do not round activations, and custom ones round a few of them to the other side.
 bound = {16: 0.02, 8: 0.03}.get(min(layer.act_bits for layer in cpu.manifest.layers), 0.15)
+if cpu.manifest.model.kv_bits == 4:  # in portable engines the cache is of floats
+    bound = 0.15
 print(f"relative difference of the logits {error:.4f} (at most {bound}), same likeliest token {same:.1%}")
 
 prompts = ["The capital of France is", "Once upon a time", "Water boils at"]
@@ -76,5 +85,5 @@ decode = perf_counter() - since
 print(f"prefill of 512 tokens: {512 / prefill:,.0f} tokens/s; decode at batch 1: {128 / decode:,.0f} tokens/s")
 sys.exit(0 if np.isfinite(actual).all() and error <= bound else 1)
 PY
-done
+done; done
 echo "== all agreed"

@@ -1,4 +1,4 @@
-"""The quantised linears: as standard operators (`portable`), or as calls of our plugins (`custom`)."""
+"""The quantised linears as standard operators (profile `portable`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from specquant.custom_ops.packing import unpack_int4
-from specquant.custom_ops.schema import DOMAIN, OPS, core
+from specquant.custom_ops.schema import OPS
 from specquant.exporter.lowering.context import Attributes, Lowering, attributes, dims
 from specquant.exporter.lowering.surroundings import add_residual, prologue
 
@@ -34,36 +34,6 @@ def portable_linear(low: Lowering, node: ir.Node) -> ir.Value:
     bias = low.array(node, at["bias"])
     if bias.any():
         y = graph.op("Add", [y, graph.floats(f"{name}.bias", bias)], f"{name}.biased", shape)
-    y = add_residual(low, node, at["residual"], y)
-    y.name = node.outputs[0].name  # of the head: `logits`
-    return y
-
-
-def plugin_linear(low: Lowering, node: ir.Node) -> ir.Value:
-    """The same node, as a plugin of that name in namespace `specquant` takes it: its op's `core`.
-
-    Prologue and residual become standard operators around it. row_sums become int32, since TensorRT has no int16. The
-    rank is a constant there: with fewer columns than the artifact's, `basis` and `coef` are cut.
-    """
-    at, graph, name = _operands(node), low.graph, str(node.name)
-    x, op = prologue(low, node, at["norm"]), core(OPS[node.op_type])
-    inputs = [x]
-    for key in (tensor.name for tensor in op.inputs[1:]):
-        index = at[key]
-        array = low.array(node, index)
-        if key == "basis":
-            array = array[:, : low.rank]
-        elif key == "coef":
-            array = array[: low.rank]
-        elif key == "rank":
-            array = np.array([low.array(node, at["basis"])[:, : low.rank].shape[1]], np.int64)
-        elif key == "row_sums":
-            array = array.astype(np.int32)
-        inputs.append(graph.tensor(f"{name}.{key}", np.ascontiguousarray(array)))
-    y = ir.val(f"{name}.product", graph.float_type, dims(node.outputs[0]))
-    kept = {a.name for a in op.attributes}
-    given = {key: value for key, value in attributes(node).items() if key in kept}
-    graph.node(node.op_type, inputs, [y], name, DOMAIN, **given)
     y = add_residual(low, node, at["residual"], y)
     y.name = node.outputs[0].name  # of the head: `logits`
     return y

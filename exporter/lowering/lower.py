@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,51 +11,59 @@ from specquant.custom_ops.schema import DOMAIN, VERSION
 from specquant.exporter.graph.writer import GraphWriter
 from specquant.exporter.lowering.attention import OPERANDS, positions_of_new_tokens, standard_attention
 from specquant.exporter.lowering.context import Lowering, attributes, dims
-from specquant.exporter.lowering.linear import plugin_linear, portable_linear
+from specquant.exporter.lowering.linear import portable_linear
+from specquant.exporter.lowering.plugins import (
+    ATTENTION,
+    only_casts_a_table,
+    plugin_attention,
+    plugin_linear,
+    tokens_of_rows,
+)
 
 OPSET = 24  # the first with TensorScatter
 IR_VERSION = 11
-LINEARS: dict[str, Callable[[Lowering, ir.Node], ir.Value]] = {"portable": portable_linear, "custom": plugin_linear}
-PROFILES = tuple(LINEARS)
-_MADE_ANEW = "attention."  # of positions_of_new_tokens: how the old graph counts its tokens is dropped
+PROFILES = ("portable", "custom")
+LINEARS = ("SpecQuantMatMul", "Int4ResidualMatMul")
+_MADE_ANEW = "attention."  # how the old graph counts its tokens is dropped
 
 
 def lower(folder: Path, profile: str, capacity: int, rank: int | None = None) -> ir.Model:
     """The graph of the artifact in `folder` for TensorRT; weights stay in its file until they are written.
 
     profile `portable`: standard operators of opset 24 only, activations and KV cache in the graph's float type;
-    `custom`: SpecQuantMatMul and Int4ResidualMatMul stay, for plugins of that name. Inputs and outputs are those of
-    docs/formats.md, but for the cache: past and present are one buffer [batch, kv_heads, capacity, head_dim], and
+    `custom`: our ops stay, for plugins of their names, and with them the artifact's cache. Inputs and outputs are those
+    of docs/formats.md, but for the cache: past and present are one buffer of `capacity` tokens a row, and
     logits_to_keep is an input without a default. rank: columns kept of every branch, None for all.
-    Raises SpecQuantError: no readable graph, an operator without a counterpart, a 4-bit cache in `custom`.
+    Raises SpecQuantError: no readable graph, an operator without a counterpart.
     """
     path = folder / "model.onnx"
     try:
         old = ir.load(path).graph
     except Exception as error:  # protobuf's, onnx's and the file system's
         raise SpecQuantError(f"{path} cannot be read ({_line(error)}): re-export the model") from None
-    if profile == "custom" and any(node.op_type == "Int4KVAttention" for node in old):
-        raise SpecQuantError(
-            "the custom profile has no 4-bit KV cache yet (Int4KVAttention has no CUDA kernel): "
-            "use --profile portable, or export with --kv-bits 16"
-        )
     logits = old.outputs[0]
     low = Lowering(GraphWriter("float16" if logits.dtype == ir.DataType.FLOAT16 else "float32"), rank, capacity)
-    inputs = _inputs(low, old)
+    kept = (*LINEARS, *ATTENTION) if profile == "custom" else ()
+    inputs = _inputs(low, old, kept)
     by_name = {str(value.name): value for value in inputs}
-    positions_of_new_tokens(low, by_name["input_ids"], by_name["attention_mask"])
+    used = {node.op_type for node in old}
+    if used & set(ATTENTION) & set(kept):
+        tokens_of_rows(low, by_name["attention_mask"])
+    if (used & set(OPERANDS)) - set(kept):
+        positions_of_new_tokens(low, by_name["input_ids"], by_name["attention_mask"])
     for node in old:
-        if not any(str(output.name).startswith(_MADE_ANEW) for output in node.outputs):
-            _node(low, node, LINEARS[profile])
+        anew = any(str(output.name).startswith(_MADE_ANEW) for output in node.outputs)
+        if not anew and not (kept and only_casts_a_table(node)):
+            _node(low, node, node.op_type in kept)
     outputs = [low.new(value) for value in old.outputs]
-    used = {node.domain for node in low.graph.nodes}
+    domains = {node.domain for node in low.graph.nodes}
     return ir.Model(
         ir.Graph(
             inputs,
             [value for value in outputs if value is not None],
             nodes=low.graph.nodes,
             initializers=low.graph.initializers,
-            opset_imports={"": OPSET} | ({DOMAIN: VERSION} if DOMAIN in used else {}),
+            opset_imports={"": OPSET} | ({DOMAIN: VERSION} if DOMAIN in domains else {}),
             name=old.name,
         ),
         ir_version=IR_VERSION,
@@ -64,13 +71,17 @@ def lower(folder: Path, profile: str, capacity: int, rank: int | None = None) ->
     )
 
 
-def _inputs(low: Lowering, old: ir.Graph) -> list[ir.Value]:
-    """The new graph's inputs: the old ones without `rank`, the cache with rows of `capacity` tokens."""
+def _inputs(low: Lowering, old: ir.Graph, kept: tuple[str, ...]) -> list[ir.Value]:
+    """The new graph's inputs: the old ones without `rank`, the cache with `capacity` tokens a row.
+
+    A token is as in the artifact where its op is kept, else head_dim floats.
+    """
     heads = {
         str(node.inputs[index].name): _head_dim(node)
         for node in old
         if node.op_type in OPERANDS
         for index in OPERANDS[node.op_type][1:3]
+        if node.op_type not in kept
     }
     inputs = []
     for value in old.inputs:
@@ -78,7 +89,9 @@ def _inputs(low: Lowering, old: ir.Graph) -> list[ir.Value]:
             continue
         shape, dtype = dims(value), value.dtype
         if value.name in heads:
-            shape, dtype = ["batch", shape[1], low.capacity, heads[value.name]], low.graph.float_type
+            shape, dtype = [*shape[:3], heads[value.name]], low.graph.float_type
+        if str(value.name).startswith("past_key_values."):
+            shape = [*shape[:2], low.capacity, shape[3]]
         low.values[value] = ir.val(str(value.name), dtype, shape)
         inputs.append(low.values[value])
     return inputs
@@ -90,11 +103,11 @@ def _head_dim(node: ir.Node) -> int:
     return width // (int(given["num_heads"]) + 2 * int(given["kv_num_heads"]))
 
 
-def _node(low: Lowering, node: ir.Node, linear: Callable[[Lowering, ir.Node], ir.Value]) -> None:
-    if node.domain == DOMAIN and node.op_type in ("SpecQuantMatMul", "Int4ResidualMatMul"):
-        made: tuple[ir.Value, ...] = (linear(low, node),)
+def _node(low: Lowering, node: ir.Node, keep: bool) -> None:
+    if node.op_type in LINEARS:
+        made: tuple[ir.Value, ...] = (plugin_linear(low, node) if keep else portable_linear(low, node),)
     elif node.op_type in OPERANDS:
-        made = standard_attention(low, node)
+        made = plugin_attention(low, node) if keep else standard_attention(low, node)
     elif (node.domain, node.op_type) == ("com.microsoft", "FusedMatMul"):
         made = (_head(low, node),)
     elif node.domain == "":

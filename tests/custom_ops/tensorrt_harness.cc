@@ -45,26 +45,37 @@ Interface* as(IPluginV3* plugin, PluginCapabilityType type) {
 
 }  // namespace
 
-// x, the op's other inputs, y. type: nvinfer1::DataType.
+// Inputs of an op, then its outputs. most: the largest sizes that a profile allows. type: nvinfer1::DataType.
 struct Tensor {
   void* data;
-  int64_t dims[8];
+  int64_t dims[8], most[8];
   int32_t rank, type;
 };
+
+static DynamicPluginTensorDesc described(const Tensor& tensor) {
+  DynamicPluginTensorDesc made;
+  made.desc.dims.nbDims = tensor.rank;
+  std::memcpy(made.desc.dims.d, tensor.dims, sizeof tensor.dims);
+  made.desc.type = DataType(tensor.type);
+  made.desc.format = TensorFormat::kLINEAR;
+  made.min = made.opt = made.max = made.desc.dims;
+  std::memcpy(made.max.d, tensor.most, sizeof tensor.most);
+  return made;
+}
 
 extern "C" const char* harness_last() { return logger.last.c_str(); }
 
 // A plugin as a context has it: made from fields, made again from what that serialises, cloned and attached.
-// values: int64, or the float act_clip alone.
+// A field is of floats[i] where that is not NaN, else of ints[i].
 extern "C" IPluginV3* harness_open(const char* library, const char* op, const char* const* names, const int64_t* ints,
-                                   const float* act_clip, int32_t count) {
+                                   const float* floats, int32_t count) {
   logger.last.clear();
   IPluginCreatorV3One* creator = creator_of(library, op);
   if (!creator) return nullptr;
   std::vector<PluginField> fields;
   for (int32_t i = 0; i < count; ++i) {
-    if (std::strcmp(names[i], "act_clip") == 0)
-      fields.emplace_back(names[i], act_clip, PluginFieldType::kFLOAT32, 1);
+    if (floats[i] == floats[i])
+      fields.emplace_back(names[i], floats + i, PluginFieldType::kFLOAT32, 1);
     else
       fields.emplace_back(names[i], ints + i, PluginFieldType::kINT64, 1);
   }
@@ -76,43 +87,41 @@ extern "C" IPluginV3* harness_open(const char* library, const char* op, const ch
   return loaded ? as<IPluginV3OneRuntime>(loaded, PluginCapabilityType::kRUNTIME)->attachToContext(nullptr) : nullptr;
 }
 
-// Workspace for x of up to most_tokens rows; −1 if a type is refused.
-extern "C" int64_t harness_workspace(IPluginV3* plugin, const Tensor* tensors, int32_t count, int64_t most_tokens) {
+// The input that an output is an alias of, −1 for none, −2 where the plugin cannot say.
+extern "C" int32_t harness_alias(IPluginV3* plugin, int32_t output) {
   auto* build = as<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
-  std::vector<DynamicPluginTensorDesc> descs(count);
-  for (int32_t i = 0; i < count; ++i) {
-    PluginTensorDesc& desc = descs[i].desc;
-    desc.dims.nbDims = tensors[i].rank;
-    std::memcpy(desc.dims.d, tensors[i].dims, sizeof tensors[i].dims);
-    desc.type = DataType(tensors[i].type);
-    desc.format = TensorFormat::kLINEAR;
-    descs[i].min = descs[i].opt = descs[i].max = desc.dims;
-  }
-  descs[0].max.d[0] = most_tokens;
-  for (int32_t i = 0; i < count; ++i)
-    if (!build->supportsFormatCombination(i, descs.data(), count - 1, 1)) return -1;
-  std::vector<DataType> types;
-  for (int32_t i = 0; i + 1 < count; ++i) types.push_back(descs[i].desc.type);
-  DataType output;
-  if (build->getOutputDataTypes(&output, 1, types.data(), count - 1) || output != types[0]) return -1;
-  if (build->configurePlugin(descs.data(), count - 1, &descs[count - 1], 1)) return -1;
-  return int64_t(build->getWorkspaceSize(descs.data(), count - 1, &descs[count - 1], 1));
+  return build->getInterfaceInfo().major < 2 ? -2 : static_cast<IPluginV3OneBuildV2*>(build)->getAliasedInput(output);
 }
 
-extern "C" int32_t harness_enqueue(IPluginV3* plugin, const Tensor* tensors, int32_t count, void* workspace,
-                                   void* stream) {
+// Workspace for sizes up to `most`; −1 if a type is refused.
+extern "C" int64_t harness_workspace(IPluginV3* plugin, const Tensor* tensors, int32_t inputs, int32_t outputs) {
+  auto* build = as<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
+  std::vector<DynamicPluginTensorDesc> descs;
+  for (int32_t i = 0; i < inputs + outputs; ++i) descs.push_back(described(tensors[i]));
+  for (int32_t i = 0; i < inputs + outputs; ++i)
+    if (!build->supportsFormatCombination(i, descs.data(), inputs, outputs)) return -1;
+  std::vector<DataType> types, made(outputs);
+  for (int32_t i = 0; i < inputs; ++i) types.push_back(descs[i].desc.type);
+  if (build->getNbOutputs() != outputs || build->getOutputDataTypes(made.data(), outputs, types.data(), inputs))
+    return -1;
+  for (int32_t i = 0; i < outputs; ++i)
+    if (made[i] != descs[inputs + i].desc.type) return -1;
+  if (build->configurePlugin(descs.data(), inputs, &descs[inputs], outputs)) return -1;
+  return int64_t(build->getWorkspaceSize(descs.data(), inputs, &descs[inputs], outputs));
+}
+
+extern "C" int32_t harness_enqueue(IPluginV3* plugin, const Tensor* tensors, int32_t inputs, int32_t outputs,
+                                   void* workspace, void* stream) {
   auto* runtime = as<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
-  std::vector<PluginTensorDesc> descs(count);
-  std::vector<const void*> inputs;
-  for (int32_t i = 0; i < count; ++i) {
-    descs[i].dims.nbDims = tensors[i].rank;
-    std::memcpy(descs[i].dims.d, tensors[i].dims, sizeof tensors[i].dims);
-    descs[i].type = DataType(tensors[i].type);
-    descs[i].format = TensorFormat::kLINEAR;
-    inputs.push_back(tensors[i].data);
+  std::vector<PluginTensorDesc> descs;
+  std::vector<const void*> given;
+  std::vector<void*> made;
+  for (int32_t i = 0; i < inputs + outputs; ++i) {
+    descs.push_back(described(tensors[i]).desc);
+    if (i < inputs) given.push_back(tensors[i].data);
+    else made.push_back(tensors[i].data);
   }
-  void* outputs[] = {tensors[count - 1].data};
-  if (runtime->onShapeChange(descs.data(), count - 1, &descs[count - 1], 1)) return 1;
-  return runtime->enqueue(descs.data(), &descs[count - 1], inputs.data(), outputs, workspace,
+  if (runtime->onShapeChange(descs.data(), inputs, &descs[inputs], outputs)) return 1;
+  return runtime->enqueue(descs.data(), &descs[inputs], given.data(), made.data(), workspace,
                           static_cast<cudaStream_t>(stream));
 }

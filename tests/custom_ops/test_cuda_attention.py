@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.kv_rows import unpack_rows
-from specquant.custom_ops.library_cuda_attention import attention, attention_problem, attention_workspace
+from specquant.custom_ops.library_cuda import Attention
+from specquant.custom_ops.library_cuda_attention import (
+    attention,
+    attention_bound,
+    attention_problem,
+    attention_workspace,
+)
 from tests.attention import HALF, INT4, Call, random_call
 from tests.cuda_arrays import POISON, DeviceArray, require_kernels
 
@@ -159,6 +165,25 @@ def test_positions_that_no_table_has_are_nan(rng: np.random.Generator) -> None:
     assert np.isfinite(y[0, 0]).all()
     assert np.isnan(y[0, 1:]).all()
     assert np.isnan(unpack_rows(keys[0, :, 6])).all()
+
+
+def test_a_workspace_that_is_made_without_a_gpu(rng: np.random.Generator) -> None:
+    """It covers every smaller call, and does not grow with the context without end."""
+    for _ in range(200):
+        heads, kv_heads = (int(n) for n in rng.choice([(8, 8), (9, 3), (32, 4), (70, 1)]))
+        most = [int(n) for n in (rng.integers(1, 9), rng.integers(1, 600), rng.integers(1, 9000))]
+        sizes = dict(zip(("batch", "sequence", "past_rows"), most, strict=True))
+        fixed = {"num_heads": heads, "kv_num_heads": kv_heads, "head_dim": 64, "half_cache": 1, "clip": 1.0}
+        bound = attention_bound(Attention(**fixed, **sizes, present_rows=sizes["past_rows"]))
+        place = np.zeros(8, np.int64)
+        for _ in range(20):
+            sizes = {name: int(rng.integers(1, n + 1)) for name, n in zip(sizes, most, strict=True)}
+            call = Attention(**fixed, **sizes, present_rows=sizes["past_rows"])
+            for name in ("qkv", "past_key", "past_value", "seqlens_k", "position_ids"):
+                setattr(call, name, place.ctypes.data)
+            assert attention_workspace(call) <= bound
+        queries = most[0] * most[1] * heads * 64 * 4
+        assert bound < queries + 20e6
 
 
 @pytest.mark.parametrize(

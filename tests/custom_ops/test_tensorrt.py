@@ -9,6 +9,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import tensorrt_rtx as trt
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import PLUGINS, library_path, prepare_plugins
-from specquant.custom_ops.schema import DOMAIN, OPS, VERSION, core
+from specquant.custom_ops.schema import DOMAIN, OPS, VERSION
 from specquant.exporter.engine_builder import Built, Limits, build_engine
 from specquant.exporter.graph import build_model, save_model
+from specquant.exporter.graph.writer import FloatType
 from specquant.exporter.lowering import lower
 from tests.tiny import quantised_decoder, tiny_llama
 
@@ -46,10 +48,21 @@ def creators(library: Path) -> dict[str, Any]:
     return found
 
 
-def tiny_engine(rng: np.random.Generator, folder: Path, library: Path, gpu: str, rank: int, embed: bool) -> Built:
+def tiny_engine(
+    rng: np.random.Generator,
+    folder: Path,
+    library: Path,
+    gpu: str,
+    rank: int,
+    embed: bool,
+    kv_bits: int = 4,
+    float_type: FloatType = "float16",
+) -> Built:
+    """Norms, gates and residuals of two layers within their linears, and a head of 8 bits."""
     _, decoder = tiny_llama(int(rng.integers(2**31)))
     decoder = quantised_decoder(decoder, rng, 8, 8, 8, rank, rank > 0)
-    save_model(build_model(decoder, "float16", {}), folder)
+    decoder = replace(decoder, config=replace(decoder.config, kv_bits=kv_bits, head_bits=8))
+    save_model(build_model(decoder, float_type, {}), folder)
     (folder / "lowered").mkdir()
     save_model(lower(folder, "custom", 32), folder / "lowered")
     path = folder / "lowered" / "model.onnx"
@@ -74,7 +87,7 @@ def test_the_fields_are_the_schemas(creators: dict[str, Any], name: str) -> None
     creator = creators[name]
     assert creator.plugin_version == str(VERSION)
     kinds = {int: trt.PluginFieldType.INT64, float: trt.PluginFieldType.FLOAT32}
-    wanted = [(a.name, kinds[type(a.default)]) for a in core(OPS[name]).attributes]
+    wanted = [(a.name, kinds[type(a.default)]) for a in OPS[name].attributes]
     assert [(field.name, field.type) for field in creator.field_names] == wanted
 
 
@@ -87,27 +100,50 @@ def fields(**values: int | float) -> Any:
 @pytest.mark.parametrize("phase", ["BUILD", "RUNTIME"])
 def test_fields_it_takes_and_those_it_refuses(creators: dict[str, Any], phase: str) -> None:
     at = getattr(trt.TensorRTPhase, phase)
-    fused, residual = (creators[name] for name in PLUGINS)
+    fused, residual, int4, half = (creators[name] for name in PLUGINS)
     assert fused.create_plugin("x", fields(group_size=64, act_clip=0.9, subtract=1), at) is not None
     assert residual.create_plugin("x", fields(group_size=64), at) is not None
     assert residual.create_plugin("x", fields(subtract=1), at) is None  # of the other op
     assert fused.create_plugin("x", fields(group_size=64.0), at) is None
     assert fused.create_plugin("x", fields(act_clip=1), at) is None
+    assert int4.create_plugin("x", fields(num_heads=4, scale=0.5, clip=0.9, hadamard=1), at) is not None
+    assert half.create_plugin("x", fields(num_heads=4, scale=0.5), at) is not None
+    assert half.create_plugin("x", fields(clip=0.9), at) is None
 
 
-@pytest.mark.parametrize(("gpu", "rank", "embed"), [("sm86", 5, False), ("sm89", 0, False), ("sm120", 5, True)])
+@pytest.mark.parametrize(
+    ("gpu", "rank", "embed", "kv_bits", "float_type"),
+    [
+        ("sm86", 5, False, 4, "float16"),
+        ("sm89", 0, False, 16, "float16"),
+        ("sm89", 5, False, 16, "float32"),
+        ("sm120", 5, True, 4, "float32"),
+    ],
+)
 def test_every_node_of_ours_is_a_plugin_layer(
-    rng: np.random.Generator, tmp_path: Path, library: Path, gpu: str, rank: int, embed: bool
+    rng: np.random.Generator,
+    tmp_path: Path,
+    library: Path,
+    gpu: str,
+    rank: int,
+    embed: bool,
+    kv_bits: int,
+    float_type: FloatType,
 ) -> None:
-    built = tiny_engine(rng, tmp_path, library, gpu, rank, embed)
-    names = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.qkv_proj", "self_attn.o_proj")]
-    names += ["model.layers.0.mlp.gate_up_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.gate_up_proj"]
+    built = tiny_engine(rng, tmp_path, library, gpu, rank, embed, kv_bits, float_type)
+    parts = ("self_attn.qkv_proj", "self_attn", "self_attn.o_proj", "mlp.gate_up_proj")
+    names = [f"model.layers.{i}.{part}" for i in range(2) for part in parts]
+    names += ["model.layers.0.mlp.down_proj", "lm_head"]
     assert built.plugins == sorted(names)
     # In the engine too, once a profile: layers there are named after the node, with TensorRT's numbers behind it.
-    custom = [line for line in built.layers if "LayerType: custom_layer" in line]
+    custom = [line for line in built.layers if re.search("LayerType: (custom_layer|PluginV3),", line)]
     assert len(custom) == 2 * len(names)
     for name in names:
-        assert sum(line.startswith(f"Name: {name}") for line in custom) == 2
+        assert sum(re.match(rf"Name: {re.escape(name)}(,| \[|_U\d|_myl)", line) is not None for line in custom) == 2
+    # Nothing copies or converts the cache: only attention touches it.
+    touch = [line for line in built.layers if "past_key_values." in line or "present." in line]
+    assert touch == [line for line in built.layers if "LayerType: PluginV3," in line]
+    assert len(touch) == 4
     assert (library.read_bytes() in memoryview(built.plan).tobytes()) == embed
 
 

@@ -19,6 +19,7 @@ import onnxruntime as ort
 import torch
 
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.library import register
 from specquant.custom_ops.library_tensorrt import load_plugins
 from specquant.exporter.export import export
 from specquant.exporter.graph import save_model
@@ -33,10 +34,11 @@ from specquant.runtime.session import load
 from specquant.runtime.tensorrt import TensorRT
 from specquant.runtime.tensorrt_engine import check_engine, checked_context, find_engine
 from tests.host_memory import HostMemory
+from tests.logits import typical
 from tests.model_folder import CORPUS, fresh_seed, random_llama, save_model_folder
 
 MAX_BATCH, MAX_SEQ, BLOCK = 3, 80, 16
-# Not quantised: engines have a cache of the graph's floats, where a quantised export has one of float16.
+# Not quantised: portable engines have a cache of the graph's floats, where a quantised export has one of float16.
 RECIPE = Recipe(w_bits=16, a_bits=16, head_bits=16)
 
 
@@ -55,19 +57,21 @@ def info_of(artifact: Path, **fields: Any) -> EngineInfo:
     manifest = open_artifact(artifact)
     graph = {name: file.sha256 for name, file in manifest.files.items() if name.startswith("model.onnx")}
     info = EngineInfo(
-        1, "tensorrt-rtx", "1.7", "sm89", "portable", MAX_BATCH, MAX_SEQ, BLOCK, "float32", graph, 0, "", 0, [0, 0]
+        2, "tensorrt-rtx", "1.7", "sm89", "portable", MAX_BATCH, MAX_SEQ, BLOCK, "float32", graph, 0, "", 0, [0, 0]
     )
     return replace(info, **fields)
 
 
 class LoweredGraph:
-    """The lowered graph by ONNX Runtime, its tensors where the backend says."""
+    """The lowered graph by ONNX Runtime, its tensors where the backend says; in `custom`, with our kernels."""
 
-    def __init__(self, artifact: Path, folder: Path) -> None:
-        save_model(lower(artifact, "portable", MAX_SEQ), folder)
+    def __init__(self, artifact: Path, folder: Path, profile: str = "portable") -> None:
+        save_model(lower(artifact, profile, MAX_SEQ), folder)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if profile == "custom":
+            register(options)
         self.session = ort.InferenceSession(str(folder / "model.onnx"), options, ["CPUExecutionProvider"])
         self.kinds = {v.name: v.type for v in [*self.session.get_inputs(), *self.session.get_outputs()]}
 
@@ -85,7 +89,8 @@ class LoweredGraph:
             arrays[name][...] = value
 
     def _at(self, name: str, place: int, shape: tuple[int, ...]) -> NDArray[Any]:
-        dtype = np.dtype({"tensor(float)": np.float32, "tensor(int64)": np.int64}[self.kinds[name]])
+        kinds = {"float": np.float32, "int64": np.int64, "int8": np.int8, "float16": np.float16}
+        dtype = np.dtype(kinds[self.kinds[name][len("tensor(") : -1]])
         size = int(np.prod(shape)) * dtype.itemsize
         return np.frombuffer((ctypes.c_byte * size).from_address(place), dtype).reshape(shape)
 
@@ -118,6 +123,46 @@ def test_generation_is_that_of_onnxruntime(rng: np.random.Generator, artifact: P
     assert "".join(model.generate(prompts[1], max_new_tokens=12)) == "".join(
         original.generate(prompts[1], max_new_tokens=12)
     )
+
+
+@pytest.fixture(params=["int4_cache_folder", "folder"])
+def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
+    """Of profile `custom`: a cache of 4 bits, or quantised linears with one of float16, as the artifact has it."""
+    source: Path = request.getfixturevalue(request.param)
+    manifest = open_artifact(source)
+    info = info_of(source, profile="custom")
+    backend = TensorRT(LoweredGraph(source, tmp_path, "custom"), HostMemory(), info, manifest.model, MAX_SEQ)
+    return Model(source, manifest, backend, MAX_SEQ)
+
+
+def test_custom_engines_keep_the_artifacts_cache(rng: np.random.Generator, packed: Model) -> None:
+    """Prompts of several blocks; a level that the last bit of a sum moves may be another, but not in all of them."""
+    original = load(packed.folder, context=MAX_SEQ)
+    errors = []
+    for _ in range(4):
+        ids = rng.integers(3, 300, 3 * BLOCK + 5)
+        errors.append(typical(packed.logits(ids), original.logits(ids)))
+    assert min(errors) < 1e-4
+    memory = packed._backend.memory  # type: ignore[attr-defined]
+    sequences = packed._backend.sequences(2)
+    sizes = [array.nbytes for array in memory.arrays.values()]
+    model = packed.manifest.model
+    row, dtype = model.cache_row
+    assert sizes.count(2 * model.num_kv_heads * MAX_SEQ * row * dtype.itemsize) == 2 * model.num_layers
+    del sequences
+
+
+def test_generation_with_the_artifacts_cache(rng: np.random.Generator, packed: Model) -> None:
+    """Rows of unequal length, of which the last ones take the places of those that are done; then a rewind."""
+    prompts = [rng.integers(3, 300, count).tolist() for count in (2, 37, MAX_SEQ - 5)]
+    original = load(packed.folder, context=MAX_SEQ)
+    assert packed.generate_batch(prompts, max_new_tokens=24) == original.generate_batch(prompts, max_new_tokens=24)
+    sequences = packed._backend.sequences(2)
+    ids = rng.integers(3, 300, 20)
+    sequences.prefill_last(1, ids[:9])
+    first = sequences.prefill_last(1, ids[9:]).copy()
+    sequences.rewind(1, 9)
+    np.testing.assert_array_equal(sequences.prefill_last(1, ids[9:]), first)
 
 
 def test_rewinding(rng: np.random.Generator, model: Model) -> None:

@@ -10,6 +10,16 @@ namespace {
 constexpr int64_t kMostSize = int64_t(1) << 22;  // of lengths and heads
 constexpr int64_t kMostRows = 65535;             // of a grid's second axis
 constexpr int64_t kBlocks = 4;                   // of a multiprocessor that splits are made for
+constexpr int kMultiprocessors = 256;            // the most that they are made for
+
+int64_t query_bytes(const SpecquantCudaAttention& p) {
+  return round_up(p.batch * p.sequence * p.num_heads * p.head_dim * 4, 256);
+}
+
+// Most splits that the cache's rows allow.
+int64_t most_splits(int64_t present_rows) {
+  return std::clamp<int64_t>(ceil_div(int(present_rows), kTileTokens), 1, kMostSplits);
+}
 
 }  // namespace
 
@@ -59,14 +69,13 @@ AttentionArgs plan_attention(const SpecquantCudaAttention& p, const Device& devi
 
   // Splits as blocks allow. They take tiles in turn, so that a cache that is far from full keeps all of them busy.
   const int64_t rows = int64_t(a.sequence) * a.group, heads = int64_t(a.batch) * a.kv_heads;
-  const int64_t tiles = std::max(1, ceil_div(a.present_rows, kTileTokens));
   a.splits = 1;
   if (rows <= kDecodeRows && rows * heads > 0) {
     const int64_t blocks = heads * ceil_div(int(rows), kTileRows);
-    const int64_t most = std::min<int64_t>(tiles, kMostSplits);
-    a.splits = int(std::clamp<int64_t>(kBlocks * device.multiprocessors / blocks, 1, most));
+    const int multiprocessors = std::min(device.multiprocessors, kMultiprocessors);
+    a.splits = int(std::clamp<int64_t>(kBlocks * multiprocessors / blocks, 1, most_splits(p.present_rows)));
   }
-  bytes = round_up(p.batch * p.sequence * p.num_heads * p.head_dim * 4, 256);
+  bytes = query_bytes(p);
   if (a.splits > 1) bytes += heads * rows * a.splits * (a.d + 2) * 4;
   return a;
 }
@@ -74,6 +83,13 @@ AttentionArgs plan_attention(const SpecquantCudaAttention& p, const Device& devi
 void place_workspace(AttentionArgs& a, void* workspace) {
   a.queries = static_cast<float*>(workspace);
   a.partials = a.queries + round_up(int64_t(a.batch) * a.sequence * a.heads * a.d * 4, 256) / 4;
+}
+
+static int64_t bound(const SpecquantCudaAttention& p) {
+  const int64_t rows = std::min<int64_t>(p.sequence * p.num_heads / p.kv_num_heads, kDecodeRows);
+  const int64_t by_cache = p.batch * p.kv_num_heads * rows * most_splits(p.present_rows);
+  const int64_t by_blocks = kBlocks * kMultiprocessors * kTileRows;  // splits times blocks, where there are several
+  return query_bytes(p) + std::min(by_cache, by_blocks) * (p.head_dim + 2) * 4;
 }
 
 }  // namespace specquant_cuda
@@ -91,6 +107,19 @@ SPECQUANT_EXPORT const char* specquant_cuda_attention_workspace(const SpecquantC
   Device device{};
   if (const char* wrong = current(device)) return wrong;
   plan_attention(*problem, device, *bytes);
+  return nullptr;
+}
+
+SPECQUANT_EXPORT const char* specquant_cuda_attention_bound(const SpecquantCudaAttention* problem, int64_t* bytes) {
+  static const int64_t place = 0;
+  SpecquantCudaAttention p = *problem;
+  p.present_key = p.present_value = nullptr;
+  p.qkv = p.past_key = p.past_value = p.position_ids = &place;
+  p.seqlens_k = reinterpret_cast<const int32_t*>(&place);
+  p.cos = p.sin = p.key_offset = reinterpret_cast<const float*>(&place);
+  if (p.half_cache) p.key_offset = nullptr;
+  if (const char* wrong = check(p)) return wrong;
+  *bytes = bound(p);
   return nullptr;
 }
 

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define SPECQUANT_CUDA_ABI 2
+#define SPECQUANT_CUDA_ABI 3
 
 /* One call of SpecQuantMatMul, or of Int4ResidualMatMul when basis is null. library_cuda.py mirrors it. */
 typedef struct SpecquantCudaProblem {
@@ -124,6 +124,10 @@ const char* specquant_cuda_check_attention(const SpecquantCudaAttention* problem
 
 /* Bytes of workspace of a sound call on the current device. */
 const char* specquant_cuda_attention_workspace(const SpecquantCudaAttention* problem, int64_t* bytes);
+
+/* Bytes of workspace that suffice on every GPU, for the problem's batch, tokens and rows of the cache and any fewer. Asks
+ * no device, and looks at no pointer. */
+const char* specquant_cuda_attention_bound(const SpecquantCudaAttention* problem, int64_t* bytes);
 
 /* Appends the new keys and values to the cache and computes y, as specquant_cuda_matmul does its work. */
 const char* specquant_cuda_attention(const SpecquantCudaAttention* problem, void* workspace, int64_t workspace_bytes,

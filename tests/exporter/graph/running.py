@@ -9,23 +9,34 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from specquant.custom_ops.library import register
 from specquant.exporter.decoder import Decoder
 from specquant.exporter.graph import build_model, save_model
 from specquant.exporter.graph.writer import FloatType
 
 
 class Running:
-    """A session and its KV cache. Rows are prompts, padded on the right."""
+    """A session and its KV cache. Rows are prompts, padded on the right. kernels: ours, else the ops' functions."""
 
-    def __init__(self, decoder: Decoder, folder: Path, float_type: FloatType = "float32", **overrides: Any) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        folder: Path,
+        float_type: FloatType = "float32",
+        kernels: bool = False,
+        **overrides: Any,
+    ) -> None:
         save_model(build_model(decoder, float_type, {}), folder)
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3  # it warns that `rank` is an input
+        if kernels:
+            register(options)
         self.session = ort.InferenceSession(str(folder / "model.onnx"), options, ["CPUExecutionProvider"])
         self.config, self.overrides = decoder.config, overrides
-        half = float_type == "float16" or decoder.attention_op == "HalfKVAttention"
-        self.cache_type = np.dtype(np.float16 if half else np.float32)
+        past = next(value for value in self.session.get_inputs() if value.name.startswith("past_key_values."))
+        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+        self.cache_type, self.cache_row = np.dtype(kinds[past.type]), past.shape[-1]
         self.names = [f"{i}.{part}" for i in range(self.config.num_layers) for part in ("key", "value")]
         self.past: list[NDArray[Any]] = []
         self.tokens = np.zeros(0, np.int64)
@@ -34,7 +45,7 @@ class Running:
         """Logits [batch, sequence, vocab]; row b's first new_tokens[b] of input_ids [batch, sequence] count."""
         batch, sequence = input_ids.shape
         if not self.past:
-            shape = (batch, self.config.num_kv_heads, 0, self.config.head_dim)
+            shape = (batch, self.config.num_kv_heads, 0, self.cache_row)
             self.past = [np.zeros(shape, self.cache_type) for _ in self.names]
             self.tokens = np.zeros(batch, np.int64)
         positions = self.tokens[:, None] + np.arange(sequence)

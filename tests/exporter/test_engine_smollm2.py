@@ -1,0 +1,90 @@
+"""Engines of a real model, for GPUs that are not here: SmolLM2-135M, quantised as quickly as it goes, in a minute."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tensorrt_rtx", reason="the extra `tensorrt-rtx` is not installed")
+
+import specquant.exporter.engine as engine_module
+from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.library_tensorrt import library_path
+from specquant.exporter.engine import EngineOptions, build, estimate
+from specquant.exporter.engine_builder import Built, Limits
+from specquant.exporter.export import export
+from specquant.exporter.lowering import lower
+from specquant.exporter.recipe import Recipe
+from specquant.exporter.sources import sample_gguf
+from specquant.runtime.artifact import open_artifact
+from specquant.runtime.engine import open_engine
+
+RECIPE = Recipe(
+    rounding="rtn",
+    descents=0,
+    asymmetry=0.0,
+    smooth=False,
+    samples=2,
+    sequence_length=32,
+    float_type="float16",
+    kv_bits=4,
+)
+OPTIONS = EngineOptions(gpu="sm89", max_batch=4, max_seq=1024)
+LAYERS, ARTIFACT_BYTES = 30, 166e6  # 4-bit weights, an 8-bit table, and branches of rank 32
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        sample_gguf()
+    except SpecQuantError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("smollm2") / "artifact"
+    export("sample", folder, RECIPE)
+    return folder
+
+
+def test_a_portable_engine(artifact: Path, tmp_path: Path) -> None:
+    info = build(artifact, OPTIONS, tmp_path / "engine")
+    assert open_engine(artifact, tmp_path / "engine") == info
+    assert info.plugins == []
+    assert 0.9 * ARTIFACT_BYTES < info.weights_bytes < 1.05 * ARTIFACT_BYTES  # 4 bits stay 4 bits
+    assert info.size < 1.2 * ARTIFACT_BYTES
+
+
+@pytest.mark.parametrize("gpu", ["sm86", "sm120"])
+def test_a_custom_engine(artifact: Path, tmp_path: Path, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every node of ours is a plugin layer, in both profiles, and nothing but attention touches the cache."""
+    try:
+        library_path()
+    except SpecQuantError as error:
+        pytest.skip(str(error))
+    made: list[Built] = []
+
+    def remembered(*arguments: object) -> Built:
+        made.append(build_engine(*arguments))  # type: ignore[arg-type]
+        return made[-1]
+
+    build_engine = engine_module.build_engine
+    monkeypatch.setattr(engine_module, "build_engine", remembered)
+    info = build(artifact, replace(OPTIONS, gpu=gpu, profile="custom"), tmp_path / "engine")
+    assert info.plugins == ["Int4KVAttention", "Int4ResidualMatMul", "SpecQuantMatMul"]
+    assert len(made[0].plugins) == LAYERS * 5 + 1  # four linears and attention, and the head
+    layers = made[0].layers
+    assert sum(re.search("LayerType: (custom_layer|PluginV3),", line) is not None for line in layers) == 2 * 151
+    caches = [line for line in layers if "past_key_values." in line or "present." in line]
+    assert caches == [line for line in layers if "LayerType: PluginV3," in line]
+    assert 0.95 * ARTIFACT_BYTES < info.weights_bytes < 1.05 * ARTIFACT_BYTES
+    assert info.size < 1.1 * ARTIFACT_BYTES
+
+
+def test_the_cache_of_an_engine(artifact: Path) -> None:
+    """4 bits where the plugins read it, else floats; as the estimate has it."""
+    manifest, limits = open_artifact(artifact), Limits(4, 1024, 512)
+    tokens = limits.max_batch * limits.max_seq
+    packed, floats = (estimate(lower(artifact, profile, 1024), manifest, limits) for profile in ("custom", "portable"))
+    assert packed.cache == tokens * manifest.model.cache_bytes_per_token == tokens * 6480
+    assert floats.cache == tokens * 23040
