@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -80,7 +81,7 @@ def score(args: argparse.Namespace) -> int:
     parts = [order[a:b] for a, b in itertools.pairwise(bounds)]
     start = time.perf_counter()
     scores: list[Any] = [None] * len(pairs)
-    with ProcessPoolExecutor(count) as pool:
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(score_part, options, [pairs[i] for i in part]) for part in parts]
         for number, (part, job) in enumerate(zip(parts, jobs, strict=True), 1):
             for index, value in zip(part, job.result(), strict=True):

@@ -143,11 +143,6 @@ __device__ __forceinline__ float met(F combine, const Places& at, int place, int
   return value;
 }
 
-__device__ __forceinline__ void store_scale(const Args& args, int token, int segment, const Quantizer& q) {
-  args.scale[static_cast<int64_t>(segment) * args.tp + token] = q.scale * args.level_unit;
-  if (args.bits == 8) args.zero[static_cast<int64_t>(segment) * args.tp + token] = static_cast<int>(q.zero) - 128;
-}
-
 // float16 over a power of two of the token.
 __device__ __forceinline__ void halve(const Args& args, const Places& at, int token, int rank, int blocks, int first,
                                       int count) {

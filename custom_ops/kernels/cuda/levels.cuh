@@ -39,6 +39,11 @@ struct Quantizer {
   }
 };
 
+__device__ __forceinline__ void store_scale(const Args& args, int token, int segment, const Quantizer& q) {
+  args.scale[static_cast<int64_t>(segment) * args.tp + token] = q.scale * args.level_unit;
+  if (args.bits == 8) args.zero[static_cast<int64_t>(segment) * args.tp + token] = static_cast<int>(q.zero) - 128;
+}
+
 // The low bytes of four words.
 __device__ __forceinline__ uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);

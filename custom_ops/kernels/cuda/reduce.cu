@@ -135,11 +135,6 @@ struct Range {
   }
 };
 
-__device__ __forceinline__ void store_scale(const Args& args, int token, int segment, const Quantizer& q) {
-  args.scale[static_cast<int64_t>(segment) * args.tp + token] = q.scale * args.level_unit;
-  if (args.bits == 8) args.zero[static_cast<int64_t>(segment) * args.tp + token] = static_cast<int>(q.zero) - 128;
-}
-
 // Levels of 16 of a token's features, from unit · 64 + 16t on; of what lies past the last feature, zeros.
 __device__ __forceinline__ void store_levels(const Args& args, int token, int unit, int t, const float (&u)[16],
                                              const Quantizer& q) {

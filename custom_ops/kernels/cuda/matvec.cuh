@@ -1,0 +1,280 @@
+// A block's part of the product of up to 32 tokens: loads, multiplications, the branch.
+//
+// A block of threads takes 32 outputs, its warps steps of 64 features in turn; their sums meet in shared memory.
+// Weights are the rows of a fragment here and tokens its columns, so that one token costs what 8 do. With g = lane / 4
+// and t = lane % 4, a 16-byte load holds 4 outputs (4g … 4g + 3) of block 4s + t of 8 features; words 0 and 1 are rows
+// g and g + 8 of one fragment, words 2 and 3 of another. Column n is token n. The kernel may start before the first
+// stage is done: weights, scales and C are on their way by then. What that stage made is copied to shared memory once,
+// where it fits, so that the steps wait for weights alone.
+#pragma once
+
+#include "args.h"
+#include "levels.cuh"
+#include "unpack.cuh"
+
+namespace specquant_cuda {
+
+constexpr int kOutputs = 32;
+constexpr int kMostColumns = 64;  // of the branch whose C is loaded early
+
+constexpr int kSkew = 32;                     // bytes between staged rows: 8 tokens meet in no bank
+constexpr size_t kMostStaged = 48 * 1024;
+
+// What a block keeps of the first stage's result, in bytes: levels, scales and zeros of every segment, low.
+template <Mode mode, int frags>
+struct Staged {
+  static constexpr int kTokens = frags * 8;
+  int stride, scales, zeros, lows, bytes;  // stride: of a token's levels
+  __host__ __device__ explicit Staged(const Args& a) {
+    const bool folds = mode == kFold || mode == kFoldZero;
+    stride = a.kp * (mode == kHalf ? 2 : 1) + kSkew;
+    scales = a.tokens * stride;
+    zeros = scales + (folds ? a.segments * kTokens * 4 : 0);
+    lows = zeros + (mode == kFoldZero ? a.segments * kTokens * 4 : 0);
+    bytes = lows + (a.rank ? a.tokens * 4 * a.rp : 0);
+  }
+};
+
+template <Mode mode, int frags, int warps, bool staged>
+struct Matvec {
+  static constexpr int kTokens = frags * 8;
+  // Steps whose loads are under way together: as many as the registers hold.
+  static constexpr int kDepth = mode == kHalf ? (frags == 1 ? 2 : 1) : frags == 4 ? 1 : frags == 2 ? 2 : 4;
+
+  // What a thread reads for one step.
+  struct Step {
+    uint4 weights[2];                                 // blocks t and 4 + t
+    uint4 activations[frags][mode == kHalf ? 2 : 1];  // int8: blocks t and 4 + t side by side
+    uint2 scales;                                     // of outputs 4g … 4g + 3
+    float2 token_scale[frags];                        // of tokens 2t, 2t + 1
+    int2 zero[frags];
+    int sums[4];
+  };
+
+  const Args& args;
+  const int warp, lane, g, t, first_output, blocks;
+  const uint32_t mask;
+  const uint8_t* panel;
+  const Staged<mode, frags> places;
+  char* const kept;        // the staged bytes
+  float acc[2][frags][4];  // [words 0, 1 or 2, 3][f][2h + e]: output 4g + 2·pair + h, token 8f + 2t + e
+
+  __device__ __forceinline__ Matvec(const Args& a, char* shared)
+      : args(a), warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(lane / 4), t(lane % 4),
+        first_output(blockIdx.x * kOutputs), blocks(ceil_div(a.n, kBlock)), mask(a.high_nibbles), places(a),
+        kept(shared) {
+    const int panels = ceil_div(args.m, kPanel), wanted = first_output / kPanel + g / 4;
+    panel = args.qweight + static_cast<int64_t>(min(wanted, panels - 1)) * blocks * 64 + g % 4 * 16;
+#pragma unroll
+    for (int i = 0; i < 2 * frags * 4; ++i) acc[i / (frags * 4)][i / 4 % frags][i % 4] = 0.0f;
+  }
+
+  __device__ __forceinline__ bool scaled() const { return first_output + 4 * g < args.m; }
+
+  // What earlier kernels do not write.
+  __device__ __forceinline__ void load_weights(Step& s, int step) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int block = step * (kStep / kBlock) + 4 * i + t;
+      s.weights[i] = block < blocks ? load_stream(panel + static_cast<int64_t>(block) * 64) : make_uint4(0, 0, 0, 0);
+    }
+    if constexpr (mode != kChannel) {
+      const int64_t group = quotient(step, args.group_steps);
+      const __half* from = args.scales + group * args.m + first_output + 4 * g;
+      s.scales = scaled() ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+    }
+    if constexpr (mode == kFoldZero) {
+      const int64_t at = static_cast<int64_t>(quotient(step, args.segment_steps)) * args.m + first_output + 4 * g;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        s.sums[i] = !scaled() ? 0
+                    : args.wide_sums ? __ldg(static_cast<const int32_t*>(args.row_sums) + at + i)
+                                     : __ldg(static_cast<const int16_t*>(args.row_sums) + at + i);
+    }
+  }
+
+  // Copies what the first stage made; the block meets before it is read.
+  __device__ __forceinline__ void stage() const {
+    if constexpr (!staged) return;
+    const int threads = warps * 32, pieces = (places.stride - kSkew) / 16, segments = args.segments;
+    for (int token = 0; token < args.tokens; ++token) {
+      const char* from = static_cast<const char*>(args.levels) + static_cast<int64_t>(token) * (places.stride - kSkew);
+      for (int i = threadIdx.x; i < pieces; i += threads)
+        copy_async(kept + token * places.stride + 16 * i, from + 16 * i, true);
+    }
+    commit_async();
+    for (int i = threadIdx.x; (mode == kFold || mode == kFoldZero) && i < segments * kTokens; i += threads) {
+      const int token = i % kTokens;
+      const int64_t at = static_cast<int64_t>(i / kTokens) * args.tp + token;
+      reinterpret_cast<float*>(kept + places.scales)[i] = token < args.tokens ? args.scale[at] : 0.0f;
+      if constexpr (mode == kFoldZero)
+        reinterpret_cast<int*>(kept + places.zeros)[i] = token < args.tokens ? args.zero[at] : 0;
+    }
+    if (args.rank)
+      for (int i = threadIdx.x; i < args.tokens * args.rp; i += threads)  // two halves a word
+        reinterpret_cast<uint32_t*>(kept + places.lows)[i] = reinterpret_cast<const uint32_t*>(args.low)[i];
+    wait_async<0>();
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void load_activations(Step& s, int step) const {
+#pragma unroll
+    for (int f = 0; f < frags; ++f) {
+      const int token = 8 * f + g;
+      const bool there = token < args.tokens;
+      constexpr int size = mode == kHalf ? 2 : 1;
+      const char* row = staged ? kept + token * places.stride
+                               : static_cast<const char*>(args.levels) + static_cast<int64_t>(token) * args.kp * size;
+      row += (step * kStep + 8 * t) * size;
+      if constexpr (mode == kHalf) {
+        s.activations[f][0] = there ? *reinterpret_cast<const uint4*>(row) : make_uint4(0, 0, 0, 0);
+        s.activations[f][1] = there ? *reinterpret_cast<const uint4*>(row + 64) : make_uint4(0, 0, 0, 0);
+      } else {
+        const uint2 a = there ? *reinterpret_cast<const uint2*>(row) : make_uint2(0, 0);
+        const uint2 b = there ? *reinterpret_cast<const uint2*>(row + 32) : make_uint2(0, 0);
+        s.activations[f][0] = make_uint4(a.x, a.y, b.x, b.y);
+      }
+    }
+    if constexpr (mode == kFold || mode == kFoldZero) {
+      const int segment = quotient(step, args.segment_steps);
+      const int64_t at = staged ? segment * kTokens : static_cast<int64_t>(segment) * args.tp;
+      const float* scale = staged ? reinterpret_cast<const float*>(kept + places.scales) : args.scale;
+      const int* zero = staged ? reinterpret_cast<const int*>(kept + places.zeros) : args.zero;
+#pragma unroll
+      for (int f = 0; f < frags; ++f) {
+        s.token_scale[f] = *reinterpret_cast<const float2*>(scale + at + 8 * f + 2 * t);
+        if constexpr (mode == kFoldZero) {
+          const bool first = step * kStep == segment * args.segment;  // of its segment: the zero-point goes with it
+          s.zero[f] = first ? *reinterpret_cast<const int2*>(zero + at + 8 * f + 2 * t) : make_int2(0, 0);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add(const Step& s) {
+    const float2 low = __half22float2(half2_of(s.scales.x)), high = __half22float2(half2_of(s.scales.y));
+    const float scale[2][2] = {{low.x, low.y}, {high.x, high.y}};
+    if constexpr (mode == kHalf) {
+      add_halves(s, scale);
+    } else {
+      add_integers(s, scale);
+    }
+  }
+
+  __device__ __forceinline__ void add_integers(const Step& s, const float (&scale)[2][2]) {
+    uint32_t a[2][2][4];  // [pair][i]
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t words[4] = {s.weights[i].x, s.weights[i].y, s.weights[i].z, s.weights[i].w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) unpack_s8(words[w], mask, a[w / 2][i][w % 2], a[w / 2][i][w % 2 + 2]);
+    }
+#pragma unroll
+    for (int f = 0; f < frags; ++f) {
+      const uint4& v = s.activations[f][0];
+      const uint32_t b[2][2] = {{v.x, v.y}, {v.z, v.w}};
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        float(&out)[4] = acc[pair][f];
+        int sum[4];
+        if constexpr (mode == kChannel) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[i] = __float_as_int(out[i]);
+        } else {
+          constexpr int magic = 0x4B400000;  // as in gemm.cuh
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            sum[i] = magic;
+            if constexpr (mode == kFoldZero)
+              sum[i] -= 16u * (i % 2 ? s.zero[f].y : s.zero[f].x) * s.sums[2 * pair + i / 2];
+          }
+        }
+        mma_s8(sum, a[pair][0], b[0], sum);
+        mma_s8(sum, a[pair][1], b[1], sum);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (mode == kChannel) {
+            out[i] = __int_as_float(sum[i]);
+          } else {
+            const float factor = scale[pair][i / 2];
+            out[i] = fmaf(fmaf(__int_as_float(sum[i]), factor, -kMagic * factor),
+                          i % 2 ? s.token_scale[f].y : s.token_scale[f].x, out[i]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_halves(const Step& s, const float (&scale)[2][2]) {
+    float part[2][frags][4] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t words[4] = {s.weights[i].x, s.weights[i].y, s.weights[i].z, s.weights[i].w};
+      uint32_t a[2][2][4];  // [pair][k]: features 4k … 4k + 3 of the block
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        uint32_t pairs[4];
+        unpack_half(words[w], pairs);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          a[w / 2][k][w % 2] = pairs[2 * k];
+          a[w / 2][k][w % 2 + 2] = pairs[2 * k + 1];
+        }
+      }
+#pragma unroll
+      for (int f = 0; f < frags; ++f) {
+        const uint4& v = s.activations[f][i];
+        const uint32_t b[2][2] = {{v.x, v.y}, {v.z, v.w}};
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) mma_f16(part[pair][f], a[pair][k], b[k]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * frags * 4; ++i) {
+      const int pair = i / (frags * 4), f = i / 4 % frags, j = i % 4;
+      acc[pair][f][j] = fmaf(part[pair][f][j], scale[pair][j / 2], acc[pair][f][j]);
+    }
+  }
+
+  static constexpr int kEarly = kMostColumns / warps;
+
+  __device__ __forceinline__ float coef_at(int column) const {
+    const int output = first_output + lane;
+    const bool there = column < args.rank && output < args.m;
+    return there ? __half2float(args.coef[static_cast<int64_t>(column) * args.m + output]) : 0.0f;
+  }
+
+  // C of output `lane`, columns warp, warp + warps, …
+  __device__ __forceinline__ void load_coef(float (&coef)[kEarly]) const {
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i) coef[i] = coef_at(warp + i * warps);
+  }
+
+  __device__ __forceinline__ void add_column(float (&sum)[kTokens], int column, float c) const {
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      if (token >= args.tokens) break;
+      const __half* all = staged ? reinterpret_cast<const __half*>(kept + places.lows) : args.low;
+      const __half* low = all + token * 2 * args.rp + column;
+      sum[token] = fmaf(__half2float(low[0]) + __half2float(low[args.rp]), c, sum[token]);
+    }
+  }
+
+  // This warp's share of low · C.
+  __device__ __forceinline__ void branch(const float (&coef)[kEarly], float* shares) const {
+    float sum[kTokens] = {};
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i)
+      if (warp + i * warps < args.rank) add_column(sum, warp + i * warps, coef[i]);
+    for (int i = warp + kMostColumns; i < args.rank; i += warps) add_column(sum, i, coef_at(i));
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      const float factor = token < args.tokens && args.rank ? args.low_factor[token] : 0.0f;
+      shares[token * kOutputs + lane] = args.rank ? sum[token] * factor : 0.0f;
+    }
+  }
+};
+
+}  // namespace specquant_cuda
