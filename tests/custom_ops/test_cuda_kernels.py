@@ -197,6 +197,19 @@ def test_prologue_and_residual(rng: np.random.Generator, index: int, kind: Any, 
             np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max(), err_msg=text)
 
 
+@pytest.mark.skipif(not HOPPER, reason="clusters of 16 blocks are Hopper's")
+@pytest.mark.parametrize(("n", "act_group", "prologue"), [(4160, 64, 1), (4096, 0, 0), (7168, 64, 2)])
+def test_clusters_of_sixteen(rng: np.random.Generator, n: int, act_group: int, prologue: int) -> None:
+    """A token of many features: the stage in one kernel gives what the separate kernels give."""
+    weights = random_weights(rng, "SpecQuantMatMul", n, 32, 32, 64, act_group)
+    x = random_input(rng, (2, 2 * n if prologue in GATES else n))
+    if prologue == 1:
+        weights["norm"] = np.ones(n, np.float32)
+    attributes: dict[str, Any] = {"group_size": 64, "act_group": act_group, "subtract": 1, "prologue": prologue}
+    found, wanted = (Call(x, weights, path, **attributes, act_bits=16, epsilon=0.01).y for path in ("cluster", "any"))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_branch_of_any_numbers(rng: np.random.Generator, kind: Any, tokens: int) -> None:

@@ -83,10 +83,15 @@ def test_the_runtime_computes_the_simulation(
     ids = text_ids(4 * CONTEXT)
     actual, expected = (perplexity(f, ids, CONTEXT).perplexity for f in (model.logits, simulated))
     assert actual == pytest.approx(expected, rel=5e-3)
-    prompts = [text_ids(12) for _ in range(10)]
-    same = [greedy(model.logits, p, 6) == greedy(simulated, p, 6) for p in prompts]
-    # An activation on a rounding edge falls either way with the order of a sum, and changes what follows.
-    assert sum(same) >= (9 if model.manifest.recipe["a_bits"] == 16 else 6)
+    # An 8-bit activation on a rounding edge falls either way with the order of a sum, and changes what follows: three
+    # times ten prompts, since some ten have nearly none.
+    whole = model.manifest.recipe["a_bits"] == 16
+    for _ in range(1 if whole else 3):
+        prompts = [text_ids(12) for _ in range(10)]
+        same = sum(greedy(model.logits, p, 6) == greedy(simulated, p, 6) for p in prompts)
+        if same >= 9:
+            break
+    assert same >= (9 if whole else 8)
 
 
 @pytest.mark.parametrize("float_type", ["float32", "float16"])
