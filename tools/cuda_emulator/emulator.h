@@ -126,10 +126,11 @@ inline void __syncwarp() {
   emulator::together(nullptr, nullptr, [](void**, void**) {});
 }
 
-inline float __shfl_xor_sync(unsigned, float value, int distance) {
-  float result;
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  T result;
   emulator::together(&value, &result, [distance](void** in, void** out) {
-    for (int i = 0; i < 32; ++i) *static_cast<float*>(out[i]) = *static_cast<float*>(in[i ^ distance]);
+    for (int i = 0; i < 32; ++i) *static_cast<T*>(out[i]) = *static_cast<T*>(in[i ^ distance]);
   });
   return result;
 }

@@ -49,6 +49,24 @@ inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], 
   multiply_add<4, int8_t>(d, a, b, int(), [](uint32_t word, int i) { return int8_t(word >> 8 * i); });
 }
 
+inline void mma_u8s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Both {
+    const uint32_t *a, *b;
+  } both{a, b};
+  emulator::together(&both, d, [](void** in, void** out) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int j = 0; j < 4; ++j) {
+        int& sum = static_cast<int*>(out[lane])[j];
+        const int row = lane / 4 + j / 2 * 8, column = lane % 4 * 2 + j % 2;
+        for (int k = 0; k < 32; ++k) {
+          const Both& rows = *static_cast<Both*>(in[row % 8 * 4 + k / 4 % 4]);
+          const Both& columns = *static_cast<Both*>(in[column * 4 + k / 4 % 4]);
+          sum += int(uint8_t(rows.a[row / 8 + k / 16 * 2] >> k % 4 * 8)) * int8_t(columns.b[k / 16] >> k % 4 * 8);
+        }
+      }
+  });
+}
+
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   multiply_add<2, float>(d, a, b, double(), [](uint32_t word, int i) { return half_of(word, i); });
 }
@@ -101,6 +119,10 @@ void wait_async() {
 inline uint4 load_stream(const void* global) {
   if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("a misaligned load of 16 bytes");
   return *static_cast<const uint4*>(global);
+}
+
+inline void prefetch_l2(const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16) emulator::fail("a misaligned prefetch");
 }
 
 inline void let_next_start() {}

@@ -101,6 +101,9 @@ cudaError_t first_stage(const Args& args, const Source& source, cudaStream_t str
 
 // Second stage.
 cudaError_t matvec(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream);
+// Of what matvec takes, whether one_token does, which is faster.
+bool takes_one_token(const Args& args, Mode mode, int multiprocessors);
+cudaError_t one_token(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream);
 cudaError_t gemm(const Args& args, Mode mode, bool large, cudaStream_t stream);
 // sm_90a only. large: of its two tiles.
 cudaError_t gemm90(const Args& args, Mode mode, bool large, int multiprocessors, cudaStream_t stream);

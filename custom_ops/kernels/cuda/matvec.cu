@@ -114,6 +114,7 @@ cudaError_t launch(const Args& args, int multiprocessors, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t matvec(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream) {
+  if (takes_one_token(args, mode, multiprocessors)) return one_token(args, mode, multiprocessors, stream);
   switch (mode) {
     case kFold: return launch<kFold>(args, multiprocessors, stream);
     case kFoldZero: return launch<kFoldZero>(args, multiprocessors, stream);
