@@ -1,5 +1,6 @@
 // The first stage of few tokens in one kernel: prologue, rotation, low, subtraction and levels. A cluster of blocks takes
-// a token, each block a share of its features, and they tell each other their parts of low, of a range, of a maximum.
+// a token, each block a share of its features, and they tell each other their parts of low, of a range, of a maximum:
+// what a block has to say it writes to all of them, since a write needs no answer.
 //
 // The basis is on its way to shared memory before the kernels before this one are done. Arithmetic is that of the other
 // first stage, value for value; only the order in which low is summed differs.
@@ -16,20 +17,21 @@ namespace {
 
 constexpr int kThreads = kNormThreads;
 constexpr int kWarps = kThreads / 32;
-constexpr int kExchanged = kFastRank + 4;  // floats that other blocks read: low, range, maximum
+constexpr int kMostBlocks = 16;
+constexpr int kRange = 4;  // floats of a block that the others take: lowest, highest, largest; one is not used
 
 // Rows of the basis in shared memory: 16 bytes more than its columns, so that no two rows' start meets in a bank.
 __host__ __device__ constexpr int basis_stride(int r) { return (r + 7) / 8 * 8 + 8; }
 
-// Shared memory of one block, in floats: what is exchanged, sums of warps, low, values, basis.
+// Shared memory of one block, in floats: what other blocks write, sums of warps, values, basis.
 struct Places {
-  float *exchange, *sums, *low, *values;
+  float *lows, *ranges, *sums, *values;  // lows: [kMostBlocks, kFastRank], ranges: [kMostBlocks, kRange]
   __half* basis;
   __device__ __forceinline__ Places(float* shared, int span)
-      : exchange(shared), sums(exchange + kExchanged), low(sums + kWarps * kFastRank), values(low + kFastRank),
-        basis(reinterpret_cast<__half*>(values + span)) {}
+      : lows(shared), ranges(lows + kMostBlocks * kFastRank), sums(ranges + kMostBlocks * kRange),
+        values(sums + kWarps * kFastRank), basis(reinterpret_cast<__half*>(values + span)) {}
   static size_t bytes(int span, int r) {
-    const size_t floats = kExchanged + (kWarps + 1) * kFastRank + span;
+    const size_t floats = kMostBlocks * (kFastRank + kRange) + kWarps * kFastRank + span;
     return floats * sizeof(float) + (r ? (static_cast<size_t>(span) * basis_stride(r) + kFastRank) * sizeof(__half) : 0);
   }
 };
@@ -51,27 +53,31 @@ __device__ __forceinline__ void fetch(const Args& args, int first, int count, __
           column < args.r ? args.basis[static_cast<int64_t>(first + row) * args.r + column] : __half(0.0f);
 }
 
-// x̂ before its rotation, of features [first, first + count).
+// x̂ before its rotation, of features [first, first + count). norm: the thread's first of source.norm.
 template <class X>
 __device__ __forceinline__ void load(const Source& source, const Args& args, int token, int first, int count,
-                                     float* scratch, float* values) {
+                                     float norm, float* scratch, float* values) {
   const int gates = source.prologue >= kSiluGate;
   const X* row = static_cast<const X*>(source.x) + static_cast<int64_t>(token) * args.n * (1 + gates);
   if (source.prologue == kRmsNorm) {
+    const float value = static_cast<int>(threadIdx.x) < count ? to_float(row[first + threadIdx.x]) : 0.0f;
     const float root = root_mean_square(row, args.n, source.epsilon, scratch);
-    for (int i = threadIdx.x; i < count; i += kThreads)
+    if (static_cast<int>(threadIdx.x) < count) values[threadIdx.x] = __fdiv_rn(value, root) * norm;
+    for (int i = threadIdx.x + kThreads; i < count; i += kThreads)
       values[i] = __fdiv_rn(to_float(row[first + i]), root) * source.norm[first + i];
     return;
   }
+#pragma unroll 2
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const float value = to_float(row[first + i]);
     values[i] = gates ? gated(value, to_float(row[args.n + first + i]), source.prologue == kGeluGate) : value;
   }
 }
 
-// low of the token and u in place of x̂.
+// low of the token and u in place of x̂. Every warp sums what the others found, for itself: that is sooner than to meet.
 __device__ __forceinline__ void branch(const Args& args, const Places& at, int token, int rank, int blocks, int count) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = basis_stride(args.r);
+  const bool wide = args.rp > 32;
   float sum[2] = {};
 #pragma unroll 4
   for (int i = warp; i < count; i += kWarps) {
@@ -82,45 +88,54 @@ __device__ __forceinline__ void branch(const Args& args, const Places& at, int t
   }
   at.sums[warp * kFastRank + lane] = sum[0], at.sums[warp * kFastRank + lane + 32] = sum[1];
   __syncthreads();
-  if (threadIdx.x < args.rp) {
-    float all = 0.0f;
-    for (int w = 0; w < kWarps; ++w) all += at.sums[w * kFastRank + threadIdx.x];
-    at.exchange[threadIdx.x] = static_cast<int>(threadIdx.x) < args.rank ? all : 0.0f;
+  cluster_wait();  // all blocks have started
+  if (warp < blocks) {
+    float all[2] = {};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      all[0] += at.sums[w * kFastRank + lane];
+      if (wide) all[1] += at.sums[w * kFastRank + lane + 32];
+    }
+    cluster_write(at.lows + rank * kFastRank + lane, warp, lane < args.rank ? all[0] : 0.0f);
+    if (wide) cluster_write(at.lows + rank * kFastRank + lane + 32, warp, lane + 32 < args.rank ? all[1] : 0.0f);
   }
   cluster_arrive();
   cluster_wait();
-  if (threadIdx.x < args.rp) {
-    float all = 0.0f;
-    for (int b = 0; b < blocks; ++b) all += cluster_read(at.exchange + threadIdx.x, b);
-    at.low[threadIdx.x] = all;
+  float value[2] = {};
+#pragma unroll 4
+  for (int b = 0; b < blocks; ++b) {
+    value[0] += at.lows[b * kFastRank + lane];
+    if (wide) value[1] += at.lows[b * kFastRank + lane + 32];
   }
-  __syncthreads();
-  const float second = args.rp > 32 ? fabsf(at.low[lane + 32]) : 0.0f;
   float factor, inverse;
-  half_factor(over_warp(max_nan(fabsf(at.low[lane]), second), Largest()), factor, inverse);
-  __syncthreads();
-  if (threadIdx.x < args.rp) {
+  half_factor(over_warp(max_nan(fabsf(value[0]), fabsf(value[1])), Largest()), factor, inverse);
+  float* low = at.sums + warp * kFastRank;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
     __half lead, trail;
-    split_half(at.low[threadIdx.x] * inverse, lead, trail);
-    at.low[threadIdx.x] = __half2float(lead) + __half2float(trail);
-    if (rank == 0) {
-      __half* to = args.low + static_cast<int64_t>(token) * 2 * args.rp + threadIdx.x;
+    split_half(value[j] * inverse, lead, trail);
+    low[lane + 32 * j] = __half2float(lead) + __half2float(trail);
+    if (rank == 0 && warp == 0 && lane + 32 * j < args.rp) {
+      __half* to = args.low + static_cast<int64_t>(token) * 2 * args.rp + lane + 32 * j;
       to[0] = lead, to[args.rp] = trail;
-      if (threadIdx.x == 0) args.low_factor[token] = factor;
+      if (lane + j == 0) args.low_factor[token] = factor;
     }
   }
-  __syncthreads();
+  __syncwarp();
   if (!args.subtract) return;
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const uint4* row = reinterpret_cast<const uint4*>(at.basis + i * stride);
     float part = 0.0f;
+#pragma unroll 4
     for (int c = 0; c < args.rank; c += 8) {
       const uint4 v = row[c / 8];
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+      const float4 lows[2] = {*reinterpret_cast<float4*>(low + c), *reinterpret_cast<float4*>(low + c + 4)};
+      const float each[8] = {lows[0].x, lows[0].y, lows[0].z, lows[0].w, lows[1].x, lows[1].y, lows[1].z, lows[1].w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float2 pair = __half22float2(half2_of(words[j])), low = *reinterpret_cast<float2*>(at.low + c + 2 * j);
-        part = fmaf(low.y, pair.y, fmaf(low.x, pair.x, part));
+        const float2 pair = __half22float2(half2_of(words[j]));
+        part = fmaf(each[2 * j + 1], pair.y, fmaf(each[2 * j], pair.x, part));
       }
     }
     at.values[i] = __fsub_rn(at.values[i], __fmul_rn(part, factor));
@@ -128,18 +143,17 @@ __device__ __forceinline__ void branch(const Args& args, const Places& at, int t
   __syncthreads();
 }
 
-// `value` of all threads of the cluster as one; `place` is one of the exchanged.
+// `value` of all threads of a block as one, to all blocks; `which` of kRange.
 template <class F>
-__device__ __forceinline__ float over_cluster(float value, F combine, const Places& at, int place) {
+__device__ __forceinline__ void tell(float value, F combine, const Places& at, int which, int rank, int blocks) {
   value = over_block<kWarps>(value, combine, at.sums);
-  if (threadIdx.x == 0) at.exchange[kFastRank + place] = value;
-  return value;
+  if (static_cast<int>(threadIdx.x) < blocks) cluster_write(at.ranges + rank * kRange + which, threadIdx.x, value);
 }
 
 template <class F>
-__device__ __forceinline__ float met(F combine, const Places& at, int place, int blocks) {
-  float value = cluster_read(at.exchange + kFastRank + place, 0);
-  for (int b = 1; b < blocks; ++b) value = combine(value, cluster_read(at.exchange + kFastRank + place, b));
+__device__ __forceinline__ float told(F combine, const Places& at, int which, int blocks) {
+  float value = at.ranges[which];
+  for (int b = 1; b < blocks; ++b) value = combine(value, at.ranges[b * kRange + which]);
   return value;
 }
 
@@ -148,10 +162,10 @@ __device__ __forceinline__ void halve(const Args& args, const Places& at, int to
                                       int count) {
   float largest = 0.0f, factor, inverse;
   for (int i = threadIdx.x; i < count; i += kThreads) largest = max_nan(largest, fabsf(at.values[i]));
-  over_cluster(largest, Largest(), at, 2);
+  tell(largest, Largest(), at, 2, rank, blocks);
   cluster_arrive();
   cluster_wait();
-  half_factor(met(Largest(), at, 2, blocks), factor, inverse);
+  half_factor(told(Largest(), at, 2, blocks), factor, inverse);
   __half* out = static_cast<__half*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
   for (int i = threadIdx.x; i < count; i += kThreads) out[i] = __float2half_rn(at.values[i] * inverse);
   if (rank == 0 && threadIdx.x == 0) args.scale[token] = factor;
@@ -164,11 +178,11 @@ __device__ __forceinline__ void quantize_token(const Args& args, const Places& a
     lowest = min_nan(lowest, at.values[i]);
     highest = max_nan(highest, at.values[i]);
   }
-  over_cluster(lowest, Smallest(), at, 0);
-  over_cluster(highest, Largest(), at, 1);
+  tell(lowest, Smallest(), at, 0, rank, blocks);
+  tell(highest, Largest(), at, 1, rank, blocks);
   cluster_arrive();
   cluster_wait();
-  const Quantizer q(met(Smallest(), at, 0, blocks), met(Largest(), at, 1, blocks), args.clip, args.bits);
+  const Quantizer q(told(Smallest(), at, 0, blocks), told(Largest(), at, 1, blocks), args.clip, args.bits);
   const float centre = q.centre(args.bits);
   int8_t* out = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
   for (int i = threadIdx.x; i < count; i += kThreads) out[i] = static_cast<int8_t>(q.byte(at.values[i], centre));
@@ -204,8 +218,11 @@ __global__ void __launch_bounds__(kThreads) cluster_kernel(const Args args, cons
   const int count = max(0, min(span, args.n - first));
   let_next_start();
   if (args.rank) fetch(args, first, count, at.basis);
+  const bool normed = source.prologue == kRmsNorm && static_cast<int>(threadIdx.x) < count;
+  const float norm = normed ? source.norm[first + threadIdx.x] : 0.0f;
+  cluster_arrive();
   wait_for_previous();
-  load<X>(source, args, token, first, count, at.sums, at.values);
+  load<X>(source, args, token, first, count, norm, at.sums, at.values);
   wait_async<0>();
   __syncthreads();
   if (args.hadamard) {
@@ -214,7 +231,11 @@ __global__ void __launch_bounds__(kThreads) cluster_kernel(const Args args, cons
     for (int i = threadIdx.x; i < count; i += kThreads) at.values[i] *= factor;
     __syncthreads();
   }
-  if (args.rank) branch(args, at, token, rank, blocks, count);
+  if (args.rank) {
+    branch(args, at, token, rank, blocks, count);
+  } else {
+    cluster_wait();  // all blocks have started
+  }
   if (args.bits == 16) {
     halve(args, at, token, rank, blocks, first, count);
   } else if (args.act_group == args.n) {
@@ -222,7 +243,6 @@ __global__ void __launch_bounds__(kThreads) cluster_kernel(const Args args, cons
   } else {
     quantize_groups(args, at, token, first, count);
   }
-  cluster_arrive();  // none ends while another reads from it
   if (rank == 0 && args.bits == 16) {
     __half* out = static_cast<__half*>(args.levels) + static_cast<int64_t>(token) * args.kp;
     for (int i = args.n + threadIdx.x; i < args.kp; i += kThreads) out[i] = __half(0.0f);
@@ -230,7 +250,6 @@ __global__ void __launch_bounds__(kThreads) cluster_kernel(const Args args, cons
     int8_t* out = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp;
     for (int i = args.n + threadIdx.x; i < args.kp; i += kThreads) out[i] = 0;
   }
-  cluster_wait();
 }
 
 // Features of a block: whole groups, whole rotations, whole steps.

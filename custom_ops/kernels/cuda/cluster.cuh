@@ -1,4 +1,4 @@
-// Blocks of threads that run together and read each other's shared memory (compute capability 9.0 and later).
+// Blocks of threads that run together and write each other's shared memory (compute capability 9.0 and later).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,18 +28,15 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// What lies at the same place of another block's shared memory.
-__device__ __forceinline__ float cluster_read(const float* shared, int rank) {
-  float value = 0.0f;
+// A value to the same place of another block's shared memory, whose threads have arrived once; seen after the next meeting.
+__device__ __forceinline__ void cluster_write(float* shared, int rank, float value) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile(
-      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}\n"
-      : "=f"(value)
-      : "r"(own), "r"(rank)
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.f32 [there], %2;\n}\n" ::"r"(own),
+      "r"(rank), "f"(value)
       : "memory");
 #endif
-  return value;
 }
 
 }  // namespace specquant_cuda

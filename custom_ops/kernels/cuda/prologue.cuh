@@ -14,6 +14,7 @@ enum Prologue { kNoPrologue, kRmsNorm, kSiluGate, kGeluGate };
 template <class X>
 __device__ __forceinline__ float root_mean_square(const X* row, int n, float epsilon, float* scratch) {
   float sum = 0.0f;
+#pragma unroll 8
   for (int i = threadIdx.x; i < n; i += kNormThreads) {
     const float value = to_float(row[i]);
     sum = fmaf(value, value, sum);
