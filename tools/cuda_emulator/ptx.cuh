@@ -90,6 +90,20 @@ inline void load_matrices(uint32_t (&d)[4], const void* shared) {
   });
 }
 
+inline uint32_t transposed(uint32_t v) {
+  uint32_t d;
+  emulator::together(&v, &d, [](void** in, void** out) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      uint32_t result = 0;
+      for (int i = 0; i < 2; ++i)
+        result |= (*static_cast<uint32_t*>(in[(2 * t + i) * 4 + g / 2]) >> 16 * (g % 2) & 0xFFFF) << 16 * i;
+      *static_cast<uint32_t*>(out[lane]) = result;
+    }
+  });
+  return d;
+}
+
 inline void copy_async(void* shared, const void* global, bool there) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || (there && reinterpret_cast<uintptr_t>(global) % 16))
     emulator::fail("cp.async of a misaligned address");
@@ -124,6 +138,8 @@ inline uint4 load_stream(const void* global) {
 inline void prefetch_l2(const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16) emulator::fail("a misaligned prefetch");
 }
+
+inline void prefetch_line(const void*) {}
 
 inline void let_next_start() {}
 inline void wait_for_previous() {}

@@ -1,99 +1,13 @@
 // The first stage of attention: a warp per token and head. Queries are turned and transformed, keys and values written
 // to the cache. What reaches the cache equals attention.py and kv_rows.py bit for bit: nothing here may be fused.
-#include "attention_args.h"
+#include "append.cuh"
 #include "launch.h"
-#include "levels.cuh"
-#include "reductions.cuh"
 
 namespace specquant_cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kLanes = kMostHeadDim / 32;  // features of a lane: lane, lane + 32, …
-
-// Rotary positions of `row` (the warp's, in shared memory), in registers. NaN for a position that no table has.
-__device__ __forceinline__ void turn(const AttentionArgs& a, const float* row, int64_t position, float (&x)[kLanes]) {
-  const int lane = threadIdx.x % 32, r = a.rotary;
-  const bool known = position >= 0 && position < a.context;
-#pragma unroll
-  for (int j = 0; j < kLanes; ++j) {
-    const int i = lane + 32 * j, k = i < r ? i : i - r;
-    if (i >= a.d) break;
-    x[j] = row[i];
-    if (i >= 2 * r) continue;
-    const float cos = known ? a.cos[position * r + k] : __int_as_float(0x7FC00000);
-    const float sin = known ? a.sin[position * r + k] : 0.0f;
-    x[j] = i < r ? __fsub_rn(__fmul_rn(row[i], cos), __fmul_rn(row[i + r], sin))
-                 : __fadd_rn(__fmul_rn(row[i], cos), __fmul_rn(row[k], sin));
-  }
-}
-
-// Butterflies at distance 1, 2, 4, …: within the warp, then within a lane. d is a power of two.
-__device__ __forceinline__ void transform(int d, float (&x)[kLanes]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    if (step >= d) break;
-#pragma unroll
-    for (int j = 0; j < kLanes; ++j) {
-      if (32 * j >= d) break;
-      const float other = __shfl_xor_sync(~0u, x[j], step);
-      x[j] = lane & step ? __fsub_rn(other, x[j]) : __fadd_rn(x[j], other);
-    }
-  }
-#pragma unroll
-  for (int step = 1; step < kLanes; step *= 2)
-#pragma unroll
-    for (int j = 0; j < kLanes; ++j)
-      if (!(j & step) && 32 * (j + step) < d) {
-        const float first = x[j], second = x[j + step];
-        x[j] = __fadd_rn(first, second);
-        x[j + step] = __fsub_rn(first, second);
-      }
-  const float factor = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(d)));
-#pragma unroll
-  for (int j = 0; j < kLanes; ++j) x[j] = __fmul_rn(x[j], factor);
-}
-
-// One packed row: levels over the range less `cut` at either end; NaN as scale and low if float16 cannot span it.
-__device__ __forceinline__ void pack(const AttentionArgs& a, const float (&x)[kLanes], uint8_t* levels, void* to) {
-  const int lane = threadIdx.x % 32, d = a.d;
-  float least = INFINITY, most = -INFINITY;
-#pragma unroll
-  for (int j = 0; j < kLanes; ++j)
-    if (lane + 32 * j < d) {
-      least = min_nan(least, x[j]);
-      most = max_nan(most, x[j]);
-    }
-  least = over_warp(least, Smallest());
-  most = over_warp(most, Largest());
-  const float span = __fsub_rn(most, least), cut = __fmul_rn(span, a.cut);
-  const __half scale = __float2half_rn(__fdiv_rn(__fsub_rn(span, __fadd_rn(cut, cut)), 15.0f));
-  const __half low = __float2half_rn(__fadd_rn(least, cut));
-  const float wide = __half2float(scale), start = __half2float(low);
-  const bool sound = fabsf(wide) <= 65504.0f && fabsf(start) <= 65504.0f;
-  const float inverse = sound && wide > 0.0f ? __fdiv_rn(1.0f, wide) : 0.0f;
-#pragma unroll
-  for (int j = 0; j < kLanes; ++j)
-    if (lane + 32 * j < d) {
-      const float level = rintf(__fmul_rn(__fsub_rn(x[j], start), inverse));
-      levels[lane + 32 * j] = static_cast<uint8_t>(sound ? fminf(fmaxf(level, 0.0f), 15.0f) : 0.0f);
-    }
-  __syncwarp();
-  uint32_t* words = static_cast<uint32_t*>(to);
-  if (lane < d / 8) {
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      word |= static_cast<uint32_t>(levels[4 * lane + i] | levels[d / 2 + 4 * lane + i] << 4) << 8 * i;
-    words[lane] = word;
-  }
-  if (lane == 0) {
-    const uint32_t first = __half_as_ushort(scale), second = start == 0.0f ? 0 : __half_as_ushort(low);  // −0 becomes 0
-    words[d / 8] = sound ? first | second << 16 : 0x7E007E00u;
-  }
-}
 
 template <class X, bool half_cache>
 __global__ void __launch_bounds__(kThreads) append_kernel(const AttentionArgs a) {

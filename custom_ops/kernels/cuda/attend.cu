@@ -7,11 +7,6 @@
 namespace specquant_cuda {
 namespace {
 
-// 2^(score − largest). Largest is −∞ where nothing was seen, or NaN alone, which stays.
-__device__ __forceinline__ float weight_of(float score, float largest) {
-  return exp2f(score - (largest == -INFINITY ? 0.0f : largest));
-}
-
 // One tile of tokens, the warp's own from `start` on: rows see tokens (first[h], last[h]].
 template <class A>
 __device__ __forceinline__ void attend_tile(const uint4* fragments, int d, const uint32_t* keys, const uint32_t* values,

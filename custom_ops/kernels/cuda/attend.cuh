@@ -56,6 +56,11 @@ __device__ __forceinline__ uint32_t rest(float a, float b, uint32_t leading) {
   return halves(a - taken.x, b - taken.y);
 }
 
+// 2^(score − largest). Largest is −∞ where nothing was seen, or NaN alone, which stays.
+__device__ __forceinline__ float weight_of(float score, float largest) {
+  return exp2f(score - (largest == -INFINITY ? 0.0f : largest));
+}
+
 // Where y of a row starts, as a number of rows of d.
 __device__ __forceinline__ int64_t output_row(const AttentionArgs& a, int b, int kv_head, int row) {
   return (static_cast<int64_t>(b) * a.sequence + row / a.group) * a.heads + kv_head * a.group + row % a.group;

@@ -75,6 +75,12 @@ AttentionArgs plan_attention(const SpecquantCudaAttention& p, const Device& devi
     const int multiprocessors = std::min(device.multiprocessors, kMultiprocessors);
     a.splits = int(std::clamp<int64_t>(kBlocks * multiprocessors / blocks, 1, most_splits(p.present_rows)));
   }
+  // One token a row: a cluster of blocks for each kv head, so many that all multiprocessors have one.
+  if (device.major >= 9 && a.sequence == 1 && !a.half_cache && a.group <= kDecodeGroup && heads > 0) {
+    const int most = device.major == 9 ? 16 : 8;  // 16 are more than other GPUs than Hopper take
+    a.cluster = 1;
+    while (a.cluster < most && a.cluster * heads < device.multiprocessors) a.cluster *= 2;
+  }
   bytes = query_bytes(p);
   if (a.splits > 1) bytes += heads * rows * a.splits * (a.d + 2) * 4;
   return a;
@@ -141,7 +147,9 @@ SPECQUANT_EXPORT const char* specquant_cuda_attention(const SpecquantCudaAttenti
 
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   cudaError_t error = moves && a.past_rows ? copy_past(a, on) : cudaSuccess;
-  if (a.sequence > 0) {
+  if (a.cluster) {
+    if (error == cudaSuccess) error = decode(a, on);
+  } else if (a.sequence > 0) {
     if (error == cudaSuccess) error = append(a, on);
     if (error == cudaSuccess) error = attend(a, on);
     if (error == cudaSuccess && a.splits > 1) error = merge(a, on);

@@ -19,6 +19,7 @@ struct AttentionArgs {
   int past_rows, present_rows;
   int hadamard, half, half_cache;               // half: qkv and y
   int splits;                                   // shares of the cached tokens, tile by tile in turn; 1: not split
+  int cluster;                                  // blocks that share a kv head in `decode`; 0: not taken
   bool early;                                   // kernels may start before those before them end
   float factor;                                 // of q · k: scale · log2 e
   float cut;                                    // share of a row's range that is clipped at either end
@@ -43,6 +44,7 @@ struct Lengths {
   bool sound;
 };
 
+constexpr int kDecodeGroup = 8;   // the most heads of a kv head that `decode` takes
 constexpr int kMostSplits = 128;
 
 #ifdef __CUDACC__
@@ -73,6 +75,8 @@ cudaError_t copy_past(const AttentionArgs& args, cudaStream_t stream);
 cudaError_t append(const AttentionArgs& args, cudaStream_t stream);
 // y, or where there are several splits what each of them comes to.
 cudaError_t attend(const AttentionArgs& args, cudaStream_t stream);
+// All of it in one kernel: one new token a row, packed cache, compute capability 9.0 or later.
+cudaError_t decode(const AttentionArgs& args, cudaStream_t stream);
 // y of the splits.
 cudaError_t merge(const AttentionArgs& args, cudaStream_t stream);
 

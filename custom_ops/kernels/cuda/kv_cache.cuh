@@ -35,15 +35,16 @@ struct Int4Cache {
   // Of tokens 0, 1, 8 and 9 from `row` on, the features of one word, as operands B of kTiles products.
   __device__ static void values(const uint32_t* row, int stride, int word, uint32_t (&b)[kTiles][2]) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const uint32_t even = row[8 * j * stride + word], odd = row[(8 * j + 1) * stride + word];
+    for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t bytes = __byte_perm(even, odd, 0x4400 + 0x1111 * i);
-        b[i][j] = low_nibbles(bytes);
-        b[4 + i][j] = high_nibbles(bytes);
-      }
-    }
+      for (int i = 0; i < 4; ++i)
+        value_pair(row[8 * j * stride + word], row[(8 * j + 1) * stride + word], i, b[i][j], b[4 + i][j]);
+  }
+
+  // Features i and 4 + i of a word, of two tokens each.
+  __device__ static void value_pair(uint32_t even, uint32_t odd, int i, uint32_t& low, uint32_t& high) {
+    const uint32_t bytes = __byte_perm(even, odd, 0x4400 + 0x1111 * i);
+    low = low_nibbles(bytes), high = high_nibbles(bytes);
   }
 
   // The feature of product `tile` of a word, −1 for none.

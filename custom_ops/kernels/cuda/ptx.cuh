@@ -47,6 +47,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* shar
                : "memory");
 }
 
+// An 8 x 8 matrix of 16 bits, of which a thread has row g, columns 2t and 2t + 1: the transposed one, likewise.
+__device__ __forceinline__ uint32_t transposed(uint32_t v) {
+  uint32_t d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+  return d;
+}
+
 // 16 bytes from global to shared memory in the background; zeros if `there` is false, when nothing is read.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool there) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -75,6 +82,11 @@ __device__ __forceinline__ void prefetch_l2(const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 #endif
+}
+
+// The 128 bytes around an address on their way to the L2 cache.
+__device__ __forceinline__ void prefetch_line(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 // Between kernels that were started to overlap (launch.h); nothing before compute capability 9.0.
