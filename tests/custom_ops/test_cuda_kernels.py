@@ -136,6 +136,27 @@ def test_matmul_equals_reference(rng: np.random.Generator, index: int, bits: int
         np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=tolerance * size, err_msg=text)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("groups", [(64, 64), (64, 128), (128, 128), (64, 0), (0, 0)])
+@pytest.mark.parametrize(("n", "m"), [(128, 1048), (448, 544), (576, 40), (1152, 8), (4160, 272), (8704, 328)])
+def test_one_token(rng: np.random.Generator, n: int, m: int, groups: tuple[int, int], bits: int) -> None:
+    """Odd numbers of groups, units that are not whole, more tiles than blocks, warps that take several units."""
+    group_size, act_group = (group if n % max(group, 1) == 0 else 64 for group in groups)
+    r = int(rng.choice([0, 5, 32, 64, 90]))
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, group_size, act_group)
+    if rng.random() < 0.3:
+        weights["row_sums"] = weights["row_sums"].astype(np.int32)
+    x = random_input(rng, (1, n), rng.choice([np.float32, np.float16]))
+    residual = rng.standard_normal((1, m)).astype(x.dtype)
+    attributes = {"group_size": group_size, "act_group": act_group, "act_bits": bits, "subtract": 1}
+    expected = reference.specquant_matmul(x.astype(np.float32), **weights, **attributes) + residual
+    tolerance = (1e-5 if x.dtype == np.float32 else 1e-3) * float(np.abs(expected).max())
+    for path in ["matvec", *(["cluster"] if HOPPER and r <= 64 else [])]:
+        y = Call(x, weights | {"residual": residual}, path, **attributes).y
+        text = f"{path} {n} x {m} r={r} {weights['row_sums'].dtype}"
+        np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=tolerance, err_msg=text)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 7, 8])
 @pytest.mark.parametrize(("group_size", "act_group", "n"), [(64, 64, 192), (0, 0, 72), (32, 16, 96), (64, 128, 256)])
 def test_levels_are_exact(rng: np.random.Generator, bits: int, group_size: int, act_group: int, n: int) -> None:

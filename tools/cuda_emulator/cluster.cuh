@@ -8,9 +8,23 @@ namespace specquant_cuda {
 inline int cluster_rank() { return emulator::self->rank; }
 inline void cluster_arrive() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
-inline void cluster_write(float* shared, int rank, float value) {
+
+template <class T>
+T* of_block(T* shared, int rank) {
   const ptrdiff_t at = reinterpret_cast<char*>(shared) - emulator::self->shared;
-  *reinterpret_cast<float*>(const_cast<char*>(emulator::shared_of(rank)) + at) = value;
+  return reinterpret_cast<T*>(const_cast<char*>(emulator::shared_of(rank)) + at);
+}
+
+// The box holds the bytes that are still to come.
+inline void box_open(uint64_t* box, int bytes) { *box = bytes; }
+inline void box_send(float* shared, int rank, float value, uint64_t* box) {
+  uint64_t* there = of_block(box, rank);
+  if (*there < 4 || *there > 1 << 24) emulator::fail("more was sent to a box than it was opened for");
+  *of_block(shared, rank) = value;
+  *there -= 4;
+}
+inline void box_wait(uint64_t* box) {
+  while (*box) emulator::yield();
 }
 
 }  // namespace specquant_cuda

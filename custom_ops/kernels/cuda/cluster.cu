@@ -1,6 +1,5 @@
 // The first stage of few tokens in one kernel: prologue, rotation, low, subtraction and levels. A cluster of blocks takes
-// a token, each block a share of its features, and they tell each other their parts of low, of a range, of a maximum:
-// what a block has to say it writes to all of them, since a write needs no answer.
+// a token, each block a share of its features, and they send each other their parts of low, of a range, of a maximum.
 //
 // The basis is on its way to shared memory before the kernels before this one are done. Arithmetic is that of the other
 // first stage, value for value; only the order in which low is summed differs.
@@ -18,20 +17,21 @@ namespace {
 constexpr int kThreads = kNormThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMostBlocks = 16;
-constexpr int kRange = 4;  // floats of a block that the others take: lowest, highest, largest; one is not used
+constexpr int kRange = 2;  // floats of a block that the others take: lowest and highest, or the largest
 
 // Rows of the basis in shared memory: 16 bytes more than its columns, so that no two rows' start meets in a bank.
 __host__ __device__ constexpr int basis_stride(int r) { return (r + 7) / 8 * 8 + 8; }
 
-// Shared memory of one block, in floats: what other blocks write, sums of warps, values, basis.
+// Shared memory of one block, in floats: what other blocks send, sums of warps, values, basis.
 struct Places {
+  uint64_t *low_box, *range_box;
   float *lows, *ranges, *sums, *values;  // lows: [kMostBlocks, kFastRank], ranges: [kMostBlocks, kRange]
   __half* basis;
   __device__ __forceinline__ Places(float* shared, int span)
-      : lows(shared), ranges(lows + kMostBlocks * kFastRank), sums(ranges + kMostBlocks * kRange),
+      : low_box(reinterpret_cast<uint64_t*>(shared)), range_box(low_box + 1), lows(shared + 4), ranges(lows + kMostBlocks * kFastRank), sums(ranges + kMostBlocks * kRange),
         values(sums + kWarps * kFastRank), basis(reinterpret_cast<__half*>(values + span)) {}
   static size_t bytes(int span, int r) {
-    const size_t floats = kMostBlocks * (kFastRank + kRange) + kWarps * kFastRank + span;
+    const size_t floats = 4 + kMostBlocks * (kFastRank + kRange) + kWarps * kFastRank + span;
     return floats * sizeof(float) + (r ? (static_cast<size_t>(span) * basis_stride(r) + kFastRank) * sizeof(__half) : 0);
   }
 };
@@ -96,11 +96,11 @@ __device__ __forceinline__ void branch(const Args& args, const Places& at, int t
       all[0] += at.sums[w * kFastRank + lane];
       if (wide) all[1] += at.sums[w * kFastRank + lane + 32];
     }
-    cluster_write(at.lows + rank * kFastRank + lane, warp, lane < args.rank ? all[0] : 0.0f);
-    if (wide) cluster_write(at.lows + rank * kFastRank + lane + 32, warp, lane + 32 < args.rank ? all[1] : 0.0f);
+    float* to = at.lows + rank * kFastRank + lane;
+    box_send(to, warp, lane < args.rank ? all[0] : 0.0f, at.low_box);
+    if (wide) box_send(to + 32, warp, lane + 32 < args.rank ? all[1] : 0.0f, at.low_box);
   }
-  cluster_arrive();
-  cluster_wait();
+  box_wait(at.low_box);
   float value[2] = {};
 #pragma unroll 4
   for (int b = 0; b < blocks; ++b) {
@@ -147,7 +147,8 @@ __device__ __forceinline__ void branch(const Args& args, const Places& at, int t
 template <class F>
 __device__ __forceinline__ void tell(float value, F combine, const Places& at, int which, int rank, int blocks) {
   value = over_block<kWarps>(value, combine, at.sums);
-  if (static_cast<int>(threadIdx.x) < blocks) cluster_write(at.ranges + rank * kRange + which, threadIdx.x, value);
+  if (static_cast<int>(threadIdx.x) < blocks)
+    box_send(at.ranges + rank * kRange + which, threadIdx.x, value, at.range_box);
 }
 
 template <class F>
@@ -162,10 +163,9 @@ __device__ __forceinline__ void halve(const Args& args, const Places& at, int to
                                       int count) {
   float largest = 0.0f, factor, inverse;
   for (int i = threadIdx.x; i < count; i += kThreads) largest = max_nan(largest, fabsf(at.values[i]));
-  tell(largest, Largest(), at, 2, rank, blocks);
-  cluster_arrive();
-  cluster_wait();
-  half_factor(told(Largest(), at, 2, blocks), factor, inverse);
+  tell(largest, Largest(), at, 0, rank, blocks);
+  box_wait(at.range_box);
+  half_factor(told(Largest(), at, 0, blocks), factor, inverse);
   __half* out = static_cast<__half*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
   for (int i = threadIdx.x; i < count; i += kThreads) out[i] = __float2half_rn(at.values[i] * inverse);
   if (rank == 0 && threadIdx.x == 0) args.scale[token] = factor;
@@ -180,8 +180,7 @@ __device__ __forceinline__ void quantize_token(const Args& args, const Places& a
   }
   tell(lowest, Smallest(), at, 0, rank, blocks);
   tell(highest, Largest(), at, 1, rank, blocks);
-  cluster_arrive();
-  cluster_wait();
+  box_wait(at.range_box);
   const Quantizer q(told(Smallest(), at, 0, blocks), told(Largest(), at, 1, blocks), args.clip, args.bits);
   const float centre = q.centre(args.bits);
   int8_t* out = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
@@ -220,6 +219,10 @@ __global__ void __launch_bounds__(kThreads) cluster_kernel(const Args args, cons
   if (args.rank) fetch(args, first, count, at.basis);
   const bool normed = source.prologue == kRmsNorm && static_cast<int>(threadIdx.x) < count;
   const float norm = normed ? source.norm[first + threadIdx.x] : 0.0f;
+  if (threadIdx.x == 0) {
+    box_open(at.low_box, blocks * args.rp * static_cast<int>(sizeof(float)));
+    box_open(at.range_box, blocks * (args.bits == 16 ? 1 : kRange) * static_cast<int>(sizeof(float)));
+  }
   cluster_arrive();
   wait_for_previous();
   load<X>(source, args, token, first, count, norm, at.sums, at.values);

@@ -1,4 +1,4 @@
-// Blocks of threads that run together and write each other's shared memory (compute capability 9.0 and later).
+// Blocks of threads that run together and send each other numbers (compute capability 9.0 and later).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,10 +15,10 @@ __device__ __forceinline__ int cluster_rank() {
   return static_cast<int>(rank);
 }
 
-// All threads of all blocks arrive, then wait: what was written before the one is seen after the other.
+// All threads of all blocks arrive, once their boxes are open, then wait: nothing is sent before.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
@@ -28,13 +28,37 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// A value to the same place of another block's shared memory, whose threads have arrived once; seen after the next meeting.
-__device__ __forceinline__ void cluster_write(float* shared, int rank, float value) {
+// A box counts what is sent to its block: as many bytes as it was opened for, once. By one thread.
+__device__ __forceinline__ void box_open(uint64_t* box, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(box));
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;\n"
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(at),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+
+// A value to the same place of another block's shared memory, counted in its box.
+__device__ __forceinline__ void box_send(float* shared, int rank, float value, uint64_t* box) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t count = static_cast<uint32_t>(__cvta_generic_to_shared(box));
   asm volatile(
-      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.f32 [there], %2;\n}\n" ::"r"(own),
-      "r"(rank), "f"(value)
+      "{\n.reg .u32 there, counter;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, [counter];\n}\n" ::"r"(own),
+      "r"(count), "r"(rank), "r"(__float_as_uint(value))
+      : "memory");
+#endif
+}
+
+// Until all of it is there.
+__device__ __forceinline__ void box_wait(uint64_t* box) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n@p bra done;\n"
+      "bra again;\ndone:\n}\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(box)))
       : "memory");
 #endif
 }

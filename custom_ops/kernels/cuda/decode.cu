@@ -4,7 +4,7 @@
 // as the 8 columns of an `mma`: scores are keys · q, y is valuesᵀ · weights, and what a thread loads of the cache goes
 // from registers to the tensor cores. With g = lane / 4 and t = lane % 4 a thread has the scores of tokens g and g + 8
 // for heads 2t and 2t + 1. Every block turns the queries for itself; that of the newest chunk packs the new row. Blocks
-// write what they found to each other, and each adds up a share of y. Numbers are those of attend.cuh.
+// send what they found to each other, and each adds up a share of y. Numbers are those of attend.cuh.
 #include <algorithm>
 
 #include "append.cuh"
@@ -23,15 +23,16 @@ constexpr int kGap = 16;         // floats between rows of queries, so that two 
 
 // Shared memory of a block, in floats.
 struct Room {
+  uint64_t* box;
   float *queries, *factors, *sums, *rows, *levels, *y, *found, *shares, *stats;
   __host__ __device__ static int slice(int group, int d, int blocks) { return (group * d + blocks - 1) / blocks; }
   __device__ __forceinline__ Room(float* shared, int group, int d, int blocks)
-      : queries(shared), factors(queries + kDecodeGroup * (d + kGap)), sums(factors + kDecodeGroup),
+      : box(reinterpret_cast<uint64_t*>(shared)), queries(shared + 4), factors(queries + kDecodeGroup * (d + kGap)), sums(factors + kDecodeGroup),
         rows(sums + kDecodeGroup), levels(rows + kDecodeWarps * d), y(levels + kDecodeWarps * d / 4),
         found(y + kDecodeWarps * group * d), shares(found + 3 * kDecodeWarps * kDecodeGroup),
         stats(shares + blocks * slice(group, d, blocks)) {}
   static size_t bytes(int group, int d, int blocks) {
-    return 4 * (kDecodeGroup * (d + kGap) + 2 * kDecodeGroup + kDecodeWarps * d + kDecodeWarps * d / 4 +
+    return 4 * (4 + kDecodeGroup * (d + kGap) + 2 * kDecodeGroup + kDecodeWarps * d + kDecodeWarps * d / 4 +
                 kDecodeWarps * group * d + 3 * kDecodeWarps * kDecodeGroup + blocks * slice(group, d, blocks) +
                 2 * blocks * kDecodeGroup);
   }
@@ -266,11 +267,11 @@ __device__ __forceinline__ void share(const AttentionArgs& a, const Room& room, 
       total = fmaf(part, totals[at], total);
       y = fmaf(part, middles[at], fmaf(part, room.y[w * group * d + i], y));
     }
-    cluster_write(room.shares + rank * slice + i % slice, i / slice, y);
+    box_send(room.shares + rank * slice + i % slice, i / slice, y, room.box);
     if (i % d < a.cluster) {  // d is 16 at least: as many threads of every head as a cluster has blocks
       float* stats = room.stats + 2 * (rank * kDecodeGroup + head);
-      cluster_write(stats, i % d, most_of);
-      cluster_write(stats + 1, i % d, total);
+      box_send(stats, i % d, most_of, room.box);
+      box_send(stats + 1, i % d, total, room.box);
     }
   }
 }
@@ -287,6 +288,8 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
   const uint32_t* values = static_cast<const uint32_t*>(a.present_value) + cached;
   const int own = rank + blocks * warp, step = blocks * kDecodeWarps;  // chunks of a warp
   let_next_start();
+  const int slice = Room::slice(group, d, blocks), owned = max(0, min(slice, group * d - rank * slice));
+  if (threadIdx.x == 0) box_open(room.box, blocks * (owned + 2 * group) * static_cast<int>(sizeof(float)));
   cluster_arrive();
   {  // The length may change until the kernels before are done: here it says only what will probably be read.
     const int rows = min(a.seqlens_k[b], a.present_rows - 1) + 1, bytes = Int4Cache::row_words(d) * 4 * kChunkTokens;
@@ -336,11 +339,9 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
   }
   cluster_wait();  // all blocks have started
   share<most>(a, room, rank, found);
-  cluster_arrive();
-  cluster_wait();
+  box_wait(room.box);
 
-  const int slice = Room::slice(group, d, blocks);
-  for (int i = threadIdx.x; i < slice && rank * slice + i < group * d; i += kDecodeThreads) {
+  for (int i = threadIdx.x; i < owned; i += kDecodeThreads) {
     const int head = (rank * slice + i) / d, feature = (rank * slice + i) % d;
     float largest = -INFINITY, total = 0.0f, y = 0.0f;
     for (int s = 0; s < blocks; ++s) largest = fmaxf(largest, room.stats[2 * (s * kDecodeGroup + head)]);

@@ -309,9 +309,9 @@ __global__ void __launch_bounds__(kMostWarps * 32) __maxnreg__(96) one_token_ker
   // The thread's own output, at the end.
   const int own = first * kTile + static_cast<int>(threadIdx.x);
   const bool owns = own < min(last * kTile, args.m);
-  float added = owns && args.bias ? args.bias[own] : 0.0f;
+  const float bias = owns && args.bias ? args.bias[own] : 0.0f;
   wait_for_previous();
-  if (owns && args.residual) added += residual_at(args, own);
+  const float residual = owns && args.residual ? residual_at(args, own) : 0.0f;
   work.stage();
   __syncthreads();
 
@@ -356,12 +356,9 @@ __global__ void __launch_bounds__(kMostWarps * 32) __maxnreg__(96) one_token_ker
     const int output = first * kTile + i;
     if (output >= args.m) break;
     float y = together<mode>(args, shares, kept, i, output);
-    if (i == static_cast<int>(threadIdx.x)) {
-      y += added;
-    } else {
-      if (args.bias) y += args.bias[output];
-      if (args.residual) y += residual_at(args, output);
-    }
+    const bool here = i == static_cast<int>(threadIdx.x);
+    if (args.bias) y += here ? bias : args.bias[output];
+    if (args.residual) y += here ? residual : residual_at(args, output);
     if (args.y_half) {
       static_cast<__half*>(args.y)[output] = __float2half_rn(y);
     } else {
