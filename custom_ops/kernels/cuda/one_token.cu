@@ -32,7 +32,7 @@ constexpr int kColumns = 2;         // of C that a thread loads in advance
 struct Shares {
   int tiles, units;  // of the product
   int parts, slots;  // warps that share a tile; tiles that a block has under way
-  int blocks, most;  // of the grid; tiles of a block
+  int blocks, least, more;  // of the grid; tiles of a block, the first `more` of which have one more
   int ahead;         // tiles that are prefetched
   int scales, starts, zeros, low, sums, branch, bytes;
 };
@@ -293,8 +293,8 @@ __global__ void __launch_bounds__(kMostWarps * 32) __maxnreg__(96) one_token_ker
   extern __shared__ uint4 shared[];
   char* const kept = reinterpret_cast<char*>(shared);
   OneToken<mode, depth> work(args, shares, kept);
-  const int first = static_cast<int>(static_cast<int64_t>(blockIdx.x) * shares.tiles / shares.blocks);
-  const int last = static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * shares.tiles / shares.blocks);
+  const int block = blockIdx.x, first = block * shares.least + min(block, shares.more);
+  const int last = first + shares.least + (block < shares.more);
   let_next_start();
 
   Place at{first + work.slot, work.part};
@@ -374,14 +374,14 @@ Shares shares_of(const Args& args, Mode mode, int multiprocessors) {
   s.slots = std::min(kMostWarps / s.parts, ceil_div(s.tiles, multiprocessors));
   const int bytes = s.parts * kTile * 4 * (mode == kChannel ? 2 : 1);  // of a tile's sums
   s.blocks = std::max(std::min(s.tiles, multiprocessors), ceil_div(s.tiles, kMostSums / bytes));
-  s.most = ceil_div(s.tiles, s.blocks);
+  s.least = s.tiles / s.blocks, s.more = s.tiles % s.blocks;
   s.ahead = args.early ? std::max(1, kAhead / (args.kp * kTile / 2)) : 0;
   s.scales = kZeros + s.units * kUnit;
   s.starts = s.scales + s.units * kGroups * 4;
   s.zeros = s.starts + s.units * kGroups * 4;
   s.low = s.zeros + (mode == kFoldZero ? s.units * kGroups * 4 : 0);
   s.sums = s.low + args.rp * 4;
-  s.branch = s.sums + s.most * s.parts * kTile * 4;
+  s.branch = s.sums + ceil_div(s.tiles, s.blocks) * s.parts * kTile * 4;
   s.bytes = mode == kChannel ? s.branch + s.branch - s.sums : s.branch;
   return s;
 }
