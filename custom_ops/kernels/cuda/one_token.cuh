@@ -1,0 +1,269 @@
+// A warp's part of the product of one token.
+//
+// A warp takes 32 outputs and a unit of 512 features at a time: 8 groups of 64, which are the 8 columns of an `mma` whose
+// operand B holds the token's levels in their group's column and zeros in the others. So a sum becomes a float once for
+// 64 features, and a thread needs the scales of two groups. With g = lane / 4 and t = lane % 4, step k loads 16 bytes
+// each of groups 2t and 2t + 1, which hold 4 outputs (4g … 4g + 3) of the group's k-th 8 features; words 0 and 1 are rows
+// g and g + 8 of one product, words 2 and 3 of another. Nibbles enter as they lie, as q + 8 and 16 · (q + 8): low and
+// high ones have sums of their own, and what the 8 adds is known from the token.
+//
+#pragma once
+
+#include <climits>
+
+#include "args.h"
+#include "levels.cuh"
+
+namespace specquant_cuda {
+
+
+constexpr int kTile = 32;     // outputs
+constexpr int kGroups = 8;    // of a unit
+constexpr int kUnit = kGroups * kStep;
+constexpr int kSteps = kStep / kBlock;  // of a unit
+constexpr int kGroupBytes = kSteps * 64;  // of a panel's weights
+constexpr int kMostWarps = 16;
+constexpr int kZeros = kStep;  // bytes of shared memory that stay zero: the levels of other columns
+constexpr int kMostShared = 96 * 1024, kMostSums = 64 * 1024;
+constexpr int kAhead = 192 * 1024;  // bytes of weights that a block asks for in advance
+constexpr int kColumns = 2;         // of C that a thread loads in advance
+
+// How a product is divided, and where a block keeps things in its shared memory, in bytes.
+struct Shares {
+  int tiles, units;  // of the product
+  int parts, slots;  // warps that share a tile; tiles that a block has under way
+  int blocks, least, more;  // of the grid; tiles of a block, the first `more` of which have one more
+  int ahead;         // tiles that are prefetched
+  int scales, starts, zeros, low, sums, branch, bytes;
+};
+
+// A tile of 32 outputs and a unit of 512 features.
+struct Place {
+  int tile, unit;
+};
+
+template <Mode mode, int depth>
+struct OneToken {
+  const Args& args;
+  const Shares& shares;
+  char* const kept;
+  const int lane, g, t, part, slot, groups, hole;
+  uint4 loaded[depth][2];  // of groups 2t and 2t + 1
+  uint2 scales[2], row_sums[2];
+  uint2 columns[kColumns];   // of C: part + i · parts, four columns each, of which this thread has the t-th
+  int low[2][4], high[2][4];  // sums of low and high nibbles: [words 0, 1 or 2, 3][2h + e], of output 4g + 2 · pair + h
+  float out[4];
+
+  __device__ __forceinline__ OneToken(const Args& a, const Shares& s, char* shared)
+      : args(a), shares(s), kept(shared), lane(threadIdx.x % 32), g(lane / 4), t(lane % 4),
+        part(threadIdx.x / 32 % s.parts), slot(threadIdx.x / 32 / s.parts), groups(a.kp / kStep), hole(groups % 2 ? groups - 1 : INT_MAX) {}
+
+  // Places of groups: the last of an odd number is the second of its pair, so that a thread's two always lie side by side.
+  __device__ __forceinline__ int group_at(int place) const { return place - (place > hole); }
+  __device__ __forceinline__ bool is_group(int place) const { return place != hole && group_at(place) < groups; }
+
+  __device__ __forceinline__ Place next(const Place& at) const {
+    return at.unit + shares.parts < shares.units ? Place{at.tile, at.unit + shares.parts}
+                                                 : Place{at.tile + shares.slots, part};
+  }
+
+  // The thread's first 16 bytes of the groups at 2t and 2t + 1; where there are none, of others, whose levels will be 0.
+  __device__ __forceinline__ const uint8_t* weights(const Place& at) const {
+    const int panel = min(at.tile * (kTile / kPanel) + g / 4, ceil_div(args.m, kPanel) - 1);
+    const int group = min(at.unit * kGroups + 2 * t, groups - 2);
+    return args.qweight + (static_cast<int64_t>(panel) * groups + group) * kGroupBytes + g % 4 * 16;
+  }
+
+  __device__ __forceinline__ void load(int step, int into, const uint8_t* from) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) loaded[into][e] = load_stream(from + e * kGroupBytes + step * 64);
+  }
+
+  __device__ __forceinline__ void load_scales(const Place& at) {
+    if constexpr (mode == kChannel) return;
+    const int output = at.tile * kTile + 4 * g;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int place = at.unit * kGroups + 2 * t + e, group = group_at(place);
+      const bool there = output < args.m && is_group(place);
+      const int64_t row = static_cast<int64_t>(quotient(group, args.group_steps)) * args.m + output;
+      scales[e] = there ? __ldg(reinterpret_cast<const uint2*>(args.scales + row)) : make_uint2(0, 0);
+      if constexpr (mode == kFoldZero) {
+        if (args.wide_sums) continue;
+        const int64_t sum = static_cast<int64_t>(quotient(group, args.segment_steps)) * args.m + output;
+        const int16_t* from = static_cast<const int16_t*>(args.row_sums) + sum;
+        row_sums[e] = there ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+      }
+    }
+  }
+
+  // Row sum of output 4g + i and group 2t + e.
+  __device__ __forceinline__ int row_sum(const Place& at, int e, int i) const {
+    if (!args.wide_sums) return static_cast<int16_t>((i / 2 ? row_sums[e].y : row_sums[e].x) >> 16 * (i % 2));
+    const int place = at.unit * kGroups + 2 * t + e, group = group_at(place), output = at.tile * kTile + 4 * g + i;
+    if (output >= args.m || !is_group(place)) return 0;
+    const int64_t sum = static_cast<int64_t>(quotient(group, args.segment_steps)) * args.m + output;
+    return __ldg(static_cast<const int32_t*>(args.row_sums) + sum);
+  }
+
+  __device__ __forceinline__ uint2 column(int tile, int i) const {
+    const int c = 4 * (part + i * shares.parts) + t, output = tile * kTile + 4 * g;
+    const __half* from = args.coef + static_cast<int64_t>(c) * args.m + output;
+    return c < args.rank && output < args.m ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+  }
+
+  __device__ __forceinline__ void load_columns(int tile) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) columns[i] = column(tile, i);
+  }
+
+  // The weights of `count` tiles to the L2 cache, by one thread.
+  __device__ __forceinline__ void prefetch(int tile, int count) const {
+    const int panel = tile * (kTile / kPanel), panels = min(count * (kTile / kPanel), ceil_div(args.m, kPanel) - panel);
+    prefetch_l2(args.qweight + static_cast<int64_t>(panel) * groups * kGroupBytes, panels * groups * kGroupBytes);
+  }
+
+  // What the first stage made, to shared memory; the block meets after it.
+  __device__ __forceinline__ void stage() const {
+    if (threadIdx.x < kZeros / 16) *reinterpret_cast<uint4*>(kept + 16 * threadIdx.x) = make_uint4(0, 0, 0, 0);
+    for (int i = threadIdx.x; i < shares.units * (kUnit / 16); i += blockDim.x) {  // whole warps: 4 threads a group
+      const int place = i / 4, group = group_at(place);
+      const bool there = is_group(place), first = i % 4 == 0;
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (there)
+        v = *reinterpret_cast<const uint4*>(static_cast<const char*>(args.levels) + group * kStep + i % 4 * 16);
+      const int segment = quotient(group, args.segment_steps);
+      if (mode != kChannel && first) {
+        const int64_t at = static_cast<int64_t>(segment) * args.tp;
+        reinterpret_cast<float*>(kept + shares.scales)[place] = there ? args.scale[at] : 0.0f;
+        if constexpr (mode == kFoldZero)  // once a segment
+          reinterpret_cast<int*>(kept + shares.zeros)[place] =
+              there && group * kStep == segment * args.segment ? args.zero[at] : 0;
+      }
+      constexpr int ones = 0x01010101;
+      int sum = __dp4a(int(v.x), ones, __dp4a(int(v.y), ones, __dp4a(int(v.z), ones, __dp4a(int(v.w), ones, 0))));
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      *reinterpret_cast<uint4*>(kept + kZeros + 16 * i) = v;
+      constexpr int magic = 0x4B400000;  // as in gemm.cuh
+      if (first) reinterpret_cast<int*>(kept + shares.starts)[place] = (mode == kChannel ? 0 : magic) - 128 * sum;
+    }
+    for (int i = threadIdx.x; args.rank && i < args.rp; i += blockDim.x)
+      reinterpret_cast<float*>(kept + shares.low)[i] =
+          (__half2float(args.low[i]) + __half2float(args.low[args.rp + i])) * args.low_factor[0];
+  }
+
+  // The sums of a unit start with what makes up for the nibbles' 8 and for zero-points.
+  __device__ __forceinline__ void begin(const Place& at) {
+    const int2 start = *reinterpret_cast<const int2*>(kept + shares.starts + 4 * (at.unit * kGroups + 2 * t));
+    int2 zero = make_int2(0, 0);
+    if constexpr (mode == kFoldZero)
+      zero = *reinterpret_cast<const int2*>(kept + shares.zeros + 4 * (at.unit * kGroups + 2 * t));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int pair = i / 4, h = i / 2 % 2, e = i % 2;
+      if constexpr (mode == kChannel) {
+        high[pair][i % 4] += e ? start.y : start.x;
+      } else {
+        low[pair][i % 4] = 0;
+        high[pair][i % 4] = e ? start.y : start.x;
+        if constexpr (mode == kFoldZero) high[pair][i % 4] -= 16 * (e ? zero.y : zero.x) * row_sum(at, e, 2 * pair + h);
+      }
+    }
+  }
+
+  // lo and hi: operand B of this step's products.
+  __device__ __forceinline__ void multiply(const uint4 (&w)[2], const uint32_t (&lo)[2], const uint32_t (&hi)[2]) {
+    const uint32_t words[2][4] = {{w[0].x, w[0].y, w[0].z, w[0].w}, {w[1].x, w[1].y, w[1].z, w[1].w}};
+    uint32_t a[2][2][4];  // [low, high][pair]
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        a[0][i / 2][2 * e + i % 2] = words[e][i] & 0x0F0F0F0Fu;
+        a[1][i / 2][2 * e + i % 2] = words[e][i] & 0xF0F0F0F0u;
+      }
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      mma_u8s8(low[pair], a[0][pair], lo);
+      mma_u8s8(high[pair], a[1][pair], hi);
+    }
+  }
+
+  // The unit's sums, times the scales of weights and token.
+  __device__ __forceinline__ void fold(const Place& at) {
+    if constexpr (mode == kChannel) return;
+    const float2 token = *reinterpret_cast<const float2*>(kept + shares.scales + 4 * (at.unit * kGroups + 2 * t));
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float2 lower = __half22float2(half2_of(scales[e].x)), upper = __half22float2(half2_of(scales[e].y));
+      const float scale[4] = {lower.x, lower.y, upper.x, upper.y};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 2 * (i % 2) + e, sum = 16 * low[i / 2][at] + high[i / 2][at];
+        out[i] = fmaf((__int_as_float(sum) - kMagic) * scale[i], e ? token.y : token.x, out[i]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_columns(const uint2& c, float low_of, float (&to)[4]) const {
+    const float2 lower = __half22float2(half2_of(c.x)), upper = __half22float2(half2_of(c.y));
+    to[0] = fmaf(low_of, lower.x, to[0]), to[1] = fmaf(low_of, lower.y, to[1]);
+    to[2] = fmaf(low_of, upper.x, to[2]), to[3] = fmaf(low_of, upper.y, to[3]);
+  }
+
+  // This warp's share of low · C.
+  __device__ __forceinline__ void branch(int tile, float (&to)[4]) const {
+    const float* factors = reinterpret_cast<const float*>(kept + shares.low);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const int c = 4 * (part + i * shares.parts) + t;
+      if (c < args.rank) add_columns(columns[i], factors[c], to);
+    }
+    for (int i = kColumns; 4 * (part + i * shares.parts) < args.rank; ++i) {
+      const int c = 4 * (part + i * shares.parts) + t;
+      if (c < args.rank) add_columns(column(tile, i), factors[c], to);
+    }
+  }
+
+  // Values of four threads' t as one: thread t is left with that of output 4g + t.
+  template <class T>
+  __device__ __forceinline__ T over_threads(const T (&v)[4]) const {
+    const bool odd = t % 2, upper = t / 2;
+    T a = odd ? v[1] : v[0], b = odd ? v[3] : v[2];
+    a += __shfl_xor_sync(~0u, odd ? v[0] : v[1], 1);
+    b += __shfl_xor_sync(~0u, odd ? v[2] : v[3], 1);
+    return (upper ? b : a) + __shfl_xor_sync(~0u, upper ? a : b, 2);
+  }
+
+  // index: of the tile in its block.
+  __device__ __forceinline__ void finish(int tile, int index) {
+    const int at = ((index * shares.parts) + part) * kTile + lane;
+    if constexpr (mode == kChannel) {
+      int sums[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int pair = i / 2, h = i % 2;
+        sums[i] = 16 * (low[pair][2 * h] + low[pair][2 * h + 1]) + high[pair][2 * h] + high[pair][2 * h + 1];
+      }
+      reinterpret_cast<int*>(kept + shares.sums)[at] = over_threads(sums);
+      if (args.rank) {
+        branch(tile, out);
+        reinterpret_cast<float*>(kept + shares.branch)[at] = over_threads(out);
+      }
+      clear_sums();
+    } else {
+      if (args.rank) branch(tile, out);
+      reinterpret_cast<float*>(kept + shares.sums)[at] = over_threads(out);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = 0.0f;
+  }
+
+  __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) low[i / 4][i % 4] = high[i / 4][i % 4] = 0;
+  }
+};
+
+}  // namespace specquant_cuda
