@@ -112,14 +112,14 @@ __global__ void __maxnreg__(96) one_token_kernel(const Args args, const Shares s
 
 Shares shares_of(const Args& args, Mode mode, int multiprocessors) {
   Shares s{};
-  s.tiles = ceil_div(args.m, kTile), s.units = ceil_div(args.kp, kUnit);
+  s.tiles = ceil_div(args.m, kTile), s.units = ceil_div(args.kp, kUnitFeatures);
   s.parts = ceil_div(s.units, ceil_div(s.units, kMostWarps));
   s.slots = std::min(kMostWarps / s.parts, ceil_div(s.tiles, multiprocessors));
   const int bytes = s.parts * kTile * 4 * (mode == kChannel ? 2 : 1);  // of a tile's sums
   s.blocks = std::max(std::min(s.tiles, multiprocessors), ceil_div(s.tiles, kMostSums / bytes));
   s.least = s.tiles / s.blocks, s.more = s.tiles % s.blocks;
   s.ahead = args.early ? std::max(1, kAhead / (args.kp * kTile / 2)) : 0;
-  s.scales = kZeros + s.units * kUnit;
+  s.scales = kZeros + s.units * kUnitFeatures;
   s.starts = s.scales + s.units * kGroups * 4;
   s.zeros = s.starts + s.units * kGroups * 4;
   s.low = s.zeros + (mode == kFoldZero ? s.units * kGroups * 4 : 0);

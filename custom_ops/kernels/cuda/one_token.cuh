@@ -19,7 +19,7 @@ namespace specquant_cuda {
 
 constexpr int kTile = 32;     // outputs
 constexpr int kGroups = 8;    // of a unit
-constexpr int kUnit = kGroups * kStep;
+constexpr int kUnitFeatures = kGroups * kStep;
 constexpr int kSteps = kStep / kBlock;  // of a unit
 constexpr int kGroupBytes = kSteps * 64;  // of a panel's weights
 constexpr int kMostWarps = 16;
@@ -126,7 +126,7 @@ struct OneToken {
   // What the first stage made, to shared memory; the block meets after it.
   __device__ __forceinline__ void stage() const {
     if (threadIdx.x < kZeros / 16) *reinterpret_cast<uint4*>(kept + 16 * threadIdx.x) = make_uint4(0, 0, 0, 0);
-    for (int i = threadIdx.x; i < shares.units * (kUnit / 16); i += blockDim.x) {  // whole warps: 4 threads a group
+    for (int i = threadIdx.x; i < shares.units * (kUnitFeatures / 16); i += blockDim.x) {  // whole warps: 4 threads a group
       const int place = i / 4, group = group_at(place);
       const bool there = is_group(place), first = i % 4 == 0;
       uint4 v = make_uint4(0, 0, 0, 0);
