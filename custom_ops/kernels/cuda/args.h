@@ -40,6 +40,7 @@ struct Args {
   int shares;                    // and in `reduce`
   int x_half, y_half, wide_sums;
   int cluster;                   // blocks that share a token in `first_stage`
+  int most_shared;               // bytes of shared memory that a block may take
   bool early;                    // later kernels may start before earlier ones end
   int subtract;                  // only where there is a branch
   Order order;                   // of the levels

@@ -1,6 +1,6 @@
 // The product of one token (one_token.cuh), bound by how fast the weights come from memory.
 //
-// One wave of blocks. Before the first stage is done, their first weights are under way to registers, the next to L2.
+// One wave of blocks, each warp of which has a unit's weights under way: before the first stage is done, too.
 #include <algorithm>
 
 #include "launch.h"
@@ -31,24 +31,26 @@ __device__ __forceinline__ float together(const Args& args, const Shares& shares
   }
 }
 
-template <Mode mode, int depth>
+template <Mode mode>
 __global__ void __maxnreg__(96) one_token_kernel(const Args args, const Shares shares) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ uint4 shared[];
   char* const kept = reinterpret_cast<char*>(shared);
-  OneToken<mode, depth> work(args, shares, kept);
+  OneToken<mode> work(args, shares, kept);
   const int block = blockIdx.x, first = block * shares.least + min(block, shares.more);
   const int last = first + shares.least + (block < shares.more);
   let_next_start();
 
   Place at{first + work.slot, work.part};
-  const uint8_t* from = work.weights(at);
   if (at.tile < last) {
-#pragma unroll
-    for (int k = 0; k < depth; ++k) work.load(k, k, from);
+    if (work.lane == 0) {
+      barrier_init(work.arrived, 1);
+      barriers_ready();
+      work.fetch(at);
+    }
     work.load_scales(at);
     if (args.rank) work.load_columns(at.tile);
   }
-  if (shares.ahead && threadIdx.x == 0) work.prefetch(first, min(shares.ahead, last - first));
   // The thread's own output, at the end.
   const int own = first * kTile + static_cast<int>(threadIdx.x);
   const bool owns = own < min(last * kTile, args.m);
@@ -61,37 +63,42 @@ __global__ void __maxnreg__(96) one_token_kernel(const Args args, const Shares s
 #pragma unroll
   for (int i = 0; i < 4; ++i) work.out[i] = 0.0f;
   work.clear_sums();
-  while (at.tile < last) {
-    const Place next = work.next(at);
-    const bool more = next.tile < last;
-    const uint8_t* then = work.weights(next);
-    if (at.unit == 0 && work.lane == 0 && shares.ahead && at.tile + shares.ahead < last)
-      work.prefetch(at.tile + shares.ahead, 1);
+  for (uint32_t parity = 0; at.tile < last; parity ^= 1) {
+    const Place next = work.after(at);
+    work.begin(at);
     const char* levels[2];
 #pragma unroll
-    for (int e = 0; e < 2; ++e)
-      levels[e] = work.g == 2 * work.t + e ? kept + kZeros + (at.unit * kGroups + work.g) * kStep : kept;
-    work.begin(at);
-    uint4 b[2];
+    for (int e = 0; e < 2; ++e) {
+      const bool mine = work.g == 2 * work.t + e;
+      levels[e] = kept + shares.levels + (mine ? (at.unit * kGroups + work.g) * kStep : -kZeros);
+    }
+    barrier_wait(work.arrived, parity);
+    uint4 w[kSteps / 2][2];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      if (k % 2 == 0) b[0] = *reinterpret_cast<const uint4*>(levels[0] + 8 * k), b[1] = *reinterpret_cast<const uint4*>(levels[1] + 8 * k);
-      const uint32_t lo[2] = {k % 2 ? b[0].z : b[0].x, k % 2 ? b[1].z : b[1].x};
-      const uint32_t hi[2] = {k % 2 ? b[0].w : b[0].y, k % 2 ? b[1].w : b[1].y};
-      work.multiply(work.loaded[k % depth], lo, hi);
-      if (k + depth < kSteps) {
-        work.load(k + depth, k % depth, from);
-      } else if (more) {
-        work.load(k + depth - kSteps, k % depth, then);
+      if (k % (kSteps / 2) == 0) {
+#pragma unroll
+        for (int i = 0; i < kSteps / 2; ++i) work.load(k + i, w[i]);
       }
+      if (k == kSteps / 2) {  // all of it is in registers
+        __syncwarp();
+        if (work.lane == 0 && next.tile < last) work.fetch(next);
+      }
+      uint32_t lo[2], hi[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const uint2 b = *reinterpret_cast<const uint2*>(levels[e] + 8 * k);
+        lo[e] = b.x, hi[e] = b.y;
+      }
+      work.multiply(w[k % (kSteps / 2)], lo, hi);
     }
     work.fold(at);
     if (next.tile != at.tile) work.finish(at.tile, at.tile - first);
-    if (more) {
+    if (next.tile < last) {
       work.load_scales(next);
       if (args.rank && next.tile != at.tile) work.load_columns(next.tile);
     }
-    at = next, from = then;
+    at = next;
   }
   __syncthreads();
 
@@ -108,18 +115,20 @@ __global__ void __maxnreg__(96) one_token_kernel(const Args args, const Shares s
       static_cast<float*>(args.y)[output] = y;
     }
   }
+#endif
 }
 
-Shares shares_of(const Args& args, Mode mode, int multiprocessors) {
+// warps: the most of a block.
+Shares divided(const Args& args, Mode mode, int multiprocessors, int warps) {
   Shares s{};
   s.tiles = ceil_div(args.m, kTile), s.units = ceil_div(args.kp, kUnitFeatures);
-  s.parts = ceil_div(s.units, ceil_div(s.units, kMostWarps));
-  s.slots = std::min(kMostWarps / s.parts, ceil_div(s.tiles, multiprocessors));
+  s.parts = ceil_div(s.units, ceil_div(s.units, warps));
+  s.slots = std::min(warps / s.parts, ceil_div(s.tiles, multiprocessors));
   const int bytes = s.parts * kTile * 4 * (mode == kChannel ? 2 : 1);  // of a tile's sums
   s.blocks = std::max(std::min(s.tiles, multiprocessors), ceil_div(s.tiles, kMostSums / bytes));
   s.least = s.tiles / s.blocks, s.more = s.tiles % s.blocks;
-  s.ahead = args.early ? std::max(1, kAhead / (args.kp * kTile / 2)) : 0;
-  s.scales = kZeros + s.units * kUnitFeatures;
+  s.levels = static_cast<int>(round_up(s.parts * s.slots * (kUnitBytes + 8), kZeros)) + kZeros;
+  s.scales = s.levels + s.units * kUnitFeatures;
   s.starts = s.scales + s.units * kGroups * 4;
   s.zeros = s.starts + s.units * kGroups * 4;
   s.low = s.zeros + (mode == kFoldZero ? s.units * kGroups * 4 : 0);
@@ -129,11 +138,18 @@ Shares shares_of(const Args& args, Mode mode, int multiprocessors) {
   return s;
 }
 
+// As many warps as shared memory allows.
+Shares shares_of(const Args& args, Mode mode, int multiprocessors) {
+  int warps = kMostWarps;
+  while (warps > 4 && divided(args, mode, multiprocessors, warps).bytes > args.most_shared) warps /= 2;
+  return divided(args, mode, multiprocessors, warps);
+}
+
 template <Mode mode>
 cudaError_t start(const Args& args, int multiprocessors, cudaStream_t stream) {
   const Shares shares = shares_of(args, mode, multiprocessors);
-  const auto kernel = one_token_kernel<mode, 4>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
+  const auto kernel = one_token_kernel<mode>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.most_shared);
   if (error != cudaSuccess) return error;
   return launch_early(kernel, dim3(shares.blocks), shares.parts * shares.slots * 32, shares.bytes, args.early, stream,
                       args, shares);
@@ -142,8 +158,8 @@ cudaError_t start(const Args& args, int multiprocessors, cudaStream_t stream) {
 }  // namespace
 
 bool takes_one_token(const Args& args, Mode mode, int multiprocessors) {
-  return args.tokens == 1 && mode != kHalf && args.n % kStep == 0 && args.n > kStep &&
-         shares_of(args, mode, multiprocessors).bytes <= kMostShared;
+  return args.early && args.tokens == 1 && mode != kHalf && args.n % kStep == 0 &&
+         shares_of(args, mode, multiprocessors).bytes <= args.most_shared;
 }
 
 cudaError_t one_token(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream) {

@@ -1,18 +1,19 @@
-// A warp's part of the product of one token.
+// A warp's part of the product of one token (compute capability 9.0 and later).
 //
 // A warp takes 32 outputs and a unit of 512 features at a time: 8 groups of 64, which are the 8 columns of an `mma` whose
 // operand B holds the token's levels in their group's column and zeros in the others. So a sum becomes a float once for
-// 64 features, and a thread needs the scales of two groups. With g = lane / 4 and t = lane % 4, step k loads 16 bytes
-// each of groups 2t and 2t + 1, which hold 4 outputs (4g … 4g + 3) of the group's k-th 8 features; words 0 and 1 are rows
-// g and g + 8 of one product, words 2 and 3 of another. Nibbles enter as they lie, as q + 8 and 16 · (q + 8): low and
-// high ones have sums of their own, and what the 8 adds is known from the token.
+// 64 features, and a thread needs the scales of two groups. With g = lane / 4 and t = lane % 4, step k takes 16 bytes
+// each of groups 2t and 2t + 1, which hold 4 outputs of 8 features of the group; words 0 and 1 are rows g and g + 8 of one
+// product, words 2 and 3 of another. What a thread adds up is of its own bytes alone, so that threads may take outputs and
+// features in orders of their own: such that no two of them meet in a bank. Nibbles enter as they lie, as q + 8 and
+// 16 · (q + 8): low and high ones have sums of their own, and what the 8 adds is known from the token.
 //
+// A unit's weights come to the warp's own part of shared memory by two bulk copies of 4 KB, one a panel.
 #pragma once
-
-#include <climits>
 
 #include "args.h"
 #include "levels.cuh"
+#include "ptx90.cuh"
 
 namespace specquant_cuda {
 
@@ -24,8 +25,8 @@ constexpr int kSteps = kStep / kBlock;  // of a unit
 constexpr int kGroupBytes = kSteps * 64;  // of a panel's weights
 constexpr int kMostWarps = 16;
 constexpr int kZeros = kStep;  // bytes of shared memory that stay zero: the levels of other columns
-constexpr int kMostShared = 96 * 1024, kMostSums = 64 * 1024;
-constexpr int kAhead = 192 * 1024;  // bytes of weights that a block asks for in advance
+constexpr int kMostSums = 64 * 1024;  // bytes of a block's sums
+constexpr int kPanelBytes = kGroups * kGroupBytes, kUnitBytes = kTile / kPanel * kPanelBytes;  // of a unit
 constexpr int kColumns = 2;         // of C that a thread loads in advance
 
 // How a product is divided, and where a block keeps things in its shared memory, in bytes.
@@ -33,8 +34,7 @@ struct Shares {
   int tiles, units;  // of the product
   int parts, slots;  // warps that share a tile; tiles that a block has under way
   int blocks, least, more;  // of the grid; tiles of a block, the first `more` of which have one more
-  int ahead;         // tiles that are prefetched
-  int scales, starts, zeros, low, sums, branch, bytes;
+  int levels, scales, starts, zeros, low, sums, branch, bytes;
 };
 
 // A tile of 32 outputs and a unit of 512 features.
@@ -42,50 +42,57 @@ struct Place {
   int tile, unit;
 };
 
-template <Mode mode, int depth>
+template <Mode mode>
 struct OneToken {
   const Args& args;
   const Shares& shares;
   char* const kept;
-  const int lane, g, t, part, slot, groups, hole;
-  uint4 loaded[depth][2];  // of groups 2t and 2t + 1
+  const int lane, g, t, part, slot, groups;
+  const int quad;  // of the tile's outputs, the thread's
+  char* const own;  // the warp's weights
+  uint64_t* const arrived;
   uint2 scales[2], row_sums[2];
   uint2 columns[kColumns];   // of C: part + i · parts, four columns each, of which this thread has the t-th
-  int low[2][4], high[2][4];  // sums of low and high nibbles: [words 0, 1 or 2, 3][2h + e], of output 4g + 2 · pair + h
+  int low[2][4], high[2][4];  // sums of low and high nibbles: [words 0, 1 or 2, 3][2h + e], of output 4 · quad + 2 · pair + h
   float out[4];
 
   __device__ __forceinline__ OneToken(const Args& a, const Shares& s, char* shared)
       : args(a), shares(s), kept(shared), lane(threadIdx.x % 32), g(lane / 4), t(lane % 4),
-        part(threadIdx.x / 32 % s.parts), slot(threadIdx.x / 32 / s.parts), groups(a.kp / kStep), hole(groups % 2 ? groups - 1 : INT_MAX) {}
+        part(threadIdx.x / 32 % s.parts), slot(threadIdx.x / 32 / s.parts), groups(a.kp / kStep), quad(g ^ (t & 2)),
+        own(shared + threadIdx.x / 32 * kUnitBytes),
+        arrived(reinterpret_cast<uint64_t*>(shared + s.parts * s.slots * kUnitBytes) + threadIdx.x / 32) {}
 
-  // Places of groups: the last of an odd number is the second of its pair, so that a thread's two always lie side by side.
-  __device__ __forceinline__ int group_at(int place) const { return place - (place > hole); }
-  __device__ __forceinline__ bool is_group(int place) const { return place != hole && group_at(place) < groups; }
-
-  __device__ __forceinline__ Place next(const Place& at) const {
+  __device__ __forceinline__ Place after(const Place& at) const {
     return at.unit + shares.parts < shares.units ? Place{at.tile, at.unit + shares.parts}
                                                  : Place{at.tile + shares.slots, part};
   }
 
-  // The thread's first 16 bytes of the groups at 2t and 2t + 1; where there are none, of others, whose levels will be 0.
-  __device__ __forceinline__ const uint8_t* weights(const Place& at) const {
-    const int panel = min(at.tile * (kTile / kPanel) + g / 4, ceil_div(args.m, kPanel) - 1);
-    const int group = min(at.unit * kGroups + 2 * t, groups - 2);
-    return args.qweight + (static_cast<int64_t>(panel) * groups + group) * kGroupBytes + g % 4 * 16;
+  // The unit's weights on their way to the warp, by one thread; what a unit at the end lacks stays as it was.
+  __device__ __forceinline__ void fetch(const Place& at) const {
+    const int panel = at.tile * (kTile / kPanel), panels = min(kTile / kPanel, ceil_div(args.m, kPanel) - panel);
+    const int group = at.unit * kGroups, bytes = min(kGroups, groups - group) * kGroupBytes;
+    const uint8_t* from = args.qweight + (static_cast<int64_t>(panel) * groups + group) * kGroupBytes;
+    barrier_expect(arrived, panels * bytes);
+    copy_bulk(own, from, bytes, arrived);
+    if (panels > 1) copy_bulk(own + kPanelBytes, from + static_cast<int64_t>(groups) * kGroupBytes, bytes, arrived);
   }
 
-  __device__ __forceinline__ void load(int step, int into, const uint8_t* from) {
+  // Of groups 2t and 2t + 1, blocks step or the one beside it.
+  __device__ __forceinline__ void load(int step, uint4 (&w)[2]) const {
+    const int block = step / 2 * 2 + ((step ^ t) & 1);
 #pragma unroll
-    for (int e = 0; e < 2; ++e) loaded[into][e] = load_stream(from + e * kGroupBytes + step * 64);
+    for (int e = 0; e < 2; ++e)
+      w[e] = *reinterpret_cast<const uint4*>(own + quad / 4 * kPanelBytes + (2 * t + e) * kGroupBytes + block * 64 +
+                                             quad % 4 * 16);
   }
 
   __device__ __forceinline__ void load_scales(const Place& at) {
     if constexpr (mode == kChannel) return;
-    const int output = at.tile * kTile + 4 * g;
+    const int output = at.tile * kTile + 4 * quad;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int place = at.unit * kGroups + 2 * t + e, group = group_at(place);
-      const bool there = output < args.m && is_group(place);
+      const int group = at.unit * kGroups + 2 * t + e;
+      const bool there = output < args.m && group < groups;
       const int64_t row = static_cast<int64_t>(quotient(group, args.group_steps)) * args.m + output;
       scales[e] = there ? __ldg(reinterpret_cast<const uint2*>(args.scales + row)) : make_uint2(0, 0);
       if constexpr (mode == kFoldZero) {
@@ -100,14 +107,14 @@ struct OneToken {
   // Row sum of output 4g + i and group 2t + e.
   __device__ __forceinline__ int row_sum(const Place& at, int e, int i) const {
     if (!args.wide_sums) return static_cast<int16_t>((i / 2 ? row_sums[e].y : row_sums[e].x) >> 16 * (i % 2));
-    const int place = at.unit * kGroups + 2 * t + e, group = group_at(place), output = at.tile * kTile + 4 * g + i;
-    if (output >= args.m || !is_group(place)) return 0;
+    const int group = at.unit * kGroups + 2 * t + e, output = at.tile * kTile + 4 * quad + i;
+    if (output >= args.m || group >= groups) return 0;
     const int64_t sum = static_cast<int64_t>(quotient(group, args.segment_steps)) * args.m + output;
     return __ldg(static_cast<const int32_t*>(args.row_sums) + sum);
   }
 
   __device__ __forceinline__ uint2 column(int tile, int i) const {
-    const int c = 4 * (part + i * shares.parts) + t, output = tile * kTile + 4 * g;
+    const int c = 4 * (part + i * shares.parts) + t, output = tile * kTile + 4 * quad;
     const __half* from = args.coef + static_cast<int64_t>(c) * args.m + output;
     return c < args.rank && output < args.m ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
   }
@@ -117,36 +124,31 @@ struct OneToken {
     for (int i = 0; i < kColumns; ++i) columns[i] = column(tile, i);
   }
 
-  // The weights of `count` tiles to the L2 cache, by one thread.
-  __device__ __forceinline__ void prefetch(int tile, int count) const {
-    const int panel = tile * (kTile / kPanel), panels = min(count * (kTile / kPanel), ceil_div(args.m, kPanel) - panel);
-    prefetch_l2(args.qweight + static_cast<int64_t>(panel) * groups * kGroupBytes, panels * groups * kGroupBytes);
-  }
-
   // What the first stage made, to shared memory; the block meets after it.
   __device__ __forceinline__ void stage() const {
-    if (threadIdx.x < kZeros / 16) *reinterpret_cast<uint4*>(kept + 16 * threadIdx.x) = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x < kZeros / 16)
+      *reinterpret_cast<uint4*>(kept + shares.levels - kZeros + 16 * threadIdx.x) = make_uint4(0, 0, 0, 0);
     for (int i = threadIdx.x; i < shares.units * (kUnitFeatures / 16); i += blockDim.x) {  // whole warps: 4 threads a group
-      const int place = i / 4, group = group_at(place);
-      const bool there = is_group(place), first = i % 4 == 0;
+      const int group = i / 4;
+      const bool there = group < groups, first = i % 4 == 0;
       uint4 v = make_uint4(0, 0, 0, 0);
-      if (there)
-        v = *reinterpret_cast<const uint4*>(static_cast<const char*>(args.levels) + group * kStep + i % 4 * 16);
+      if (there) v = *reinterpret_cast<const uint4*>(static_cast<const char*>(args.levels) + 16 * i);
       const int segment = quotient(group, args.segment_steps);
       if (mode != kChannel && first) {
         const int64_t at = static_cast<int64_t>(segment) * args.tp;
-        reinterpret_cast<float*>(kept + shares.scales)[place] = there ? args.scale[at] : 0.0f;
+        reinterpret_cast<float*>(kept + shares.scales)[group] = there ? args.scale[at] : 0.0f;
         if constexpr (mode == kFoldZero)  // once a segment
-          reinterpret_cast<int*>(kept + shares.zeros)[place] =
+          reinterpret_cast<int*>(kept + shares.zeros)[group] =
               there && group * kStep == segment * args.segment ? args.zero[at] : 0;
       }
       constexpr int ones = 0x01010101;
       int sum = __dp4a(int(v.x), ones, __dp4a(int(v.y), ones, __dp4a(int(v.z), ones, __dp4a(int(v.w), ones, 0))));
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      *reinterpret_cast<uint4*>(kept + kZeros + 16 * i) = v;
+      if (group & 2) v = make_uint4(v.z, v.w, v.x, v.y);  // those of an odd t take two blocks in the other order
+      *reinterpret_cast<uint4*>(kept + shares.levels + 16 * i) = v;
       constexpr int magic = 0x4B400000;  // as in gemm.cuh
-      if (first) reinterpret_cast<int*>(kept + shares.starts)[place] = (mode == kChannel ? 0 : magic) - 128 * sum;
+      if (first) reinterpret_cast<int*>(kept + shares.starts)[group] = (mode == kChannel ? 0 : magic) - 128 * sum;
     }
     for (int i = threadIdx.x; args.rank && i < args.rp; i += blockDim.x)
       reinterpret_cast<float*>(kept + shares.low)[i] =
@@ -226,19 +228,19 @@ struct OneToken {
     }
   }
 
-  // Values of four threads' t as one: thread t is left with that of output 4g + t.
+  // Values of four threads' t as one: each is left with that of output 4 · quad + t.
   template <class T>
   __device__ __forceinline__ T over_threads(const T (&v)[4]) const {
     const bool odd = t % 2, upper = t / 2;
     T a = odd ? v[1] : v[0], b = odd ? v[3] : v[2];
     a += __shfl_xor_sync(~0u, odd ? v[0] : v[1], 1);
     b += __shfl_xor_sync(~0u, odd ? v[2] : v[3], 1);
-    return (upper ? b : a) + __shfl_xor_sync(~0u, upper ? a : b, 2);
+    return (upper ? b : a) + __shfl_xor_sync(~0u, upper ? a : b, 10);  // the same quad
   }
 
   // index: of the tile in its block.
   __device__ __forceinline__ void finish(int tile, int index) {
-    const int at = ((index * shares.parts) + part) * kTile + lane;
+    const int at = ((index * shares.parts) + part) * kTile + 4 * quad + t;
     if constexpr (mode == kChannel) {
       int sums[4];
 #pragma unroll

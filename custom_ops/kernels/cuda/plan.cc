@@ -13,7 +13,7 @@ constexpr int64_t kMostHadamard = 4096;
 constexpr int64_t kChannelFeatures = 131071;  // 16 · 8 · 128 · N stays below 2^31
 constexpr int64_t kSplits = 16;
 constexpr int kClusterFeatures = 256;  // of a block that shares a token, where there are enough blocks
-constexpr int64_t kSharedHopper = 220 * 1024, kSharedLeast = 98 * 1024;  // bytes that a block may take there, anywhere
+constexpr int kSharedHopper = 220 * 1024, kSharedLeast = 98 * 1024;  // bytes that a block may take there, anywhere
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -103,10 +103,11 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   plan.direct = plan.tensor_prepare && !halves && a.segment == kStep && a.act_group == kStep;
   // 16 blocks are more than other GPUs than Hopper take.
   const bool hopper = device.major == 9;
+  a.most_shared = hopper ? kSharedHopper : kSharedLeast;
   a.cluster = 1;
   while (a.cluster * kClusterFeatures < a.n && a.cluster < (hopper ? 16 : 8)) a.cluster *= 2;
   plan.cluster = device.major >= 9 && plan.matvec_tokens && a.r <= kFastRank && (!a.rank || aligned(p.basis)) &&
-                 cluster_shared(a) <= size_t(hopper ? kSharedHopper : kSharedLeast);
+                 cluster_shared(a) <= size_t(a.most_shared);
   plan.two_pass = plan.tensor_prepare && !halves && a.act_group == a.n && !plan.direct;
   const int tiles = ceil_div(std::max(a.tokens, 1), kDownTokens), chunks = ceil_div(a.n, kDownChunk);
   a.splits = int(std::clamp<int64_t>(3 * device.multiprocessors / tiles, 1, std::min<int64_t>(chunks, kSplits)));
