@@ -17,11 +17,12 @@ T* of_block(T* shared, int rank) {
 
 // The box holds the bytes that are still to come.
 inline void box_open(uint64_t* box, int bytes) { *box = bytes; }
-inline void box_send(float* shared, int rank, float value, uint64_t* box) {
+template <class T>
+void box_send(T* shared, int rank, T value, uint64_t* box) {
   uint64_t* there = of_block(box, rank);
-  if (*there < 4 || *there > 1 << 24) emulator::fail("more was sent to a box than it was opened for");
+  if (*there < sizeof(T) || *there > 1 << 24) emulator::fail("more was sent to a box than it was opened for");
   *of_block(shared, rank) = value;
-  *there -= 4;
+  *there -= sizeof(T);
 }
 inline void box_wait(uint64_t* box) {
   while (*box) emulator::yield();

@@ -102,10 +102,12 @@ __device__ __forceinline__ void branch(const Args& args, const Places& at, int t
   }
   box_wait(at.low_box);
   float value[2] = {};
-#pragma unroll 4
-  for (int b = 0; b < blocks; ++b) {
-    value[0] += at.lows[b * kFastRank + lane];
-    if (wide) value[1] += at.lows[b * kFastRank + lane + 32];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (j == 1 && !wide) break;
+#pragma unroll
+    for (int b = 0; b < kMostBlocks; ++b)
+      if (b < blocks) value[j] += at.lows[b * kFastRank + lane + 32 * j];
   }
   float factor, inverse;
   half_factor(over_warp(max_nan(fabsf(value[0]), fabsf(value[1])), Largest()), factor, inverse);

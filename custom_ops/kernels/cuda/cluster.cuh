@@ -53,6 +53,20 @@ __device__ __forceinline__ void box_send(float* shared, int rank, float value, u
 #endif
 }
 
+__device__ __forceinline__ void box_send(float4* shared, int rank, float4 value, uint64_t* box) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t count = static_cast<uint32_t>(__cvta_generic_to_shared(box));
+  asm volatile(
+      "{\n.reg .u32 there, counter;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%3, %4, %5, %6}, [counter];\n}\n" ::"r"(
+          own),
+      "r"(count), "r"(rank), "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)), "r"(__float_as_uint(value.z)),
+      "r"(__float_as_uint(value.w))
+      : "memory");
+#endif
+}
+
 // Until all of it is there.
 __device__ __forceinline__ void box_wait(uint64_t* box) {
 #if __CUDA_ARCH__ >= 900

@@ -88,24 +88,28 @@ __device__ __forceinline__ void share(const AttentionArgs& a, const Room& room, 
     }
   }
   __syncthreads();
-  const int slice = Room::slice(group, d, a.cluster);
-  for (int i = threadIdx.x; i < group * d; i += kDecodeThreads) {
-    const int head = i / d;
-    float most_of = -INFINITY, total = 0.0f, y = 0.0f;
+  const int slice = Room::slice(group, d, a.cluster), row = d / 4;
+  for (int i = threadIdx.x; i < group * row; i += kDecodeThreads) {  // four features of a head
+    const int head = i / row;
+    float most_of = -INFINITY, total = 0.0f, y[4] = {};
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) most_of = fmaxf(most_of, largests[w * kDecodeGroup + head]);
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) {
       const int at = w * kDecodeGroup + head;
-      const float part = weight_of(largests[at], most_of);
+      const float part = weight_of(largests[at], most_of), middle = part * middles[at];
+      const float4 v = *reinterpret_cast<const float4*>(room.y + w * group * d + 4 * i);
       total = fmaf(part, totals[at], total);
-      y = fmaf(part, middles[at], fmaf(part, room.y[w * group * d + i], y));
+      y[0] += fmaf(part, v.x, middle), y[1] += fmaf(part, v.y, middle);
+      y[2] += fmaf(part, v.z, middle), y[3] += fmaf(part, v.w, middle);
     }
-    box_send(room.shares + rank * slice + i % slice, i / slice, y, room.box);
-    if (i % d < a.cluster) {  // d is 16 at least: as many threads of every head as a cluster has blocks
+    const int owner = 4 * i / slice;
+    float* to = room.shares + rank * slice + (4 * i - owner * slice);
+    box_send(reinterpret_cast<float4*>(to), owner, make_float4(y[0], y[1], y[2], y[3]), room.box);
+    for (int block = i - head * row; block < a.cluster; block += row) {
       float* stats = room.stats + 2 * (rank * kDecodeGroup + head);
-      box_send(stats, i % d, most_of, room.box);
-      box_send(stats + 1, i % d, total, room.box);
+      box_send(stats, block, most_of, room.box);
+      box_send(stats + 1, block, total, room.box);
     }
   }
 }

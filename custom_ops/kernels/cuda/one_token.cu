@@ -31,8 +31,10 @@ __device__ __forceinline__ float together(const Args& args, const Shares& shares
   }
 }
 
+constexpr int kHeld = 2;  // steps of a unit that a thread has in registers
+
 template <Mode mode>
-__global__ void __maxnreg__(96) one_token_kernel(const Args args, const Shares shares) {
+__global__ void __maxnreg__(80) one_token_kernel(const Args args, const Shares shares) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ uint4 shared[];
   char* const kept = reinterpret_cast<char*>(shared);
@@ -73,14 +75,14 @@ __global__ void __maxnreg__(96) one_token_kernel(const Args args, const Shares s
       levels[e] = kept + shares.levels + (mine ? (at.unit * kGroups + work.g) * kStep : -kZeros);
     }
     barrier_wait(work.arrived, parity);
-    uint4 w[kSteps / 2][2];
+    uint4 w[kHeld][2];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      if (k % (kSteps / 2) == 0) {
+      if (k % kHeld == 0) {
 #pragma unroll
-        for (int i = 0; i < kSteps / 2; ++i) work.load(k + i, w[i]);
+        for (int i = 0; i < kHeld; ++i) work.load(k + i, w[i]);
       }
-      if (k == kSteps / 2) {  // all of it is in registers
+      if (k == kSteps - kHeld) {  // all of it is in registers
         __syncwarp();
         if (work.lane == 0 && next.tile < last) work.fetch(next);
       }
@@ -90,7 +92,7 @@ __global__ void __maxnreg__(96) one_token_kernel(const Args args, const Shares s
         const uint2 b = *reinterpret_cast<const uint2*>(levels[e] + 8 * k);
         lo[e] = b.x, hi[e] = b.y;
       }
-      work.multiply(w[k % (kSteps / 2)], lo, hi);
+      work.multiply(w[k % kHeld], lo, hi);
     }
     work.fold(at);
     if (next.tile != at.tile) work.finish(at.tile, at.tile - first);
