@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AttentionArgs a)
   const bool query = head < a.heads, value = head >= a.heads + a.kv_heads;
   const int kv_head = query ? 0 : value ? head - a.heads - a.kv_heads : head - a.heads;
   if (!value) {
-    turn(a, rows[warp], a.position_ids[at], x);
+    turn(a, rows[warp], Angles<kLanes>(a, a.position_ids[at]), x);
     if (!query && a.key_offset) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j)

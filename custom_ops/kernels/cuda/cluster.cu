@@ -78,15 +78,25 @@ __device__ __forceinline__ void load(const Source& source, const Args& args, int
 __device__ __forceinline__ void branch(const Args& args, const Places& at, int token, int rank, int blocks, int count) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = basis_stride(args.r);
   const bool wide = args.rp > 32;
-  float sum[2] = {};
+  // Half a warp a row, two columns a thread; past the last column: of the next row, and not used.
+  float sum[2][2] = {};
+  const int pair = lane % 16 * 2;
 #pragma unroll 4
-  for (int i = warp; i < count; i += kWarps) {
+  for (int i = 2 * warp + lane / 16; i < count; i += 2 * kWarps) {
     const float value = at.values[i];
-    const __half* row = at.basis + i * stride + lane;  // past the last column: of the next row, and not used
-    sum[0] = fmaf(value, __half2float(row[0]), sum[0]);
-    if (args.r > 32) sum[1] = fmaf(value, __half2float(row[32]), sum[1]);
+    const __half2* row = reinterpret_cast<const __half2*>(at.basis + i * stride + pair);
+    const float2 first = __half22float2(row[0]);
+    sum[0][0] = fmaf(value, first.x, sum[0][0]), sum[0][1] = fmaf(value, first.y, sum[0][1]);
+    if (!wide) continue;
+    const float2 second = __half22float2(row[16]);
+    sum[1][0] = fmaf(value, second.x, sum[1][0]), sum[1][1] = fmaf(value, second.y, sum[1][1]);
   }
-  at.sums[warp * kFastRank + lane] = sum[0], at.sums[warp * kFastRank + lane + 32] = sum[1];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const float even = sum[j][0] + __shfl_xor_sync(~0u, sum[j][0], 16);
+    const float odd = sum[j][1] + __shfl_xor_sync(~0u, sum[j][1], 16);
+    if (lane < 16) *reinterpret_cast<float2*>(at.sums + warp * kFastRank + 32 * j + pair) = make_float2(even, odd);
+  }
   __syncthreads();
   cluster_wait();  // all blocks have started
   if (warp < blocks) {
@@ -270,6 +280,8 @@ cudaError_t start(const Args& args, const Source& source, cudaStream_t stream) {
   const size_t shared = cluster_shared(args);
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  // As the kernels beside it: a multiprocessor is divided anew only when it is empty.
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
   if (error == cudaSuccess && args.cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error;

@@ -16,8 +16,9 @@ namespace {
 constexpr int kAheadRounds = 8;  // chunks of a warp that are prefetched
 
 // The queries of the group to shared memory, and with `newest` the new row to the cache, a warp each.
-template <class X>
-__device__ __forceinline__ void ready(const AttentionArgs& a, const Room& room, int b, int kv_head, bool newest, int row) {
+template <class X, int kLanes>
+__device__ __forceinline__ void ready(const AttentionArgs& a, const Room& room, int b, int kv_head, bool newest, int row,
+                                      int64_t position) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = a.d;
   float* own = room.rows + warp * d;
   for (int item = warp; item < a.group + 2 * newest; item += kDecodeWarps) {
@@ -27,10 +28,14 @@ __device__ __forceinline__ void ready(const AttentionArgs& a, const Room& room, 
     float x[kLanes] = {};
 #pragma unroll
     for (int j = 0; j < kLanes; ++j)
-      if (lane + 32 * j < d) own[lane + 32 * j] = x[j] = to_float(from[lane + 32 * j]);
+      if (lane + 32 * j < d) x[j] = to_float(from[lane + 32 * j]);
+    const Angles<kLanes> angles(a, position);  // under way together
+#pragma unroll
+    for (int j = 0; j < kLanes; ++j)
+      if (lane + 32 * j < d) own[lane + 32 * j] = x[j];
     __syncwarp();
     if (!value) {
-      turn(a, own, a.position_ids[b], x);
+      turn(a, own, angles, x);
       if (!query) {
 #pragma unroll
         for (int j = 0; j < kLanes; ++j)
@@ -63,7 +68,8 @@ __device__ __forceinline__ void ready(const AttentionArgs& a, const Room& room, 
 
 // What the block's warps found as one, to the blocks that add it up.
 template <int most>
-__device__ __forceinline__ void share(const AttentionArgs& a, const Room& room, int rank, Found<most>& found) {
+__device__ __forceinline__ void share(const AttentionArgs& a, const Room& room, int rank, int first_head, int first_owner,
+                                      Found<most>& found) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, d = a.d, group = a.group;
   float *largests = room.found, *totals = largests + kDecodeWarps * kDecodeGroup;
   float* middles = totals + kDecodeWarps * kDecodeGroup;
@@ -90,7 +96,8 @@ __device__ __forceinline__ void share(const AttentionArgs& a, const Room& room, 
   __syncthreads();
   const int slice = Room::slice(group, d, a.cluster), row = d / 4;
   for (int i = threadIdx.x; i < group * row; i += kDecodeThreads) {  // four features of a head
-    const int head = i / row;
+    const bool own = i == static_cast<int>(threadIdx.x);
+    const int head = own ? first_head : i / row;
     float most_of = -INFINITY, total = 0.0f, y[4] = {};
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) most_of = fmaxf(most_of, largests[w * kDecodeGroup + head]);
@@ -103,7 +110,7 @@ __device__ __forceinline__ void share(const AttentionArgs& a, const Room& room, 
       y[0] += fmaf(part, v.x, middle), y[1] += fmaf(part, v.y, middle);
       y[2] += fmaf(part, v.z, middle), y[3] += fmaf(part, v.w, middle);
     }
-    const int owner = 4 * i / slice;
+    const int owner = own ? first_owner : 4 * i / slice;
     float* to = room.shares + rank * slice + (4 * i - owner * slice);
     box_send(reinterpret_cast<float4*>(to), owner, make_float4(y[0], y[1], y[2], y[3]), room.box);
     for (int block = i - head * row; block < a.cluster; block += row) {
@@ -125,10 +132,14 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
   const uint32_t* keys = static_cast<const uint32_t*>(a.present_key) + cached;
   const uint32_t* values = static_cast<const uint32_t*>(a.present_value) + cached;
   const int own = rank + blocks * warp, step = blocks * kDecodeWarps;  // chunks of a warp
+  // Divisions come before the wait.
+  const int first_head = threadIdx.x / (d / 4);
   let_next_start();
   const int slice = Room::slice(group, d, blocks), owned = max(0, min(slice, group * d - rank * slice));
   if (threadIdx.x == 0) box_open(room.box, blocks * (owned + 2 * group) * static_cast<int>(sizeof(float)));
   cluster_arrive();
+  const int first_owner = 4 * threadIdx.x / slice;
+  const int own_head = (rank * slice + static_cast<int>(threadIdx.x)) / d;
   {  // The length may change until the kernels before are done: here it says only what will probably be read.
     const int rows = min(a.seqlens_k[b], a.present_rows - 1) + 1, bytes = Int4Cache::row_words(d) * 4 * kChunkTokens;
     for (int round = 0; round < kAheadRounds; ++round) {
@@ -139,8 +150,14 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
         prefetch_line(reinterpret_cast<const char*>(values) + static_cast<int64_t>(start) * bytes / kChunkTokens + at);
       }
     }
+    const int64_t position = a.position_ids[b], at = position * a.rotary + threadIdx.x % 32 * 32;
+    if (warp == 0 && position >= 0 && position < a.context && threadIdx.x % 32 * 32 < a.rotary) {
+      prefetch_line(a.cos + at);
+      prefetch_line(a.sin + at);
+    }
   }
   wait_for_previous();
+  const int64_t position = a.position_ids[b];
   const Lengths lengths = lengths_of(a, b);
   if (!lengths.sound || lengths.after == 0) {
     const float value = lengths.sound ? 0.0f : __int_as_float(0x7FC00000);
@@ -154,10 +171,12 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
   const int newest = end - 1;
   int chunk = begin + own;
   Words<most> words;
-  if (chunk < newest) words.load(keys, values, d, chunk * kChunkTokens, lengths.after);
-  ready<X>(a, room, b, kv_head, (newest - begin) % blocks == rank, last);
+  const auto load_keys = [&] { words.load_keys(keys, d, chunk * kChunkTokens, lengths.after); };
+  const auto load_values = [&] { words.load_values(values, d, chunk * kChunkTokens, lengths.after); };
+  if (chunk < newest) load_keys(), load_values();
+  ready<X, most / 32>(a, room, b, kv_head, (newest - begin) % blocks == rank, last, position);
   __syncthreads();
-  if (chunk == newest) words.load(keys, values, d, chunk * kChunkTokens, lengths.after);
+  if (chunk == newest) load_keys(), load_values();
 
   Queries<most, parts> queries;
   queries.load(room, group, d);
@@ -169,18 +188,20 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
   }
   Found<most> found;
   while (chunk < end) {
-    const Words<most> now = words;
     const int start = chunk * kChunkTokens;
     chunk += step;
-    if (chunk < end) words.load(keys, values, d, chunk * kChunkTokens, lengths.after);
-    attend_chunk<most, parts>(now, queries, d, factors, sums, start, first, last, found);
+    const bool more = chunk < end;
+    attend_chunk<most, parts>(
+        words, queries, d, factors, sums, start, first, last, found, [&] { if (more) load_keys(); },
+        [&] { if (more) load_values(); });
   }
   cluster_wait();  // all blocks have started
-  share<most>(a, room, rank, found);
+  share<most>(a, room, rank, first_head, first_owner, found);
   box_wait(room.box);
 
   for (int i = threadIdx.x; i < owned; i += kDecodeThreads) {
-    const int head = (rank * slice + i) / d, feature = (rank * slice + i) % d;
+    const int head = i == static_cast<int>(threadIdx.x) ? own_head : (rank * slice + i) / d;
+    const int feature = rank * slice + i - head * d;
     float largest = -INFINITY, total = 0.0f, y = 0.0f;
     for (int s = 0; s < blocks; ++s) largest = fmaxf(largest, room.stats[2 * (s * kDecodeGroup + head)]);
 #pragma unroll 4
@@ -199,6 +220,8 @@ cudaError_t start(const AttentionArgs& a, cudaStream_t stream) {
   const size_t shared = Room::bytes(a.group, a.d, a.cluster);
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  // As the kernels beside it: an SM is divided anew only when it is empty.
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
   if (error == cudaSuccess && a.cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error;

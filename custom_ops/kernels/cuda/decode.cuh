@@ -39,25 +39,31 @@ struct Words {
   uint32_t values[kColumns][2][2];  // [column][j][odd]: token 8j + 2t + odd, word 8 · column + g
   uint32_t key_parameters[2], value_parameters[2];  // of tokens g and g + 8
 
-  __device__ __forceinline__ void load(const uint32_t* all_keys, const uint32_t* all_values, int d, int start, int after) {
+  __device__ __forceinline__ static const uint32_t* row(const uint32_t* all, int d, int token, int after) {
+    return all + static_cast<int64_t>(min(token, after - 1)) * Int4Cache::row_words(d);
+  }
+
+  __device__ __forceinline__ void load_keys(const uint32_t* all, int d, int start, int after) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, words = Int4Cache::words(d);
-    const int width = Int4Cache::row_words(d);
-    const auto row = [&](const uint32_t* all, int token) {
-      return all + static_cast<int64_t>(min(start + token, after - 1)) * width;
-    };
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint32_t *key = row(all_keys, g + 8 * h), *value = row(all_values, g + 8 * h);
+      const uint32_t* from = row(all, d, start + g + 8 * h, after);
 #pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit) keys[h][unit] = 4 * unit + t < words ? key[4 * unit + t] : 0;
-      key_parameters[h] = key[words], value_parameters[h] = value[words];
+      for (int unit = 0; unit < kUnits; ++unit) keys[h][unit] = 4 * unit + t < words ? from[4 * unit + t] : 0;
+      key_parameters[h] = from[words];
     }
+  }
+
+  __device__ __forceinline__ void load_values(const uint32_t* all, int d, int start, int after) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, words = Int4Cache::words(d);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) value_parameters[h] = row(all, d, start + g + 8 * h, after)[words];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t* value = row(all_values, i / 2 * 8 + 2 * t + i % 2);
+      const uint32_t* from = row(all, d, start + i / 2 * 8 + 2 * t + i % 2, after);
 #pragma unroll
       for (int column = 0; column < kColumns; ++column)
-        values[column][i / 2][i % 2] = 8 * column + g < words ? value[8 * column + g] : 0;
+        values[column][i / 2][i % 2] = 8 * column + g < words ? from[8 * column + g] : 0;
     }
   }
 };
@@ -98,11 +104,12 @@ struct Queries {
   }
 };
 
-// One chunk from `start` on; tokens (first, last] are seen.
-template <int most, int parts>
+// One chunk from `start` on; tokens (first, last] are seen. load_keys and load_values bring the next one's, as soon as
+// this one's are used.
+template <int most, int parts, class LoadKeys, class LoadValues>
 __device__ __forceinline__ void attend_chunk(const Words<most>& words, const Queries<most, parts>& queries, int d,
                                              const float (&factors)[2], const float (&sums)[2], int start, int first,
-                                             int last, Found<most>& found) {
+                                             int last, Found<most>& found, LoadKeys load_keys, LoadValues load_values) {
   const int lane = threadIdx.x % 32, g = lane / 4;
   float scores[4] = {};
 #pragma unroll
@@ -126,6 +133,7 @@ __device__ __forceinline__ void attend_chunk(const Words<most>& words, const Que
     seen[h] = token > first && token <= last;
     found.peak = fmaxf(found.peak, seen[h] ? value[h].x : 0.0f);
   }
+  load_keys();
   found.peak = over_tokens(found.peak, LargestNumber());
   float factor, inverse, weights[4];
   half_factor(found.peak, factor, inverse);
@@ -172,6 +180,7 @@ __device__ __forceinline__ void attend_chunk(const Words<most>& words, const Que
       for (int part = 0; part < parts; ++part) mma_f16(found.y[column][i], a, b[part]);
     }
   }
+  load_values();
 }
 
 }  // namespace specquant_cuda
