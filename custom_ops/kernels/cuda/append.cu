@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AttentionArgs a)
   const bool query = head < a.heads, value = head >= a.heads + a.kv_heads;
   const int kv_head = query ? 0 : value ? head - a.heads - a.kv_heads : head - a.heads;
   if (!value) {
-    turn(a, rows[warp], Angles<kLanes>(a, a.position_ids[at]), x);
+    turn(d, a.rotary, rows[warp], Angles<kLanes>(a, a.position_ids[at]), x);
     if (!query && a.key_offset) {
 #pragma unroll
       for (int j = 0; j < kLanes; ++j)
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const AttentionArgs a)
     for (int j = 0; j < kLanes; ++j)
       if (lane + 32 * j < d) to[lane + 32 * j] = __float2half_rn(x[j]);
   } else {
-    pack(a, x, levels[warp], static_cast<char*>(cache) + row * (d / 2 + 4));
+    pack(d, a.cut, x, levels[warp], static_cast<char*>(cache) + row * (d / 2 + 4));
   }
 }
 

@@ -28,13 +28,12 @@ struct Angles {
 
 // Rotary positions of `row` (the warp's, in shared memory), in registers.
 template <int lanes>
-__device__ __forceinline__ void turn(const AttentionArgs& a, const float* row, const Angles<lanes>& angles,
-                                     float (&x)[lanes]) {
-  const int lane = threadIdx.x % 32, r = a.rotary;
+__device__ __forceinline__ void turn(int d, int r, const float* row, const Angles<lanes>& angles, float (&x)[lanes]) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < lanes; ++j) {
     const int i = lane + 32 * j;
-    if (i >= a.d) break;
+    if (i >= d) break;
     x[j] = row[i];
     if (i >= 2 * r) continue;
     x[j] = i < r ? __fsub_rn(__fmul_rn(row[i], angles.cos[j]), __fmul_rn(row[i + r], angles.sin[j]))
@@ -72,8 +71,8 @@ __device__ __forceinline__ void transform(int d, float (&x)[lanes]) {
 
 // One packed row: levels over the range less `cut` at either end; NaN as scale and low if float16 cannot span it.
 template <int lanes>
-__device__ __forceinline__ void pack(const AttentionArgs& a, const float (&x)[lanes], uint8_t* levels, void* to) {
-  const int lane = threadIdx.x % 32, d = a.d;
+__device__ __forceinline__ void pack(int d, float cut_share, const float (&x)[lanes], uint8_t* levels, void* to) {
+  const int lane = threadIdx.x % 32;
   float least = INFINITY, most = -INFINITY;
 #pragma unroll
   for (int j = 0; j < lanes; ++j)
@@ -83,7 +82,7 @@ __device__ __forceinline__ void pack(const AttentionArgs& a, const float (&x)[la
     }
   least = over_warp(least, Smallest());
   most = over_warp(most, Largest());
-  const float span = __fsub_rn(most, least), cut = __fmul_rn(span, a.cut);
+  const float span = __fsub_rn(most, least), cut = __fmul_rn(span, cut_share);
   const __half scale = __float2half_rn(__fdiv_rn(__fsub_rn(span, __fadd_rn(cut, cut)), 15.0f));
   const __half low = __float2half_rn(__fadd_rn(least, cut));
   const float wide = __half2float(scale), start = __half2float(low);

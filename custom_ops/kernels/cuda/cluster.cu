@@ -221,8 +221,9 @@ __device__ __forceinline__ void quantize_groups(const Args& args, const Places& 
 }
 
 // span: features of a block.
+// So few registers that a block finds room beside those of the products before and after it.
 template <class X>
-__global__ void __launch_bounds__(kThreads) cluster_kernel(const Args args, const Source source, int span) {
+__global__ void __maxnreg__(48) cluster_kernel(const Args args, const Source source, int span) {
   extern __shared__ float shared[];
   const Places at(shared, span);
   const int blocks = args.cluster, rank = cluster_rank(), token = blockIdx.x / blocks, first = rank * span;

@@ -17,9 +17,9 @@ constexpr int kAheadRounds = 8;  // chunks of a warp that are prefetched
 
 // The queries of the group to shared memory, and with `newest` the new row to the cache, a warp each.
 template <class X, int kLanes>
-__device__ __forceinline__ void ready(const AttentionArgs& a, const Room& room, int b, int kv_head, bool newest, int row,
-                                      int64_t position) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = a.d;
+__device__ __forceinline__ void ready(const AttentionArgs& a, int d, const Room& room, int b, int kv_head, bool newest,
+                                      int row, int64_t position) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* own = room.rows + warp * d;
   for (int item = warp; item < a.group + 2 * newest; item += kDecodeWarps) {
     const bool query = item < a.group, value = item > a.group;
@@ -35,7 +35,7 @@ __device__ __forceinline__ void ready(const AttentionArgs& a, const Room& room, 
       if (lane + 32 * j < d) own[lane + 32 * j] = x[j];
     __syncwarp();
     if (!value) {
-      turn(a, own, angles, x);
+      turn(d, a.rotary, own, angles, x);
       if (!query) {
 #pragma unroll
         for (int j = 0; j < kLanes; ++j)
@@ -60,7 +60,7 @@ __device__ __forceinline__ void ready(const AttentionArgs& a, const Room& room, 
     } else {
       const int64_t at = (static_cast<int64_t>(b) * a.kv_heads + kv_head) * a.present_rows + row;
       void* cache = value ? a.present_value : a.present_key;
-      pack(a, x, reinterpret_cast<uint8_t*>(room.levels) + warp * d, static_cast<char*>(cache) + at * (d / 2 + 4));
+      pack(d, a.cut, x, reinterpret_cast<uint8_t*>(room.levels) + warp * d, static_cast<char*>(cache) + at * (d / 2 + 4));
     }
     __syncwarp();
   }
@@ -68,9 +68,9 @@ __device__ __forceinline__ void ready(const AttentionArgs& a, const Room& room, 
 
 // What the block's warps found as one, to the blocks that add it up.
 template <int most>
-__device__ __forceinline__ void share(const AttentionArgs& a, const Room& room, int rank, int first_head, int first_owner,
-                                      Found<most>& found) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, d = a.d, group = a.group;
+__device__ __forceinline__ void share(const AttentionArgs& a, int d, const Room& room, int rank, int first_head,
+                                      int first_owner, Found<most>& found) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, group = a.group;
   float *largests = room.found, *totals = largests + kDecodeWarps * kDecodeGroup;
   float* middles = totals + kDecodeWarps * kDecodeGroup;
 #pragma unroll
@@ -121,11 +121,12 @@ __device__ __forceinline__ void share(const AttentionArgs& a, const Room& room, 
   }
 }
 
-template <class X, int most>
+// whole: d is most, known to the compiler.
+template <class X, int most, bool whole>
 __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ? 1 : 2) decode_kernel(const AttentionArgs a) {
   extern __shared__ float4 shared[];
   constexpr int parts = sizeof(X) == 4 ? 2 : 1;
-  const int d = a.d, group = a.group, blocks = a.cluster, rank = cluster_rank();
+  const int d = whole ? most : a.d, group = a.group, blocks = a.cluster, rank = cluster_rank();
   const int b = blockIdx.y / a.kv_heads, kv_head = blockIdx.y % a.kv_heads, warp = threadIdx.x / 32;
   const Room room(reinterpret_cast<float*>(shared), group, d, blocks);
   const int64_t cached = static_cast<int64_t>(blockIdx.y) * a.present_rows * Int4Cache::row_words(d);
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
   const auto load_keys = [&] { words.load_keys(keys, d, chunk * kChunkTokens, lengths.after); };
   const auto load_values = [&] { words.load_values(values, d, chunk * kChunkTokens, lengths.after); };
   if (chunk < newest) load_keys(), load_values();
-  ready<X, most / 32>(a, room, b, kv_head, (newest - begin) % blocks == rank, last, position);
+  ready<X, most / 32>(a, d, room, b, kv_head, (newest - begin) % blocks == rank, last, position);
   __syncthreads();
   if (chunk == newest) load_keys(), load_values();
 
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
         [&] { if (more) load_values(); });
   }
   cluster_wait();  // all blocks have started
-  share<most>(a, room, rank, first_head, first_owner, found);
+  share<most>(a, d, room, rank, first_head, first_owner, found);
   box_wait(room.box);
 
   for (int i = threadIdx.x; i < owned; i += kDecodeThreads) {
@@ -214,9 +215,9 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
   }
 }
 
-template <class X, int most>
+template <class X, int most, bool whole>
 cudaError_t start(const AttentionArgs& a, cudaStream_t stream) {
-  const auto kernel = decode_kernel<X, most>;
+  const auto kernel = decode_kernel<X, most, whole>;
   const size_t shared = Room::bytes(a.group, a.d, a.cluster);
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
@@ -231,9 +232,11 @@ cudaError_t start(const AttentionArgs& a, cudaStream_t stream) {
 
 template <class X>
 cudaError_t start_size(const AttentionArgs& a, cudaStream_t stream) {
-  return a.d <= 64    ? start<X, 64>(a, stream)
-         : a.d <= 128 ? start<X, 128>(a, stream)
-                      : start<X, 256>(a, stream);
+  return a.d == 128  ? start<X, 128, true>(a, stream)
+         : a.d == 64 ? start<X, 64, true>(a, stream)
+         : a.d < 64  ? start<X, 64, false>(a, stream)
+         : a.d < 128 ? start<X, 128, false>(a, stream)
+                     : start<X, 256, false>(a, stream);
 }
 
 }  // namespace

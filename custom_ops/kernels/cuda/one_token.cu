@@ -34,7 +34,7 @@ __device__ __forceinline__ float together(const Args& args, const Shares& shares
 constexpr int kHeld = 2;  // steps of a unit that a thread has in registers
 
 template <Mode mode>
-__global__ void __maxnreg__(80) one_token_kernel(const Args args, const Shares shares) {
+__global__ void __maxnreg__(96) one_token_kernel(const Args args, const Shares shares) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ uint4 shared[];
   char* const kept = reinterpret_cast<char*>(shared);
@@ -49,9 +49,10 @@ __global__ void __maxnreg__(80) one_token_kernel(const Args args, const Shares s
       barrier_init(work.arrived, 1);
       barriers_ready();
       work.fetch(at);
+      const Place next = work.after(at);
+      if (next.tile < last) work.prefetch(next);
     }
-    work.load_scales(at);
-    if (args.rank) work.load_columns(at.tile);
+    work.load(work.now, at, true);
   }
   // The thread's own output, at the end.
   const int own = first * kTile + static_cast<int>(threadIdx.x);
@@ -67,15 +68,17 @@ __global__ void __maxnreg__(80) one_token_kernel(const Args args, const Shares s
   work.clear_sums();
   for (uint32_t parity = 0; at.tile < last; parity ^= 1) {
     const Place next = work.after(at);
+    const bool more = next.tile < last;
     work.begin(at);
     const char* levels[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const bool mine = work.g == 2 * work.t + e;
-      levels[e] = kept + shares.levels + (mine ? (at.unit * kGroups + work.g) * kStep : -kZeros);
+      levels[e] = kept + shares.levels + (mine ? (at.unit * kGroups + work.g) * kLevelBytes : -kZeros);
     }
     barrier_wait(work.arrived, parity);
     uint4 w[kHeld][2];
+    Constants current;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       if (k % kHeld == 0) {
@@ -84,7 +87,9 @@ __global__ void __maxnreg__(80) one_token_kernel(const Args args, const Shares s
       }
       if (k == kSteps - kHeld) {  // all of it is in registers
         __syncwarp();
-        if (work.lane == 0 && next.tile < last) work.fetch(next);
+        if (work.lane == 0 && more) work.fetch(next);
+        current = work.now;  // here, since a copy waits for what is under way
+        if (more) work.load(work.now, next, next.tile != at.tile);
       }
       uint32_t lo[2], hi[2];
 #pragma unroll
@@ -94,12 +99,8 @@ __global__ void __maxnreg__(80) one_token_kernel(const Args args, const Shares s
       }
       work.multiply(w[k % kHeld], lo, hi);
     }
-    work.fold(at);
-    if (next.tile != at.tile) work.finish(at.tile, at.tile - first);
-    if (next.tile < last) {
-      work.load_scales(next);
-      if (args.rank && next.tile != at.tile) work.load_columns(next.tile);
-    }
+    work.fold(at, current);
+    if (next.tile != at.tile) work.finish(at.tile, at.tile - first, current);
     at = next;
   }
   __syncthreads();
@@ -130,7 +131,7 @@ Shares divided(const Args& args, Mode mode, int multiprocessors, int warps) {
   s.blocks = std::max(std::min(s.tiles, multiprocessors), ceil_div(s.tiles, kMostSums / bytes));
   s.least = s.tiles / s.blocks, s.more = s.tiles % s.blocks;
   s.levels = static_cast<int>(round_up(s.parts * s.slots * (kUnitBytes + 8), kZeros)) + kZeros;
-  s.scales = s.levels + s.units * kUnitFeatures;
+  s.scales = s.levels + s.units * kGroups * kLevelBytes;
   s.starts = s.scales + s.units * kGroups * 4;
   s.zeros = s.starts + s.units * kGroups * 4;
   s.low = s.zeros + (mode == kFoldZero ? s.units * kGroups * 4 : 0);

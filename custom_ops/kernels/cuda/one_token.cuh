@@ -27,7 +27,7 @@ constexpr int kMostWarps = 16;
 constexpr int kZeros = kStep;  // bytes of shared memory that stay zero: the levels of other columns
 constexpr int kMostSums = 64 * 1024;  // bytes of a block's sums
 constexpr int kPanelBytes = kGroups * kGroupBytes, kUnitBytes = kTile / kPanel * kPanelBytes;  // of a unit
-constexpr int kColumns = 2;         // of C that a thread loads in advance
+constexpr int kLevelBytes = kStep + 8;  // of a group in shared memory, so that no two threads meet in a bank
 
 // How a product is divided, and where a block keeps things in its shared memory, in bytes.
 struct Shares {
@@ -35,6 +35,12 @@ struct Shares {
   int parts, slots;  // warps that share a tile; tiles that a block has under way
   int blocks, least, more;  // of the grid; tiles of a block, the first `more` of which have one more
   int levels, scales, starts, zeros, low, sums, branch, bytes;
+};
+
+// What a unit needs beside its weights.
+struct Constants {
+  uint2 scales[2], row_sums[2];  // of groups 2t and 2t + 1
+  uint2 column;                  // of C: the thread's t-th of the warp's first four; of a tile's first unit
 };
 
 // A tile of 32 outputs and a unit of 512 features.
@@ -51,8 +57,7 @@ struct OneToken {
   const int quad;  // of the tile's outputs, the thread's
   char* const own;  // the warp's weights
   uint64_t* const arrived;
-  uint2 scales[2], row_sums[2];
-  uint2 columns[kColumns];   // of C: part + i · parts, four columns each, of which this thread has the t-th
+  Constants now;
   int low[2][4], high[2][4];  // sums of low and high nibbles: [words 0, 1 or 2, 3][2h + e], of output 4 · quad + 2 · pair + h
   float out[4];
 
@@ -77,6 +82,14 @@ struct OneToken {
     if (panels > 1) copy_bulk(own + kPanelBytes, from + static_cast<int64_t>(groups) * kGroupBytes, bytes, arrived);
   }
 
+  // Those of another to the L2 cache.
+  __device__ __forceinline__ void prefetch(const Place& at) const {
+    const int panel = at.tile * (kTile / kPanel), panels = min(kTile / kPanel, ceil_div(args.m, kPanel) - panel);
+    const int group = at.unit * kGroups, bytes = min(kGroups, groups - group) * kGroupBytes;
+    for (int p = 0; p < panels; ++p)
+      prefetch_l2(args.qweight + (static_cast<int64_t>(panel + p) * groups + group) * kGroupBytes, bytes);
+  }
+
   // Of groups 2t and 2t + 1, blocks step or the one beside it.
   __device__ __forceinline__ void load(int step, uint4 (&w)[2]) const {
     const int block = step / 2 * 2 + ((step ^ t) & 1);
@@ -86,7 +99,8 @@ struct OneToken {
                                              quad % 4 * 16);
   }
 
-  __device__ __forceinline__ void load_scales(const Place& at) {
+  __device__ __forceinline__ void load(Constants& to, const Place& at, bool first) const {
+    if (args.rank && first) to.column = column(at.tile, 0);
     if constexpr (mode == kChannel) return;
     const int output = at.tile * kTile + 4 * quad;
 #pragma unroll
@@ -94,34 +108,30 @@ struct OneToken {
       const int group = at.unit * kGroups + 2 * t + e;
       const bool there = output < args.m && group < groups;
       const int64_t row = static_cast<int64_t>(quotient(group, args.group_steps)) * args.m + output;
-      scales[e] = there ? __ldg(reinterpret_cast<const uint2*>(args.scales + row)) : make_uint2(0, 0);
+      to.scales[e] = there ? __ldg(reinterpret_cast<const uint2*>(args.scales + row)) : make_uint2(0, 0);
       if constexpr (mode == kFoldZero) {
         if (args.wide_sums) continue;
         const int64_t sum = static_cast<int64_t>(quotient(group, args.segment_steps)) * args.m + output;
         const int16_t* from = static_cast<const int16_t*>(args.row_sums) + sum;
-        row_sums[e] = there ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+        to.row_sums[e] = there ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
       }
     }
   }
 
   // Row sum of output 4g + i and group 2t + e.
   __device__ __forceinline__ int row_sum(const Place& at, int e, int i) const {
-    if (!args.wide_sums) return static_cast<int16_t>((i / 2 ? row_sums[e].y : row_sums[e].x) >> 16 * (i % 2));
+    if (!args.wide_sums) return static_cast<int16_t>((i / 2 ? now.row_sums[e].y : now.row_sums[e].x) >> 16 * (i % 2));
     const int group = at.unit * kGroups + 2 * t + e, output = at.tile * kTile + 4 * quad + i;
     if (output >= args.m || group >= groups) return 0;
     const int64_t sum = static_cast<int64_t>(quotient(group, args.segment_steps)) * args.m + output;
     return __ldg(static_cast<const int32_t*>(args.row_sums) + sum);
   }
 
+  // The thread's column of C: the t-th of four, of which the warp takes every parts-th.
   __device__ __forceinline__ uint2 column(int tile, int i) const {
     const int c = 4 * (part + i * shares.parts) + t, output = tile * kTile + 4 * quad;
     const __half* from = args.coef + static_cast<int64_t>(c) * args.m + output;
     return c < args.rank && output < args.m ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
-  }
-
-  __device__ __forceinline__ void load_columns(int tile) {
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) columns[i] = column(tile, i);
   }
 
   // What the first stage made, to shared memory; the block meets after it.
@@ -145,8 +155,9 @@ struct OneToken {
       int sum = __dp4a(int(v.x), ones, __dp4a(int(v.y), ones, __dp4a(int(v.z), ones, __dp4a(int(v.w), ones, 0))));
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      if (group & 2) v = make_uint4(v.z, v.w, v.x, v.y);  // those of an odd t take two blocks in the other order
-      *reinterpret_cast<uint4*>(kept + shares.levels + 16 * i) = v;
+      // Groups of an odd t take two blocks in the other order.
+      uint2* to = reinterpret_cast<uint2*>(kept + shares.levels + group * kLevelBytes + i % 4 * 16);
+      to[group / 2 % 2] = make_uint2(v.x, v.y), to[1 - group / 2 % 2] = make_uint2(v.z, v.w);
       constexpr int magic = 0x4B400000;  // as in gemm.cuh
       if (first) reinterpret_cast<int*>(kept + shares.starts)[group] = (mode == kChannel ? 0 : magic) - 128 * sum;
     }
@@ -193,12 +204,12 @@ struct OneToken {
   }
 
   // The unit's sums, times the scales of weights and token.
-  __device__ __forceinline__ void fold(const Place& at) {
+  __device__ __forceinline__ void fold(const Place& at, const Constants& constants) {
     if constexpr (mode == kChannel) return;
     const float2 token = *reinterpret_cast<const float2*>(kept + shares.scales + 4 * (at.unit * kGroups + 2 * t));
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const float2 lower = __half22float2(half2_of(scales[e].x)), upper = __half22float2(half2_of(scales[e].y));
+      const float2 lower = __half22float2(half2_of(constants.scales[e].x)), upper = __half22float2(half2_of(constants.scales[e].y));
       const float scale[4] = {lower.x, lower.y, upper.x, upper.y};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -208,23 +219,19 @@ struct OneToken {
     }
   }
 
-  __device__ __forceinline__ void add_columns(const uint2& c, float low_of, float (&to)[4]) const {
+  __device__ __forceinline__ void add_column(const uint2& c, float low_of, float (&to)[4]) const {
     const float2 lower = __half22float2(half2_of(c.x)), upper = __half22float2(half2_of(c.y));
     to[0] = fmaf(low_of, lower.x, to[0]), to[1] = fmaf(low_of, lower.y, to[1]);
     to[2] = fmaf(low_of, upper.x, to[2]), to[3] = fmaf(low_of, upper.y, to[3]);
   }
 
   // This warp's share of low · C.
-  __device__ __forceinline__ void branch(int tile, float (&to)[4]) const {
+  __device__ __forceinline__ void branch(int tile, const uint2& own, float (&to)[4]) const {
     const float* factors = reinterpret_cast<const float*>(kept + shares.low);
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
+    if (4 * part + t < args.rank) add_column(own, factors[4 * part + t], to);
+    for (int i = 1; 4 * (part + i * shares.parts) < args.rank; ++i) {
       const int c = 4 * (part + i * shares.parts) + t;
-      if (c < args.rank) add_columns(columns[i], factors[c], to);
-    }
-    for (int i = kColumns; 4 * (part + i * shares.parts) < args.rank; ++i) {
-      const int c = 4 * (part + i * shares.parts) + t;
-      if (c < args.rank) add_columns(column(tile, i), factors[c], to);
+      if (c < args.rank) add_column(column(tile, i), factors[c], to);
     }
   }
 
@@ -239,7 +246,7 @@ struct OneToken {
   }
 
   // index: of the tile in its block.
-  __device__ __forceinline__ void finish(int tile, int index) {
+  __device__ __forceinline__ void finish(int tile, int index, const Constants& constants) {
     const int at = ((index * shares.parts) + part) * kTile + 4 * quad + t;
     if constexpr (mode == kChannel) {
       int sums[4];
@@ -250,12 +257,12 @@ struct OneToken {
       }
       reinterpret_cast<int*>(kept + shares.sums)[at] = over_threads(sums);
       if (args.rank) {
-        branch(tile, out);
+        branch(tile, constants.column, out);
         reinterpret_cast<float*>(kept + shares.branch)[at] = over_threads(out);
       }
       clear_sums();
     } else {
-      if (args.rank) branch(tile, out);
+      if (args.rank) branch(tile, constants.column, out);
       reinterpret_cast<float*>(kept + shares.sums)[at] = over_threads(out);
     }
 #pragma unroll
