@@ -114,7 +114,6 @@ To bits_as(From value) {
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __maxnreg__(...)
 #define __shared__ static
 #define threadIdx (emulator::self->thread)
 #define blockIdx (emulator::self->block)

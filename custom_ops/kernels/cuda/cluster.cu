@@ -221,9 +221,8 @@ __device__ __forceinline__ void quantize_groups(const Args& args, const Places& 
 }
 
 // span: features of a block.
-// So few registers that a block finds room beside those of the products before and after it.
 template <class X>
-__global__ void __maxnreg__(48) cluster_kernel(const Args args, const Source source, int span) {
+__global__ void __launch_bounds__(kThreads) cluster_kernel(const Args args, const Source source, int span) {
   extern __shared__ float shared[];
   const Places at(shared, span);
   const int blocks = args.cluster, rank = cluster_rank(), token = blockIdx.x / blocks, first = rank * span;
@@ -281,8 +280,6 @@ cudaError_t start(const Args& args, const Source& source, cudaStream_t stream) {
   const size_t shared = cluster_shared(args);
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  // As the kernels beside it: a multiprocessor is divided anew only when it is empty.
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
   if (error == cudaSuccess && args.cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error;

@@ -221,8 +221,6 @@ cudaError_t start(const AttentionArgs& a, cudaStream_t stream) {
   const size_t shared = Room::bytes(a.group, a.d, a.cluster);
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  // As the kernels beside it: an SM is divided anew only when it is empty.
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
   if (error == cudaSuccess && a.cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return error;

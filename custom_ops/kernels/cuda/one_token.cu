@@ -34,7 +34,7 @@ __device__ __forceinline__ float together(const Args& args, const Shares& shares
 constexpr int kHeld = 2;  // steps of a unit that a thread has in registers
 
 template <Mode mode>
-__global__ void __maxnreg__(96) one_token_kernel(const Args args, const Shares shares) {
+__global__ void __launch_bounds__(kMostWarps * 32) one_token_kernel(const Args args, const Shares shares) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ uint4 shared[];
   char* const kept = reinterpret_cast<char*>(shared);
@@ -152,9 +152,7 @@ template <Mode mode>
 cudaError_t start(const Args& args, int multiprocessors, cudaStream_t stream) {
   const Shares shares = shares_of(args, mode, multiprocessors);
   const auto kernel = one_token_kernel<mode>;
-  // As much shared memory as there is, as the kernels beside it: a multiprocessor is divided anew only when it is empty.
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.most_shared);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.most_shared);
   if (error != cudaSuccess) return error;
   return launch_early(kernel, dim3(shares.blocks), shares.parts * shares.slots * 32, shares.bytes, args.early, stream,
                       args, shares);
