@@ -222,7 +222,7 @@ __device__ __forceinline__ void quantize_groups(const Args& args, const Places& 
 
 // span: features of a block.
 template <class X>
-__global__ void __launch_bounds__(kThreads) cluster_kernel(const Args args, const Source source, int span) {
+__global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const Args args, const Source source, int span) {
   extern __shared__ float shared[];
   const Places at(shared, span);
   const int blocks = args.cluster, rank = cluster_rank(), token = blockIdx.x / blocks, first = rank * span;
