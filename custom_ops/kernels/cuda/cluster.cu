@@ -107,10 +107,10 @@ __device__ __forceinline__ void branch(const Args& args, const Places& at, int t
       if (wide) all[1] += at.sums[w * kFastRank + lane + 32];
     }
     float* to = at.lows + rank * kFastRank + lane;
-    box_send(to, warp, lane < args.rank ? all[0] : 0.0f, at.low_box);
-    if (wide) box_send(to + 32, warp, lane + 32 < args.rank ? all[1] : 0.0f, at.low_box);
+    box_send(to, warp, lane < args.rank ? all[0] : 0.0f, at.low_box, blocks);
+    if (wide) box_send(to + 32, warp, lane + 32 < args.rank ? all[1] : 0.0f, at.low_box, blocks);
   }
-  box_wait(at.low_box);
+  box_wait(at.low_box, blocks);
   float value[2] = {};
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -160,7 +160,7 @@ template <class F>
 __device__ __forceinline__ void tell(float value, F combine, const Places& at, int which, int rank, int blocks) {
   value = over_block<kWarps>(value, combine, at.sums);
   if (static_cast<int>(threadIdx.x) < blocks)
-    box_send(at.ranges + rank * kRange + which, threadIdx.x, value, at.range_box);
+    box_send(at.ranges + rank * kRange + which, threadIdx.x, value, at.range_box, blocks);
 }
 
 template <class F>
@@ -176,7 +176,7 @@ __device__ __forceinline__ void halve(const Args& args, const Places& at, int to
   float largest = 0.0f, factor, inverse;
   for (int i = threadIdx.x; i < count; i += kThreads) largest = max_nan(largest, fabsf(at.values[i]));
   tell(largest, Largest(), at, 0, rank, blocks);
-  box_wait(at.range_box);
+  box_wait(at.range_box, blocks);
   half_factor(told(Largest(), at, 0, blocks), factor, inverse);
   __half* out = static_cast<__half*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
   for (int i = threadIdx.x; i < count; i += kThreads) out[i] = __float2half_rn(at.values[i] * inverse);
@@ -192,7 +192,7 @@ __device__ __forceinline__ void quantize_token(const Args& args, const Places& a
   }
   tell(lowest, Smallest(), at, 0, rank, blocks);
   tell(highest, Largest(), at, 1, rank, blocks);
-  box_wait(at.range_box);
+  box_wait(at.range_box, blocks);
   const Quantizer q(told(Smallest(), at, 0, blocks), told(Largest(), at, 1, blocks), args.clip, args.bits);
   const float centre = q.centre(args.bits);
   int8_t* out = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;

@@ -40,8 +40,13 @@ __device__ __forceinline__ void box_open(uint64_t* box, int bytes) {
 #endif
 }
 
-// A value to the same place of another block's shared memory, counted in its box.
-__device__ __forceinline__ void box_send(float* shared, int rank, float value, uint64_t* box) {
+// A value to the same place of another block's shared memory, counted in its box. `blocks` are the cluster's: one alone
+// has nobody to send to, and only meets.
+__device__ __forceinline__ void box_send(float* shared, int rank, float value, uint64_t* box, int blocks) {
+  if (blocks == 1) {
+    *shared = value;
+    return;
+  }
 #if __CUDA_ARCH__ >= 900
   const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const uint32_t count = static_cast<uint32_t>(__cvta_generic_to_shared(box));
@@ -53,7 +58,11 @@ __device__ __forceinline__ void box_send(float* shared, int rank, float value, u
 #endif
 }
 
-__device__ __forceinline__ void box_send(float4* shared, int rank, float4 value, uint64_t* box) {
+__device__ __forceinline__ void box_send(float4* shared, int rank, float4 value, uint64_t* box, int blocks) {
+  if (blocks == 1) {
+    *shared = value;
+    return;
+  }
 #if __CUDA_ARCH__ >= 900
   const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const uint32_t count = static_cast<uint32_t>(__cvta_generic_to_shared(box));
@@ -67,8 +76,12 @@ __device__ __forceinline__ void box_send(float4* shared, int rank, float4 value,
 #endif
 }
 
-// Until all of it is there.
-__device__ __forceinline__ void box_wait(uint64_t* box) {
+// Until all of it is there; by all threads.
+__device__ __forceinline__ void box_wait(uint64_t* box, int blocks) {
+  if (blocks == 1) {
+    __syncthreads();
+    return;
+  }
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n@p bra done;\n"

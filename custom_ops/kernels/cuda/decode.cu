@@ -112,11 +112,11 @@ __device__ __forceinline__ void share(const AttentionArgs& a, int d, const Room&
     }
     const int owner = own ? first_owner : 4 * i / slice;
     float* to = room.shares + rank * slice + (4 * i - owner * slice);
-    box_send(reinterpret_cast<float4*>(to), owner, make_float4(y[0], y[1], y[2], y[3]), room.box);
+    box_send(reinterpret_cast<float4*>(to), owner, make_float4(y[0], y[1], y[2], y[3]), room.box, a.cluster);
     for (int block = i - head * row; block < a.cluster; block += row) {
       float* stats = room.stats + 2 * (rank * kDecodeGroup + head);
-      box_send(stats, block, most_of, room.box);
-      box_send(stats + 1, block, total, room.box);
+      box_send(stats, block, most_of, room.box, a.cluster);
+      box_send(stats + 1, block, total, room.box, a.cluster);
     }
   }
 }
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
   }
   cluster_wait();  // all blocks have started
   share<most>(a, d, room, rank, first_head, first_owner, found);
-  box_wait(room.box);
+  box_wait(room.box, blocks);
 
   for (int i = threadIdx.x; i < owned; i += kDecodeThreads) {
     const int head = i == static_cast<int>(threadIdx.x) ? own_head : (rank * slice + i) / d;
