@@ -13,8 +13,6 @@
 namespace specquant_cuda {
 namespace {
 
-constexpr int kAheadRounds = 8;  // chunks of a warp that are prefetched
-
 // The queries of the group to shared memory, and with `newest` the new row to the cache, a warp each.
 template <class X, int kLanes>
 __device__ __forceinline__ void ready(const AttentionArgs& a, int d, const Room& room, int b, int kv_head, bool newest,
@@ -141,18 +139,9 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
   cluster_arrive();
   const int first_owner = 4 * threadIdx.x / slice;
   const int own_head = (rank * slice + static_cast<int>(threadIdx.x)) / d;
-  {  // The length may change until the kernels before are done: here it says only what will probably be read.
-    const int rows = min(a.seqlens_k[b], a.present_rows - 1) + 1, bytes = Int4Cache::row_words(d) * 4 * kChunkTokens;
-    for (int round = 0; round < kAheadRounds; ++round) {
-      const int start = (own + round * step) * kChunkTokens;
-      if (start >= rows || a.window > 0) break;
-      for (int at = threadIdx.x % 32 * 128; at < min(bytes, (rows - start) * bytes / kChunkTokens); at += 32 * 128) {
-        prefetch_line(reinterpret_cast<const char*>(keys) + static_cast<int64_t>(start) * bytes / kChunkTokens + at);
-        prefetch_line(reinterpret_cast<const char*>(values) + static_cast<int64_t>(start) * bytes / kChunkTokens + at);
-      }
-    }
-    const int64_t position = a.position_ids[b], at = position * a.rotary + threadIdx.x % 32 * 32;
-    if (warp == 0 && position >= 0 && position < a.context && threadIdx.x % 32 * 32 < a.rotary) {
+  {  // The position may change until the kernels before are done: here it says only what will probably be read.
+    const int64_t probable = a.position_ids[b], at = probable * a.rotary + threadIdx.x % 32 * 32;
+    if (warp == 0 && probable >= 0 && probable < a.context && static_cast<int>(threadIdx.x) * 32 < a.rotary) {
       prefetch_line(a.cos + at);
       prefetch_line(a.sin + at);
     }

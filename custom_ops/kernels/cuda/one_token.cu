@@ -31,11 +31,10 @@ __device__ __forceinline__ float together(const Args& args, const Shares& shares
   }
 }
 
-constexpr int kHeld = 2;  // steps of a unit that a thread has in registers
-
 template <Mode mode>
 __global__ void __launch_bounds__(kMostWarps * 32, 1) one_token_kernel(const Args args, const Shares shares) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  constexpr int kHeld = 2;  // steps of a unit that a thread has in registers
   extern __shared__ uint4 shared[];
   char* const kept = reinterpret_cast<char*>(shared);
   OneToken<mode> work(args, shares, kept);
