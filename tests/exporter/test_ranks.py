@@ -58,9 +58,11 @@ def test_gradients_are_those_of_autograd(llama: LlamaForCausalLM, tokens: torch.
     """For down_proj of the last block, by the chain rule through norm and head, at the labels that were drawn."""
     family, seen = family_of(llama.config), []
     branches = {(1, "down_proj"): Branch(1, torch.ones(1))}
-    hook = llama.model.layers[1].register_forward_hook(
-        lambda _m, _i, y: seen.append(y[0] if isinstance(y, tuple) else y)
-    )
+
+    def keep(_module: torch.nn.Module, _inputs: Any, y: Any) -> None:
+        seen.append(y[0] if isinstance(y, tuple) else y)
+
+    hook = llama.model.layers[1].register_forward_hook(keep)
     _add_gradients(llama, family, branches, tokens[:2], seed=3)
     hook.remove()
     generator, expected = torch.Generator().manual_seed(3), 0.0
