@@ -85,6 +85,9 @@ inline __attribute__((always_inline)) void add_product(typename V::F (&acc)[T][C
   }
 }
 
+// Elements of the basis that one token asks for before it needs them.
+constexpr int64_t kBasisAhead = 1024;
+
 // low = u · B[:, :rank] for T rows (first equation of docs/ops.md). The features are summed in two halves: one token has
 // few sums, and waits for each of its additions.
 template <class V, int T>
@@ -102,6 +105,8 @@ void project_down(const Problem& p, const Activations& x, int64_t row) {
       done = past >= 0 ? std::min(half, past / p.basis_rank + 1) : 0;
       const uint16_t *first = p.basis + column, *second = first + half * p.basis_rank;
       for (int64_t k = 0; k < done; ++k, first += p.basis_rank, second += p.basis_rank) {
+        __builtin_prefetch(first + kBasisAhead);
+        __builtin_prefetch(second + kBasisAhead);
 #pragma GCC unroll 4
         for (int v = 0; v < C; ++v) {
           sums[0][0][v] = V::fma(V::splat(u[k]), V::half(first + v * V::W), sums[0][0][v]);
