@@ -14,8 +14,7 @@ from typing import Any
 from specquant.custom_ops.errors import SpecQuantError
 
 FILE = "libspecquant_trt.so"
-# Of the op set all but SpectralBranch, which no export holds.
-PLUGINS = ("SpecQuantMatMul", "Int4ResidualMatMul", "Int4KVAttention", "HalfKVAttention")
+PLUGINS = ("SpecQuantMatMul", "Int4ResidualMatMul", "SpectralBranch", "Int4KVAttention", "HalfKVAttention")
 REBUILD = (
     "install nvcc of CUDA 12.8 or later and TensorRT's headers, set SPECQUANT_CUDA=ON and TENSORRT_INCLUDE_DIR for "
     "cmake and reinstall (docs/tensorrt.md), or use --profile portable"

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 pytest.importorskip("tensorrt_rtx", reason="the extra `tensorrt-rtx` is not installed")
 import tensorrt_rtx as trt
@@ -26,6 +28,8 @@ from specquant.exporter.engine_builder import Built, Limits, build_engine
 from specquant.exporter.graph import build_model, save_model
 from specquant.exporter.graph.writer import FloatType
 from specquant.exporter.lowering import lower
+from specquant.exporter.lowering.lower import IR_VERSION, OPSET
+from tests.ops import random_weights
 from tests.tiny import quantised_decoder, tiny_llama
 
 
@@ -100,12 +104,14 @@ def fields(**values: int | float) -> Any:
 @pytest.mark.parametrize("phase", ["BUILD", "RUNTIME"])
 def test_fields_it_takes_and_those_it_refuses(creators: dict[str, Any], phase: str) -> None:
     at = getattr(trt.TensorRTPhase, phase)
-    fused, residual, int4, half = (creators[name] for name in PLUGINS)
+    fused, residual, branch, int4, half = (creators[name] for name in PLUGINS)
     assert fused.create_plugin("x", fields(group_size=64, act_clip=0.9, subtract=1), at) is not None
     assert residual.create_plugin("x", fields(group_size=64), at) is not None
     assert residual.create_plugin("x", fields(subtract=1), at) is None  # of the other op
     assert fused.create_plugin("x", fields(group_size=64.0), at) is None
     assert fused.create_plugin("x", fields(act_clip=1), at) is None
+    assert branch.create_plugin("x", fields(), at) is not None
+    assert branch.create_plugin("x", fields(subtract=1), at) is None
     assert int4.create_plugin("x", fields(num_heads=4, scale=0.5, clip=0.9, hadamard=1), at) is not None
     assert half.create_plugin("x", fields(num_heads=4, scale=0.5), at) is not None
     assert half.create_plugin("x", fields(clip=0.9), at) is None
@@ -145,6 +151,32 @@ def test_every_node_of_ours_is_a_plugin_layer(
     assert touch == [line for line in built.layers if "LayerType: PluginV3," in line]
     assert len(touch) == 4
     assert (library.read_bytes() in memoryview(built.plan).tobytes()) == embed
+
+
+def branch_graph(rng: np.random.Generator, folder: Path, float_type: FloatType) -> Path:
+    """x [batch, 16, 64] → y and low of one SpectralBranch."""
+    kind, op = helper.np_dtype_to_tensor_dtype(np.dtype(float_type)), "SpectralBranch"
+    weights = random_weights(rng, op, 64, 40, 5)
+    node = helper.make_node(op, ["x", *weights], ["y", "low"], "branch", domain=DOMAIN)
+    x, y, low = (helper.make_tensor_value_info(n, kind, ["batch", 16, w]) for n, w in (("x", 64), ("y", 40), ("low", 5)))
+    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    graph = helper.make_graph([node], "branch", [x], [y, low], constants)
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION), folder / "branch.onnx")
+    return folder / "branch.onnx"
+
+
+@pytest.mark.parametrize("float_type", ["float16", "float32"])
+def test_a_branch_is_a_plugin_layer(
+    rng: np.random.Generator, tmp_path: Path, library: Path, float_type: FloatType
+) -> None:
+    """Both outputs go straight from the plugin to the network's: no export holds the op, so a graph of its own does."""
+    path = branch_graph(rng, tmp_path, float_type)
+    built = build_engine(trt, path, "tensorrt-rtx", "sm89", Limits(2, 32, 16), lambda *_: None, library)
+    assert built.plugins == ["branch"]
+    custom = [line for line in built.layers if re.search("LayerType: (custom_layer|PluginV3),", line)]
+    assert len(custom) == 2
+    assert all("y" in line and "low" in line for line in custom)
 
 
 def test_a_graph_with_plugins_but_no_library(rng: np.random.Generator, tmp_path: Path, library: Path) -> None:

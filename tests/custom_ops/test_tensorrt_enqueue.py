@@ -99,6 +99,36 @@ def test_leading_axes_and_no_tokens(rng: np.random.Generator, harness: Harness) 
     assert multiplied(harness, "SpecQuantMatMul", x[:0], weights, attributes).shape == (0, 3, 40)
 
 
+@pytest.mark.parametrize("float_type", [np.float32, np.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 128), (2, 19, 128), (3, 0, 128), (1, 5, 72)])
+@pytest.mark.parametrize("rank", [5, 33])
+def test_a_branch(
+    rng: np.random.Generator, harness: Harness, shape: tuple[int, ...], float_type: type[np.floating[Any]], rank: int
+) -> None:
+    op = "SpectralBranch"
+    weights = random_weights(rng, op, shape[-1], 40, rank)
+    x = random_input(rng, shape, float_type)
+    outputs: list[NDArray[Any] | int] = [np.full((*shape[:-1], width), np.nan, float_type) for width in (40, rank)]
+    most = {0: (shape[0] + 100, *shape[1:])}
+    found = computed(harness, op, [x, *weights.values()], outputs, {}, most)
+    bound = 2e-3 if float_type == np.float16 else 1e-5
+    for actual, expected in zip(found, REFERENCE[op](x, **weights), strict=True):
+        largest = np.abs(expected.astype(np.float32)).max(initial=0)
+        np.testing.assert_allclose(actual, expected, rtol=bound, atol=bound * largest)
+
+
+def test_a_branch_that_is_refused(rng: np.random.Generator, harness: Harness) -> None:
+    op = "SpectralBranch"
+    x, weights = random_input(rng, (5, 64), np.float16), random_weights(rng, op, 64, 40, 5)
+    wrong = weights | {"basis": np.concatenate([weights["basis"]] * 2)}
+    assert refusal(harness, op, [x, *wrong.values()], {}, 2) == b"SpectralBranch: basis or coef has another shape"
+    assert opened(harness, op, {"subtract": 1}) is None
+    assert harness[0].harness_last() == b"SpectralBranch: subtract"
+    too_many = {"basis": np.zeros((64, 65), np.float16), "coef": np.zeros((65, 40), np.float16)}
+    said = refusal(harness, op, [x, *(weights | too_many).values()], {}, 2)
+    assert said == b"SpectralBranch: the basis must have 0 to in-features columns, at most 4096"
+
+
 def test_every_attribute_of_a_linear_survives(rng: np.random.Generator, harness: Harness) -> None:
     """Serialised and read again, each changes what is computed."""
     base = {"group_size": 64, "act_bits": 8, "act_group": 64, "act_clip": 1.0, "hadamard": 0, "subtract": 0}

@@ -145,6 +145,20 @@ def test_linears(
     np.testing.assert_allclose(y, expected, rtol=bound, atol=bound * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("float_type", [np.float32, np.float16])
+@pytest.mark.parametrize("tokens", [0, 1, 19])
+def test_a_branch(rng: np.random.Generator, creators: dict[str, Any], float_type: Any, tokens: int) -> None:
+    op = "SpectralBranch"
+    weights = random_weights(rng, op, 128, 40, 5)
+    x = random_input(rng, (1, tokens, 128), float_type)
+    outputs = [np.full((1, tokens, width), np.nan, float_type) for width in (40, 5)]
+    run(creators[op], op, {}, [aligned(array) for array in (x, *weights.values())], outputs)
+    bound = 2e-3 if float_type == np.float16 else 1e-5
+    for actual, expected in zip(outputs, REFERENCE[op](x, **weights), strict=True):
+        largest = np.abs(expected.astype(np.float32)).max(initial=0)
+        np.testing.assert_allclose(actual, expected, rtol=bound, atol=bound * largest)
+
+
 @pytest.mark.parametrize("op", [INT4, HALF])
 @pytest.mark.parametrize("float_type", [np.float32, np.float16])
 @pytest.mark.parametrize(("past", "new"), [([0], [23]), ([40, 7], [1, 1])])
