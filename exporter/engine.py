@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import time
@@ -112,9 +113,9 @@ def build(
             save_model(model, Path(scratch))
             ops = sorted({node.op_type for node in model.graph if node.domain == DOMAIN})
             del model
-            path = Path(scratch) / "model.onnx"
-            built = build_engine(api, path, options.target, gpu, limits, report, plugins, options.embed_plugins)
-        (work / ENGINE).write_bytes(built.plan)
+            gc.collect()  # a graph's values and nodes point at each other
+            path, embed = Path(scratch) / "model.onnx", options.embed_plugins
+            built = build_engine(api, path, work / ENGINE, options.target, gpu, limits, report, plugins, embed)
         info = _info(manifest, options, limits, gpu, built, ops, work / ENGINE)
         text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
         (work / ENGINE_MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import signal
 import threading
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import prepare_plugins
@@ -32,10 +33,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Built:
-    """plan: the engine, a buffer. layers: one line each, as the builder prints them, of both profiles. plugins: the
-    layers that are plugins, sorted. Bytes are on the GPU; activation_bytes of prefill and of decode."""
+    """layers: one line each, as the builder prints them, of both profiles. plugins: the layers that are plugins,
+    sorted. Bytes are on the GPU; activation_bytes of prefill and of decode."""
 
-    plan: Any
     version: str
     weights_bytes: int
     activation_bytes: list[int]
@@ -71,6 +71,7 @@ def check_gpu(api: Any, target: str, gpu: str | None, profile: str) -> str:
 def build_engine(
     api: Any,
     path: Path,
+    engine: Path,
     target: str,
     gpu: str,
     limits: Limits,
@@ -78,13 +79,14 @@ def build_engine(
     plugins: Path | None = None,
     embed: bool = False,
 ) -> Built:
-    """An engine of the lowered graph at `path`, with two optimisation profiles: 0 for prefill, 1 for decode.
+    """Write an engine of the lowered graph at `path` to `engine`; optimisation profile 0 is prefill, 1 is decode.
 
     plugins: the library of those that the graph calls; embed: the engine carries it.
 
-    Raises SpecQuantError with TensorRT's first error, KeyboardInterrupt if one came meanwhile: TensorRT is told to
-    stop, since an exception may not pass through it.
+    Raises SpecQuantError with TensorRT's first error, OSError if the engine cannot be written, KeyboardInterrupt if one
+    came meanwhile: TensorRT is told to stop, since an exception may not pass through it.
     """
+    _return_freed_memory()
     log = _log(api)
     builder = api.Builder(log)
     if plugins is not None:
@@ -107,16 +109,44 @@ def build_engine(
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED  # names of layers, in the log and in the engine
     for rows, tokens in ((1, limits.block), (limits.max_batch, 1)):
         config.add_optimization_profile(_profile(builder, network, rows, tokens, limits.max_seq))
-    with _interrupts_deferred() as interrupted:
+    with _interrupts_deferred() as interrupted, engine.open("wb") as file:
         config.progress_monitor = _monitor(api, report, interrupted)
-        plan = builder.build_serialized_network(network, config)
+        written = _write(api, builder, network, config, file)
     if interrupted.is_set():
         raise KeyboardInterrupt
-    if plan is None:
+    if not written:
         raise SpecQuantError(f"{target} cannot build this engine for {gpu}: {log.reason()}")
     kinds = (network.get_layer(i) for i in range(network.num_layers))
     ours = sorted(layer.name for layer in kinds if layer.type == api.LayerType.PLUGIN_V3)
-    return Built(plan, api.__version__, log.bytes("Weights")[0], log.bytes("Activation"), log.layers(), ours)
+    return Built(api.__version__, log.bytes("Weights")[0], log.bytes("Activation"), log.layers(), ours)
+
+
+def _write(api: Any, builder: Any, network: Any, config: Any, file: BinaryIO) -> bool:
+    """Build and write, piece by piece where TensorRT can, since it holds the weights twice already. Raises OSError."""
+    if not hasattr(builder, "build_serialized_network_to_stream"):  # before TensorRT had it
+        plan = builder.build_serialized_network(network, config)
+        return plan is not None and file.write(memoryview(plan)) > 0
+    failed: list[OSError] = []
+
+    class Writer(api.IStreamWriter):
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                failed.append(error)
+                return 0
+
+    written = builder.build_serialized_network_to_stream(network, config, Writer())
+    if failed:
+        raise failed[0]
+    return bool(written)
+
+
+def _return_freed_memory() -> None:
+    """Let malloc give large blocks back as soon as they are freed; glibc's keeps ever larger ones for the next."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
 
 
 def _load_plugins(api: Any, builder: Any, target: str, plugins: Path, log: Any) -> None:

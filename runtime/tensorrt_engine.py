@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import mmap
 import os
 import tempfile
 from importlib import import_module
@@ -102,7 +103,8 @@ class LoadedEngine:
             load_plugins(api, runtime.get_plugin_registry())
         runtime.engine_host_code_allowed = self.info.host_code and allow_host_code
         self._runtime = runtime
-        self._engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+        with (folder / ENGINE).open("rb") as file:  # mapped: what TensorRT copies to the GPU is not copied here before
+            self._engine = runtime.deserialize_cuda_engine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         if self._engine is None:
             raise SpecQuantError(f"{folder / ENGINE} cannot be loaded: {self._log.reason()}")
         self._cache_path = folder / _CACHE

@@ -65,7 +65,7 @@ def test_engines(
     (tmp_path / "lowered").mkdir()
     save_model(lower(tmp_path, "custom", 32), tmp_path / "lowered")
     path = tmp_path / "lowered" / "model.onnx"
-    built = build_engine(trt, path, "tensorrt-rtx", gpu, Limits(2, 32, 16), lambda *_: None)
+    built = build_engine(trt, path, tmp_path / "engine", "tensorrt-rtx", gpu, Limits(2, 32, 16), lambda *_: None)
     assert len(built.plugins) == 7 + 2
     assert sum("LayerType: custom_layer" in line for line in built.layers) == 2 * 7
     caches = [line for line in built.layers if "past_key_values." in line or "present." in line]

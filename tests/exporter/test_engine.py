@@ -77,9 +77,45 @@ def test_prefill_and_decode_are_profiles_of_their_own(engine: Path, artifact: Pa
 def test_the_layers_are_those_of_the_model(artifact: Path, tmp_path: Path) -> None:
     save_model(lower(artifact, "portable", CONTEXT), tmp_path)
     api = load_api("tensorrt-rtx")
-    built = build_engine(api, tmp_path / "model.onnx", "tensorrt-rtx", "sm89", Limits(1, CONTEXT, 16), lambda *_: None)
+    path, limits = tmp_path / "model.onnx", Limits(1, CONTEXT, 16)
+    built = build_engine(api, path, tmp_path / "engine", "tensorrt-rtx", "sm89", limits, lambda *_: None)
     assert built.plugins == []
     assert len(built.layers) > 20
+
+
+def test_without_a_stream_the_engine_is_the_same(artifact: Path, tmp_path: Path) -> None:
+    """Older TensorRTs hand the engine over as a whole."""
+    save_model(lower(artifact, "portable", CONTEXT), tmp_path)
+    api = load_api("tensorrt-rtx")
+
+    class Older:
+        def __init__(self, log: Any) -> None:
+            self._builder = api.Builder(log)
+
+        def __getattr__(self, name: str) -> Any:
+            if name.endswith("_to_stream"):
+                raise AttributeError(name)
+            return getattr(self._builder, name)
+
+    class OlderApi:
+        Builder = Older
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(api, name)
+
+    path, limits = tmp_path / "model.onnx", Limits(1, CONTEXT, 16)
+    for name, module in (("new", api), ("old", OlderApi())):
+        build_engine(module, path, tmp_path / name, "tensorrt-rtx", "sm89", limits, lambda *_: None)
+    assert (tmp_path / "new").stat().st_size == (tmp_path / "old").stat().st_size > 0
+
+
+def test_a_full_disk_is_said(artifact: Path, tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    save_model(lower(artifact, "portable", CONTEXT), tmp_path)
+    path, limits = tmp_path / "model.onnx", Limits(1, CONTEXT, 16)
+    with pytest.raises(OSError, match="No space left"):
+        build_engine(load_api("tensorrt-rtx"), path, Path("/dev/full"), "tensorrt-rtx", "sm89", limits, lambda *_: None)
 
 
 def test_the_command(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,11 +152,12 @@ def test_options_that_do_not_fit(artifact: Path, tmp_path: Path, options: dict[s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_that_it_does_not_parse(artifact: Path) -> None:
+def test_a_graph_that_it_does_not_parse(artifact: Path, tmp_path: Path) -> None:
     """The artifact's own: it has int16 initialisers, which TensorRT lacks."""
     api = load_api("tensorrt-rtx")
     with pytest.raises(SpecQuantError, match=r"tensorrt-rtx does not take this graph: .*row_sums"):
-        build_engine(api, artifact / "model.onnx", "tensorrt-rtx", "sm89", Limits(1, 8, 8), lambda *_: None)
+        path, limits = artifact / "model.onnx", Limits(1, 8, 8)
+        build_engine(api, path, tmp_path / "engine", "tensorrt-rtx", "sm89", limits, lambda *_: None)
 
 
 def test_an_interrupt_leaves_nothing(artifact: Path, tmp_path: Path) -> None:
