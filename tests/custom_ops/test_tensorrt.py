@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import helper, numpy_helper
 
 pytest.importorskip("tensorrt_rtx", reason="the extra `tensorrt-rtx` is not installed")
 import tensorrt_rtx as trt
@@ -28,8 +26,7 @@ from specquant.exporter.engine_builder import Built, Limits, build_engine
 from specquant.exporter.graph import build_model, save_model
 from specquant.exporter.graph.writer import FloatType
 from specquant.exporter.lowering import lower
-from specquant.exporter.lowering.lower import IR_VERSION, OPSET
-from tests.ops import random_weights
+from tests.ops import branch_graph
 from tests.tiny import quantised_decoder, tiny_llama
 
 
@@ -154,25 +151,12 @@ def test_every_node_of_ours_is_a_plugin_layer(
     assert (library.read_bytes() in (tmp_path / "engine").read_bytes()) == embed
 
 
-def branch_graph(rng: np.random.Generator, folder: Path, float_type: FloatType) -> Path:
-    """x [batch, 16, 64] → y and low of one SpectralBranch."""
-    kind, op = helper.np_dtype_to_tensor_dtype(np.dtype(float_type)), "SpectralBranch"
-    weights = random_weights(rng, op, 64, 40, 5)
-    node = helper.make_node(op, ["x", *weights], ["y", "low"], "branch", domain=DOMAIN)
-    x, y, low = (helper.make_tensor_value_info(n, kind, ["batch", 16, w]) for n, w in (("x", 64), ("y", 40), ("low", 5)))
-    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    graph = helper.make_graph([node], "branch", [x], [y, low], constants)
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION), folder / "branch.onnx")
-    return folder / "branch.onnx"
-
-
 @pytest.mark.parametrize("float_type", ["float16", "float32"])
 def test_a_branch_is_a_plugin_layer(
     rng: np.random.Generator, tmp_path: Path, library: Path, float_type: FloatType
 ) -> None:
     """Both outputs go straight from the plugin to the network's: no export holds the op, so a graph of its own does."""
-    path = branch_graph(rng, tmp_path, float_type)
+    path = branch_graph(rng, tmp_path / "branch.onnx", float_type)
     engine = tmp_path / "engine"
     built = build_engine(trt, path, engine, "tensorrt-rtx", "sm89", Limits(2, 32, 16), lambda *_: None, library)
     assert built.plugins == ["branch"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import specquant.exporter.engine as engine_module
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import library_path
 from specquant.exporter.engine import EngineOptions, build, estimate
-from specquant.exporter.engine_builder import Built, Limits
+from specquant.exporter.engine_builder import Built, Limits, load_api
 from specquant.exporter.export import export
 from specquant.exporter.lowering import lower
 from specquant.exporter.recipe import Recipe
 from specquant.exporter.sources import sample_gguf
 from specquant.runtime.artifact import open_artifact
 from specquant.runtime.engine import open_engine
+from tests.python_plugins import registered
 
 RECIPE = Recipe(
     rounding="rtn",
@@ -55,13 +57,23 @@ def test_a_portable_engine(artifact: Path, tmp_path: Path) -> None:
     assert info.size < 1.2 * ARTIFACT_BYTES
 
 
-@pytest.mark.parametrize("gpu", ["sm86", "sm120"])
-def test_a_custom_engine(artifact: Path, tmp_path: Path, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every node of ours is a plugin layer, in both profiles, and nothing but attention touches the cache."""
+@pytest.fixture
+def python(monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether the plugins in Python, of the same names, stand in for the compiled library."""
     try:
         library_path()
-    except SpecQuantError as error:
-        pytest.skip(str(error))
+    except SpecQuantError:
+        with registered(load_api("tensorrt-rtx"), monkeypatch):
+            yield True
+    else:
+        yield False
+
+
+@pytest.mark.parametrize("gpu", ["sm86", "sm89", "sm120"])
+def test_a_custom_engine(
+    artifact: Path, tmp_path: Path, gpu: str, python: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every node of ours is a plugin layer, in both profiles, and nothing but attention touches the cache."""
     made: list[Built] = []
 
     def remembered(*arguments: object) -> Built:
@@ -70,7 +82,8 @@ def test_a_custom_engine(artifact: Path, tmp_path: Path, gpu: str, monkeypatch: 
 
     build_engine = engine_module.build_engine
     monkeypatch.setattr(engine_module, "build_engine", remembered)
-    info = build(artifact, replace(OPTIONS, gpu=gpu, profile="custom"), tmp_path / "engine")
+    options = replace(OPTIONS, gpu=gpu, profile="custom", python_plugins=python)
+    info = build(artifact, options, tmp_path / "engine")
     assert info.plugins == ["Int4KVAttention", "Int4ResidualMatMul", "SpecQuantMatMul"]
     assert len(made[0].plugins) == LAYERS * 5 + 1  # four linears and attention, and the head
     layers = made[0].layers
