@@ -26,7 +26,9 @@ from specquant.runtime.engine import ENGINE, ENGINE_FORMAT, ENGINE_MANIFEST, Eng
 
 TARGETS = ("tensorrt-rtx", "tensorrt")
 DEFAULT_SEQ, BLOCK = 2048, 512
-_BUILDER_BYTES, _COPIES = 0.5e9, 6  # measured: of SmolLM2-135M and of a random Llama of 1B, docs/tensorrt.md
+# Private memory of a build: bytes, of them a layer, and times the weights. Measured (docs/tensorrt.md, Sizes); mapped
+# files come on top, which the system takes back when it needs the memory.
+_HOST = {"portable": (1e8, 2e7, 2.0), "custom": (3e8, 1e6, 1.02)}
 Report = Callable[[str, int, int], None]  # what, done, total
 
 
@@ -108,7 +110,7 @@ def build(
     with whole_folder(target, force, ENGINE_MANIFEST, "engine") as work:
         report("lowering the graph", 0, 1)
         model = lower(folder, options.profile, limits.max_seq, options.rank)
-        note(f"estimate: {estimate(model, manifest, limits)}")
+        note(f"estimate: {estimate(model, manifest, limits, options.profile)}")
         with tempfile.TemporaryDirectory(dir=work) as scratch:
             save_model(model, Path(scratch))
             ops = sorted({node.op_type for node in model.graph if node.domain == DOMAIN})
@@ -122,15 +124,16 @@ def build(
     return info
 
 
-def estimate(model: ir.Model, manifest: Manifest, limits: Limits) -> Estimate:
-    """Of a lowered model; what the builder holds of the weights is several times them."""
+def estimate(model: ir.Model, manifest: Manifest, limits: Limits, profile: str) -> Estimate:
+    """Of a model that was lowered to this profile."""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     info = manifest.model
     caches = [value for value in model.graph.inputs if str(value.name).startswith("past_key_values.")]
     a_token = sum(info.num_kv_heads * int(dims(cache)[3]) * cache.dtype.itemsize for cache in caches if cache.dtype)
     cache = int(a_token * limits.max_batch * limits.max_seq)
     logits = max(limits.block, limits.max_batch) * info.vocab_size * info.float_dtype.itemsize
-    return Estimate(int(_BUILDER_BYTES + _COPIES * weights), weights, cache, logits)
+    fixed, of_a_layer, copies = _HOST[profile]
+    return Estimate(int(fixed + of_a_layer * info.num_layers + copies * weights), weights, cache, logits)
 
 
 def _limits(manifest: Manifest, options: EngineOptions) -> Limits:

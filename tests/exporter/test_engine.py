@@ -62,7 +62,7 @@ def test_an_engine_for_a_gpu_that_is_not_here(artifact: Path, tmp_path: Path, gp
 def test_weights_stay_four_bits(artifact: Path, engine: Path) -> None:
     """What the builder counts as weights is what the lowered graph stores, where a weight takes half a byte."""
     info, manifest = open_engine(artifact, engine), open_artifact(artifact)
-    stored = estimate(lower(artifact, "portable", CONTEXT), manifest, Limits(3, CONTEXT, 32)).weights
+    stored = estimate(lower(artifact, "portable", CONTEXT), manifest, Limits(3, CONTEXT, 32), "portable").weights
     weights = sum(layer.in_features * layer.out_features for layer in manifest.layers)
     aligned = 256 * 100  # each of the hundred tensors may be padded
     assert abs(info.weights_bytes - stored) < aligned

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +25,7 @@ from specquant.exporter.lowering import lower
 from specquant.exporter.recipe import Recipe
 from specquant.exporter.sources import sample_gguf
 from specquant.runtime.artifact import open_artifact
-from specquant.runtime.engine import open_engine
+from specquant.runtime.engine import EngineInfo, open_engine
 from tests.python_plugins import registered
 
 RECIPE = Recipe(
@@ -49,12 +53,40 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def built_by_command(artifact: Path, folder: Path, profile: str) -> tuple[EngineInfo, float, float]:
+    """The engine of a command of its own, bytes that it estimated, and the most private memory that it took (Linux)."""
+    sizes = ["--gpu", "sm89", "--max-batch", "4", "--max-seq", "1024", "--profile", profile, "-o", str(folder), "--json"]
+    command = [sys.executable, "-m", "specquant.runtime.cli", "build", str(artifact), *sizes]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        status, most = Path(f"/proc/{process.pid}/status"), 0
+        while process.poll() is None:
+            found = re.search(r"RssAnon:\s+(\d+)", status.read_text()) if status.exists() else None
+            most = max(most, int(found[1]) * 1024 if found else 0)
+            time.sleep(0.01)
+        printed, said = process.communicate()
+    assert process.returncode == 0, said
+    estimated = re.search(r"estimate: about ([\d,]+) MB", said)
+    assert estimated
+    info = open_engine(artifact, folder)
+    assert json.loads(printed) == asdict(info)
+    return info, float(estimated[1].replace(",", "")) * 1e6, most
+
+
 def test_a_portable_engine(artifact: Path, tmp_path: Path) -> None:
-    info = build(artifact, OPTIONS, tmp_path / "engine")
-    assert open_engine(artifact, tmp_path / "engine") == info
+    info, estimated, taken = built_by_command(artifact, tmp_path / "engine", "portable")
     assert info.plugins == []
     assert 0.9 * ARTIFACT_BYTES < info.weights_bytes < 1.05 * ARTIFACT_BYTES  # 4 bits stay 4 bits
     assert info.size < 1.2 * ARTIFACT_BYTES
+    assert not taken or 0.8 * estimated < taken < 1.15 * estimated
+
+
+def test_memory_of_a_custom_engine(artifact: Path, tmp_path: Path) -> None:
+    try:
+        library_path()
+    except SpecQuantError as error:
+        pytest.skip(str(error))
+    _, estimated, taken = built_by_command(artifact, tmp_path / "engine", "custom")
+    assert not taken or 0.8 * estimated < taken < 1.15 * estimated
 
 
 @pytest.fixture
@@ -98,6 +130,7 @@ def test_the_cache_of_an_engine(artifact: Path) -> None:
     """4 bits where the plugins read it, else floats; as the estimate has it."""
     manifest, limits = open_artifact(artifact), Limits(4, 1024, 512)
     tokens = limits.max_batch * limits.max_seq
-    packed, floats = (estimate(lower(artifact, profile, 1024), manifest, limits) for profile in ("custom", "portable"))
+    profiles = ("custom", "portable")
+    packed, floats = (estimate(lower(artifact, profile, 1024), manifest, limits, profile) for profile in profiles)
     assert packed.cache == tokens * manifest.model.cache_bytes_per_token == tokens * 6480
     assert floats.cache == tokens * 23040
