@@ -107,8 +107,8 @@ def build_engine(
     if plugins is not None and embed:
         config.plugins_to_serialize = [str(plugins)]
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED  # names of layers, in the log and in the engine
-    for rows, tokens in ((1, limits.block), (limits.max_batch, 1)):
-        config.add_optimization_profile(_profile(builder, network, rows, tokens, limits.max_seq))
+    for profile in optimization_profiles(builder, network, limits):
+        config.add_optimization_profile(profile)
     with _interrupts_deferred() as interrupted, engine.open("wb") as file:
         config.progress_monitor = _monitor(api, report, interrupted)
         written = _write(api, builder, network, config, file)
@@ -162,6 +162,12 @@ def _let_attention_decompose(api: Any, network: Any) -> None:
         if layer.type == api.LayerType.ATTENTION_INPUT:
             layer.__class__ = api.IAttentionInputLayer  # how TensorRT's binding downcasts
             layer.attention.decomposable = True
+
+
+def optimization_profiles(builder: Any, network: Any, limits: Limits) -> list[Any]:
+    """Of prefill and of decode."""
+    calls = ((1, limits.block), (limits.max_batch, 1))
+    return [_profile(builder, network, rows, tokens, limits.max_seq) for rows, tokens in calls]
 
 
 def _profile(builder: Any, network: Any, rows: int, tokens: int, max_seq: int) -> Any:

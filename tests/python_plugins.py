@@ -1,4 +1,4 @@
-"""The plugins in Python in TensorRT-RTX's registry, where they must not stay: other tests look for an op that no one has
+"""The plugins in Python in TensorRT-RTX's registry, where they must not stay: other tests look for an op that is not
 registered."""
 
 from __future__ import annotations

@@ -55,7 +55,19 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def built_by_command(artifact: Path, folder: Path, profile: str) -> tuple[EngineInfo, float, float]:
     """The engine of a command of its own, bytes that it estimated, and the most private memory that it took (Linux)."""
-    sizes = ["--gpu", "sm89", "--max-batch", "4", "--max-seq", "1024", "--profile", profile, "-o", str(folder), "--json"]
+    sizes = [
+        "--gpu",
+        "sm89",
+        "--max-batch",
+        "4",
+        "--max-seq",
+        "1024",
+        "--profile",
+        profile,
+        "-o",
+        str(folder),
+        "--json",
+    ]
     command = [sys.executable, "-m", "specquant.runtime.cli", "build", str(artifact), *sizes]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         status, most = Path(f"/proc/{process.pid}/status"), 0
