@@ -117,7 +117,8 @@ def build(
             del model
             gc.collect()  # a graph's values and nodes point at each other
             path, embed = Path(scratch) / "model.onnx", options.embed_plugins
-            built = build_engine(api, path, work / ENGINE, options.target, gpu, limits, report, plugins, embed)
+            timings = folder / "engine" / f"timings-{gpu}.cache" if options.target == "tensorrt" else None
+            built = build_engine(api, path, work / ENGINE, options.target, gpu, limits, report, plugins, embed, timings)
         info = _info(manifest, options, limits, gpu, built, ops, work / ENGINE)
         text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
         (work / ENGINE_MANIFEST).write_text(text + "\n", encoding="utf-8")

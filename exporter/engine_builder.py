@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import prepare_plugins
+from specquant.exporter.timings import keep_timings, use_timings
 from specquant.runtime.cuda_driver import Device
 from specquant.runtime.engine import MODULES
 
@@ -78,10 +79,12 @@ def build_engine(
     report: Callable[[str, int, int], None],
     plugins: Path | None = None,
     embed: bool = False,
+    timings: Path | None = None,
 ) -> Built:
     """Write an engine of the lowered graph at `path` to `engine`; optimisation profile 0 is prefill, 1 is decode.
 
-    plugins: the library of those that the graph calls; embed: the engine carries it.
+    plugins: the library of those that the graph calls; embed: the engine carries it. timings: what earlier builds
+    measured, and this one adds to.
 
     Raises SpecQuantError with TensorRT's first error, OSError if the engine cannot be written, KeyboardInterrupt if one
     came meanwhile: TensorRT is told to stop, since an exception may not pass through it.
@@ -106,6 +109,8 @@ def build_engine(
         config.set_preview_feature(aliased, True)
     if plugins is not None and embed:
         config.plugins_to_serialize = [str(plugins)]
+    if timings is not None:
+        use_timings(config, timings)
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED  # names of layers, in the log and in the engine
     for profile in optimization_profiles(builder, network, limits):
         config.add_optimization_profile(profile)
@@ -116,6 +121,8 @@ def build_engine(
         raise KeyboardInterrupt
     if not written:
         raise SpecQuantError(f"{target} cannot build this engine for {gpu}: {log.reason()}")
+    if timings is not None:
+        keep_timings(config, timings)
     kinds = (network.get_layer(i) for i in range(network.num_layers))
     ours = sorted(layer.name for layer in kinds if layer.type == api.LayerType.PLUGIN_V3)
     return Built(api.__version__, log.bytes("Weights")[0], log.bytes("Activation"), log.layers(), ours)

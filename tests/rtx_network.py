@@ -29,7 +29,7 @@ class RtxNetwork:
         self._alive = (log, builder, network, parser)
 
     def check(self, profile: int, shapes: dict[str, tuple[int, ...]], keep: int, kinds: dict[str, str]) -> None:
-        """Assert that a call has every tensor, of a type and shape that the profile takes. kinds: ONNX Runtime's types."""
+        """Assert that a call has every tensor, of a type and shape that the profile takes; kinds: ONNX Runtime's."""
         assert shapes.keys() | {"logits_to_keep"} == self.inputs.keys() | self.outputs.keys()
         for name, tensor in (self.inputs | self.outputs).items():
             assert kinds[name] == f"tensor({TYPES[tensor.dtype.name]})"

@@ -109,6 +109,21 @@ def test_without_a_stream_the_engine_is_the_same(artifact: Path, tmp_path: Path)
     assert (tmp_path / "new").stat().st_size == (tmp_path / "old").stat().st_size > 0
 
 
+def test_timings_are_kept(artifact: Path, tmp_path: Path) -> None:
+    """TensorRT's own are; RTX has the interface, and nothing in it. What is there but does not fit is replaced."""
+    save_model(lower(artifact, "portable", CONTEXT), tmp_path)
+    path, limits, kept = tmp_path / "model.onnx", Limits(1, CONTEXT, 16), tmp_path / "engine" / "timings-sm89.cache"
+    sizes = []
+    for before in (None, b"no timings"):
+        if before:
+            kept.write_bytes(before)
+        arguments = (path, tmp_path / "plan", "tensorrt-rtx", "sm89", limits, lambda *_: None)
+        build_engine(load_api("tensorrt-rtx"), *arguments, timings=kept)
+        assert list(kept.parent.iterdir()) == [kept]
+        sizes.append(kept.stat().st_size)
+    assert sizes[0] == sizes[1] > len(b"no timings")
+
+
 def test_a_full_disk_is_said(artifact: Path, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
