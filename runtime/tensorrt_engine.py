@@ -10,14 +10,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import load_plugins, prepare_plugins
 from specquant.runtime.artifact import Manifest
 from specquant.runtime.cuda_driver import Device
 from specquant.runtime.engine import ENGINE, MODULES, EngineInfo, engine_folder, open_engine
 from specquant.runtime.tensorrt import TensorRT
+from specquant.runtime.tensorrt_contexts import Contexts
 
 _CACHE = "runtime.cache"  # kernels that TensorRT-RTX compiled for this GPU, beside the engine
 
@@ -109,27 +108,9 @@ class LoadedEngine:
             raise SpecQuantError(f"{folder / ENGINE} cannot be loaded: {self._log.reason()}")
         self._cache_path = folder / _CACHE
         self._config = self._runtime_config()
-        self._contexts = [self._context(profile) for profile in range(2)]
-        # A shape tensor is read on the host.
-        self._keep = np.zeros(1, np.int64)
-        self._keep_place = device.allocate(8)
-
-    def run(self, profile: int, tensors: dict[str, tuple[int, tuple[int, ...]]], keep: int) -> None:
-        """Enqueue one call. Raises SpecQuantError if a shape is outside the profile, or TensorRT fails."""
-        context, device = self._contexts[profile], self._device
-        self._keep[0] = keep
-        on_host = self._engine.get_tensor_location("logits_to_keep") == self._api.TensorLocation.HOST
-        if not on_host:
-            device.upload(self._keep_place, self._keep)
-        place = self._keep.ctypes.data if on_host else self._keep_place
-        for name, (address, shape) in {**tensors, "logits_to_keep": (place, (1,))}.items():
-            if self._engine.get_tensor_mode(name) == self._api.TensorIOMode.INPUT and not context.set_input_shape(
-                name, shape
-            ):
-                raise SpecQuantError(f"{name} {list(shape)} is outside the engine's profile: {self._log.reason()}")
-            context.set_tensor_address(name, address)
-        if not context.execute_async_v3(device.stream):
-            raise SpecQuantError(f"TensorRT failed on this engine: {self._log.reason()}")
+        contexts = [self._context(profile) for profile in range(2)]
+        replay = self.info.target == "tensorrt"
+        self.run = Contexts(api, self._engine, contexts, device, replay, self._log.reason).run
 
     def _runtime_config(self) -> Any:
         """TensorRT-RTX only: CUDA graphs, and the kernels that an earlier run compiled."""
