@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from specquant.exporter.sources import sample_gguf
 from specquant.runtime.artifact import open_artifact
 from specquant.runtime.engine import EngineInfo, open_engine
 from tests.python_plugins import registered
+from tools.build_memory import watched
 
 RECIPE = Recipe(
     rounding="rtn",
@@ -69,19 +68,13 @@ def built_by_command(artifact: Path, folder: Path, profile: str) -> tuple[Engine
         "--json",
     ]
     command = [sys.executable, "-m", "specquant.runtime.cli", "build", str(artifact), *sizes]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        status, most = Path(f"/proc/{process.pid}/status"), 0
-        while process.poll() is None:
-            found = re.search(r"RssAnon:\s+(\d+)", status.read_text()) if status.exists() else None
-            most = max(most, int(found[1]) * 1024 if found else 0)
-            time.sleep(0.01)
-        printed, said = process.communicate()
-    assert process.returncode == 0, said
-    estimated = re.search(r"estimate: about ([\d,]+) MB", said)
+    done, peaks = watched(command)
+    assert done.returncode == 0, done.stderr
+    estimated = re.search(r"estimate: about ([\d,]+) MB", done.stderr)
     assert estimated
     info = open_engine(artifact, folder)
-    assert json.loads(printed) == asdict(info)
-    return info, float(estimated[1].replace(",", "")) * 1e6, most
+    assert json.loads(done.stdout) == asdict(info)
+    return info, float(estimated[1].replace(",", "")) * 1e6, peaks["RssAnon"]
 
 
 def test_a_portable_engine(artifact: Path, tmp_path: Path) -> None:
