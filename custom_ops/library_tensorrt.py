@@ -37,17 +37,18 @@ def library_path() -> Path:
     return path
 
 
-def load_plugins(api: Any, registry: Any) -> None:
+def load_plugins(api: Any, registry: Any, library: Path | None = None) -> None:
     """Make the plugins known to `registry` of `api` (the module tensorrt or tensorrt_rtx), for engines that call them.
 
-    Those of tensorrt_plugins.py where SPECQUANT_TENSORRT_LIBRARY is `python`. Raises SpecQuantError if there are none.
+    Those of `library`; for None the installed ones, or those of tensorrt_plugins.py where SPECQUANT_TENSORRT_LIBRARY is
+    `python`. Raises SpecQuantError if there are none.
     """
-    if os.environ.get("SPECQUANT_TENSORRT_LIBRARY") == "python":
+    if library is None and os.environ.get("SPECQUANT_TENSORRT_LIBRARY") == "python":
         from specquant.custom_ops.tensorrt_plugins import register  # imports this module
 
         register(api)
         return
-    path = library_path()
+    path = library or library_path()
     prepare_plugins(api)
     if registry.load_library(str(path)) is None:
         raise SpecQuantError(f"{api.__name__} cannot load {path}; {REBUILD}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.library_tensorrt import FILE as PLUGIN_LIBRARY
 from specquant.custom_ops.library_tensorrt import library_path
 from specquant.custom_ops.schema import DOMAIN
 from specquant.custom_ops.tensorrt_plugins import register
@@ -38,8 +40,9 @@ class EngineOptions:
 
     max_batch: rows decoded together. max_seq: tokens in a row of the KV cache, None for the model's context or 2,048,
     whichever is shorter. block: the most tokens of a prompt that one call takes. rank: columns kept of every spectral
-    branch, None for all. embed_plugins: carry the plugin library in the engine, rather than find it where the engine
-    runs. python_plugins: build with those of tensorrt_plugins.py, where there is no compiled library.
+    branch, None for all. embed_plugins: carry the plugin library in the engine, copy_plugins: put it beside the engine,
+    else it is found where the engine runs. python_plugins: build with those of tensorrt_plugins.py, where there is no
+    compiled library.
     """
 
     target: str = "tensorrt-rtx"
@@ -50,6 +53,7 @@ class EngineOptions:
     block: int = BLOCK
     rank: int | None = None
     embed_plugins: bool = False
+    copy_plugins: bool = False
     python_plugins: bool = False
 
     def __post_init__(self) -> None:
@@ -60,10 +64,11 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpecQuantError(f"{name} = {value} is out of range: it must be 1 or more")
-        if (self.embed_plugins or self.python_plugins) and self.profile != "custom":
+        chosen = [self.embed_plugins, self.copy_plugins, self.python_plugins]
+        if any(chosen) and self.profile != "custom":
             raise SpecQuantError("a portable engine has no plugins: use --profile custom")
-        if self.embed_plugins and self.python_plugins:
-            raise SpecQuantError("an engine cannot carry plugins in Python: leave out --embed-plugins")
+        if sum(chosen) > 1:
+            raise SpecQuantError("give one of --embed-plugins, --copy-plugins and --python-plugins")
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,9 @@ def build(
             path, embed = Path(scratch) / "model.onnx", options.embed_plugins
             timings = folder / "engine" / f"timings-{gpu}.cache" if options.target == "tensorrt" else None
             built = build_engine(api, path, work / ENGINE, options.target, gpu, limits, report, plugins, embed, timings)
-        info = _info(manifest, options, limits, gpu, built, ops, work / ENGINE)
+        if plugins is not None and options.copy_plugins:
+            shutil.copyfile(plugins, work / PLUGIN_LIBRARY)
+        info = _info(manifest, options, limits, gpu, built, ops, work)
         text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
         (work / ENGINE_MANIFEST).write_text(text + "\n", encoding="utf-8")
     return info
@@ -150,8 +157,9 @@ def _limits(manifest: Manifest, options: EngineOptions) -> Limits:
 
 
 def _info(
-    manifest: Manifest, options: EngineOptions, limits: Limits, gpu: str, built: Built, ops: list[str], engine: Path
+    manifest: Manifest, options: EngineOptions, limits: Limits, gpu: str, built: Built, ops: list[str], work: Path
 ) -> EngineInfo:
+    engine = work / ENGINE
     return EngineInfo(
         format=ENGINE_FORMAT,
         target=options.target,
@@ -169,6 +177,7 @@ def _info(
         activation_bytes=built.activation_bytes,
         rank=options.rank,
         plugins=ops,
-        host_code=options.embed_plugins,
+        host_code=options.embed_plugins or options.copy_plugins,
+        plugin_library=sha256_of(work / PLUGIN_LIBRARY) if options.copy_plugins else "",
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.library_tensorrt import FILE as PLUGIN_LIBRARY
 from specquant.custom_ops.library_tensorrt import load_plugins, prepare_plugins
 from specquant.runtime.artifact import Manifest
 from specquant.runtime.cuda_driver import Device
@@ -43,8 +44,8 @@ def check_engine(model: Path, manifest: Manifest, info: EngineInfo, gpu: str, al
         raise SpecQuantError(f"the engine is for {info.gpu} and this GPU is {gpu}: {info.rebuild(model, gpu)}")
     if info.host_code and not allow_host_code:
         raise SpecQuantError(
-            "the engine carries a plugin library, code that would run on this machine: "
-            "allow it (--allow-host-code) if you trust who built it, or build it without --embed-plugins"
+            "the engine comes with a plugin library, code that would run on this machine: allow it (--allow-host-code) "
+            "if you trust who built it, or build it without --embed-plugins and --copy-plugins"
         )
     name = MODULES.get(info.target)
     if name is None:
@@ -96,11 +97,13 @@ class LoadedEngine:
         api = check_engine(model, manifest, self.info, device.gpu, allow_host_code)
         self._api, self._device, self._log = api, device, _log(api)
         runtime = api.Runtime(self._log)
-        if self.info.host_code:
+        embedded = self.info.host_code and not self.info.plugin_library
+        if embedded:
             prepare_plugins(api)
         elif self.info.plugins:
-            load_plugins(api, runtime.get_plugin_registry())
-        runtime.engine_host_code_allowed = self.info.host_code and allow_host_code
+            beside = folder / PLUGIN_LIBRARY if self.info.plugin_library else None
+            load_plugins(api, runtime.get_plugin_registry(), beside)
+        runtime.engine_host_code_allowed = embedded and allow_host_code
         self._runtime = runtime
         with (folder / ENGINE).open("rb") as file:  # mapped: what TensorRT copies to the GPU is not copied here before
             self._engine = runtime.deserialize_cuda_engine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -63,7 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("engine", type=Path)
-    parser.add_argument("--allow-host-code", action="store_true", help="the engine carries its plugins")
+    parser.add_argument("--allow-host-code", action="store_true", help="its plugins come with the engine")
     parser.add_argument("--cached", action="store_true", help="only whether a second run finds the compiled kernels")
     args = parser.parse_args()
     kept = args.engine / "runtime.cache"

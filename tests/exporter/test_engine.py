@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="the extra `tensorrt-rtx` is not installed")
 
+from specquant.custom_ops import library_tensorrt
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.exporter.engine import EngineOptions, build, estimate
 from specquant.exporter.engine_builder import Limits, build_engine, load_api
@@ -21,7 +22,7 @@ from specquant.exporter.export import export
 from specquant.exporter.graph import save_model
 from specquant.exporter.lowering import lower
 from specquant.exporter.recipe import Recipe
-from specquant.runtime.artifact import open_artifact
+from specquant.runtime.artifact import open_artifact, sha256_of
 from specquant.runtime.cli import main
 from specquant.runtime.engine import ENGINE, ENGINE_MANIFEST, open_engine
 from tests.model_folder import CONTEXT
@@ -158,7 +159,8 @@ def test_the_command(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"target": "tensorrt"}, "tensorrt cannot be imported|--gpu is for --target tensorrt-rtx"),
         ({"profile": "fast"}, "portable, custom"),
         ({"embed_plugins": True}, "--profile custom"),
-        ({"embed_plugins": True, "python_plugins": True, "profile": "custom"}, "leave out --embed-plugins"),
+        ({"copy_plugins": True}, "--profile custom"),
+        ({"embed_plugins": True, "python_plugins": True, "profile": "custom"}, "give one of --embed-plugins, --copy"),
     ],
 )
 def test_options_that_do_not_fit(artifact: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -211,6 +213,34 @@ def test_a_damaged_engine(
         content = bytes(whole)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SpecQuantError, match=message):
+        open_engine(artifact, tmp_path)
+
+
+def test_plugins_beside_an_engine(artifact: Path, tmp_path: Path) -> None:
+    """Copied on demand, and known by their hash: whoever exchanges them is found out before they are loaded."""
+    try:
+        library = library_tensorrt.library_path()
+    except SpecQuantError as missing:
+        pytest.skip(str(missing))
+    info = build(artifact, replace(OPTIONS, profile="custom", copy_plugins=True), tmp_path / "engine")
+    copied = tmp_path / "engine" / library_tensorrt.FILE
+    assert (info.host_code, info.plugin_library) == (True, sha256_of(copied))
+    assert copied.read_bytes() == library.read_bytes()
+    assert copied.read_bytes() not in (tmp_path / "engine" / ENGINE).read_bytes()
+    with copied.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(SpecQuantError, match="was changed after the engine was built: run `specquant build"):
+        open_engine(artifact, tmp_path / "engine", verify=False)
+
+
+def test_a_library_that_an_engine_lacks(artifact: Path, engine: Path, tmp_path: Path) -> None:
+    for path in engine.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    told = json.loads((engine / ENGINE_MANIFEST).read_text())
+    (tmp_path / ENGINE_MANIFEST).write_text(json.dumps(told | {"host_code": True, "plugin_library": "0" * 64}))
+    with pytest.raises(
+        SpecQuantError, match=r"libspecquant_trt\.so is missing, or was changed .*: run `specquant build"
+    ):
         open_engine(artifact, tmp_path)
 
 
