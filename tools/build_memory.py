@@ -10,9 +10,11 @@ Prints the peaks of private memory (RssAnon) and of mapped files (RssFile), besi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,16 +28,17 @@ CONTEXT, GROUP = 2048, 64
 def watched(command: Sequence[str]) -> tuple[subprocess.CompletedProcess[str], dict[str, int]]:
     """A command's outcome, and its peaks of RssAnon and RssFile in bytes; 0 where /proc does not say."""
     peaks = {"RssAnon": 0, "RssFile": 0}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        status = Path(f"/proc/{process.pid}/status")
-        while process.poll() is None:
-            text = status.read_text() if status.exists() else ""
-            for name in peaks:
-                found = re.search(rf"{name}:\s+(\d+)", text)
-                peaks[name] = max(peaks[name], int(found[1]) * 1024 if found else 0)
-            time.sleep(0.005)
-        printed, said = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, printed, said), peaks
+    # To files: nobody reads a pipe meanwhile, and a full one would stop the command.
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said:
+        with subprocess.Popen(command, stdout=printed, stderr=said) as process:
+            status = Path(f"/proc/{process.pid}/status")
+            while process.poll() is None:
+                with contextlib.suppress(OSError):  # no /proc here, or the command has just ended
+                    for name, size in re.findall(r"(RssAnon|RssFile):\s+(\d+)", status.read_text()):
+                        peaks[name] = max(peaks[name], int(size) * 1024)
+                time.sleep(0.005)
+        texts = [file.seek(0) or file.read() for file in (printed, said)]
+    return subprocess.CompletedProcess(command, process.returncode, *texts), peaks
 
 
 def random_artifact(folder: Path, args: argparse.Namespace) -> None:
