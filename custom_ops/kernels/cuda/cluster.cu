@@ -28,7 +28,8 @@ struct Places {
   float *lows, *ranges, *sums, *values;  // lows: [kMostBlocks, kFastRank], ranges: [kMostBlocks, kRange]
   __half* basis;
   __device__ __forceinline__ Places(float* shared, int span)
-      : low_box(reinterpret_cast<uint64_t*>(shared)), range_box(low_box + 1), lows(shared + 4), ranges(lows + kMostBlocks * kFastRank), sums(ranges + kMostBlocks * kRange),
+      : low_box(reinterpret_cast<uint64_t*>(shared)), range_box(low_box + 1), lows(shared + 4),
+        ranges(lows + kMostBlocks * kFastRank), sums(ranges + kMostBlocks * kRange),
         values(sums + kWarps * kFastRank), basis(reinterpret_cast<__half*>(values + span)) {}
   static size_t bytes(int span, int r) {
     const size_t floats = 4 + kMostBlocks * (kFastRank + kRange) + kWarps * kFastRank + span;

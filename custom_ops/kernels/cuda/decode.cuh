@@ -18,10 +18,13 @@ constexpr int kGap = 16;  // floats between rows of queries, so that two rows me
 struct Room {
   uint64_t* box;
   float *queries, *factors, *sums, *rows, *levels, *y, *found, *shares, *stats;
-  __host__ __device__ static int slice(int group, int d, int blocks) { return ((group * d + blocks - 1) / blocks + 3) / 4 * 4; }
+  // Features of y that a block adds up: whole fours.
+  __host__ __device__ static int slice(int group, int d, int blocks) {
+    return ((group * d + blocks - 1) / blocks + 3) / 4 * 4;
+  }
   __device__ __forceinline__ Room(float* shared, int group, int d, int blocks)
-      : box(reinterpret_cast<uint64_t*>(shared)), queries(shared + 4), factors(queries + kDecodeGroup * (d + kGap)), sums(factors + kDecodeGroup),
-        rows(sums + kDecodeGroup), levels(rows + kDecodeWarps * d), y(levels + kDecodeWarps * d / 4),
+      : box(reinterpret_cast<uint64_t*>(shared)), queries(shared + 4),
+        factors(queries + kDecodeGroup * (d + kGap)), sums(factors + kDecodeGroup), rows(sums + kDecodeGroup), levels(rows + kDecodeWarps * d), y(levels + kDecodeWarps * d / 4),
         found(y + kDecodeWarps * group * d), shares(found + 3 * kDecodeWarps * kDecodeGroup),
         stats(shares + blocks * slice(group, d, blocks)) {}
   static size_t bytes(int group, int d, int blocks) {
