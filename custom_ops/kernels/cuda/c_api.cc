@@ -43,8 +43,8 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
   return "path must be cluster, matvec, gemm_small, gemm_large, wgmma_small, wgmma_large or any, or empty";
 }
 
-// First stage: levels and scales, low.
-cudaError_t prepare(const Plan& plan, const SpecquantCudaProblem& problem, float* rotated, cudaStream_t stream) {
+// First stage: levels and scales, low; in kernels of their own.
+cudaError_t prepare_apart(const Plan& plan, const SpecquantCudaProblem& problem, float* rotated, cudaStream_t stream) {
   const Args& a = plan.args;
   cudaError_t error = cudaSuccess;
   const auto run = [&](cudaError_t result) {
@@ -134,7 +134,9 @@ SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* p
 
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const Source source{problem->x, problem->norm, problem->epsilon, problem->prologue, problem->half};
-  cudaError_t error = chosen == Path::kCluster ? first_stage(a, source, on) : prepare(plan, *problem, rotated, on);
+  cudaError_t error = chosen == Path::kCluster ? first_stage(a, source, on)
+                      : plan.prompt            ? prompt(a, source, device.multiprocessors, on)
+                                               : prepare_apart(plan, *problem, rotated, on);
   if (error == cudaSuccess) {
     switch (chosen) {
       case Path::kCluster:

@@ -40,6 +40,15 @@ __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* shar
                : "memory");
 }
 
+// The same, but a thread gets rows 2t and 2t + 1, column g of each.
+__device__ __forceinline__ void load_transposed(uint32_t (&d)[4], const void* shared) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(from)
+               : "memory");
+}
+
 // 16 bytes from global to shared memory in the background; zeros if `there` is false, when nothing is read.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool there) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

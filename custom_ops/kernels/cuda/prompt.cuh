@@ -1,0 +1,235 @@
+// Shared memory of a block of `prompt`, and what a warp does with its 64 features of 16 tokens, which stay in registers.
+//
+// With g = lane / 4 and t = lane % 4 a thread holds, of tokens g and g + 8, features 16t … 16t + 15: column 2t + e of
+// fragment c is feature 16t + 2c + e. The basis lies in the order of the columns, so that ldmatrix reads neighbours.
+#pragma once
+
+#include "cluster.cuh"
+#include "hadamard.cuh"
+#include "prologue.cuh"
+#include "unpack.cuh"
+
+namespace specquant_cuda {
+
+constexpr int kPromptTokens = 16;
+
+// How x is read: float16 that is x̂ already, whose products are exact in float16; any x̂ but one with a gate; that.
+enum Reads { kExact, kValues, kGates };
+
+// Halves in a row of the basis and of low, floats in one of sums: padded, so that rows start in different banks.
+__host__ __device__ constexpr int prompt_stride(int rp) { return rp + 8; }
+
+struct PromptPlaces {
+  __half *basis, *low;  // [features], [2 parts, tokens]
+  float* sums;          // [warps, tokens] of a block; before that, with a Hadamard transform, x̂
+  float *shares, *squares, *lowest, *highest;  // what other blocks read: [2], of tiles in turn
+  float* warps_found;   // [3, warps, tokens]: squares, lowest, highest
+  float *factor, *root;
+  Quantizer* quantizer;
+  int values_stride;    // floats from a token's x̂ to the next
+
+  // rp: 0 without a branch.
+  __host__ __device__ static size_t take(PromptPlaces* at, uint8_t* memory, int warps, int rp, bool rotates) {
+    const int stride = prompt_stride(rp), values = warps * kStep + 8;
+    size_t end = 0;
+    const auto next = [&](size_t bytes) {
+      uint8_t* place = memory + end;
+      end += (bytes + 15) / 16 * 16;
+      return place;
+    };
+    uint8_t* basis = next(rp ? warps * kStep * stride * sizeof(__half) : 0);
+    uint8_t* low = next(rp ? 2 * kPromptTokens * stride * sizeof(__half) : 0);
+    const size_t sums = rp ? warps * kPromptTokens * stride * sizeof(float) : 0;
+    const size_t rotated = rotates ? kPromptTokens * values * sizeof(float) : 0;
+    uint8_t* all_sums = next(sums > rotated ? sums : rotated);
+    uint8_t* shares = next(2 * kPromptTokens * rp * sizeof(float));
+    uint8_t* few = next((6 + 3 * warps + 2) * kPromptTokens * sizeof(float));
+    uint8_t* quantizers = next(kPromptTokens * sizeof(Quantizer));
+    if (at) {
+      at->basis = reinterpret_cast<__half*>(basis), at->low = reinterpret_cast<__half*>(low);
+      at->sums = reinterpret_cast<float*>(all_sums), at->shares = reinterpret_cast<float*>(shares);
+      at->squares = reinterpret_cast<float*>(few), at->lowest = at->squares + 2 * kPromptTokens;
+      at->highest = at->lowest + 2 * kPromptTokens, at->warps_found = at->highest + 2 * kPromptTokens;
+      at->factor = at->warps_found + 3 * warps * kPromptTokens, at->root = at->factor + kPromptTokens;
+      at->quantizer = reinterpret_cast<Quantizer*>(quantizers), at->values_stride = values;
+    }
+    return end;
+  }
+};
+
+// Where a feature of 64 has its row of the basis.
+__device__ __forceinline__ int basis_row_of(int feature) { return feature % 16 / 2 * 8 + feature / 16 * 2 + feature % 2; }
+
+// The block's rows of the basis, zeros in what pads rows and columns.
+__device__ __forceinline__ void fetch_basis(const Args& args, int first, int features, __half* basis) {
+  const int stride = prompt_stride(args.rp), threads = blockDim.x;
+  const auto row_of = [&](int i) { return basis + (i / kStep * kStep + basis_row_of(i % kStep)) * stride; };
+  if (args.r % 8 == 0 && reinterpret_cast<uintptr_t>(args.basis) % 16 == 0) {
+    const int pieces = args.rp / 8, shift = args.rp / kRankStep + 1;  // rp is 32 or 64
+    for (int i = threadIdx.x; i < features * pieces; i += threads) {
+      const int row = i >> shift, column = (i & (pieces - 1)) * 8;
+      const bool there = first + row < args.n && column < args.r;
+      const __half* from = args.basis + static_cast<int64_t>(first + row) * args.r + column;
+      copy_async(row_of(row) + column, there ? from : args.basis, there);
+    }
+    commit_async();
+    wait_async<0>();
+    return;
+  }
+  const int lane = threadIdx.x % 32;
+  for (int row = threadIdx.x / 32; row < features; row += threads / 32)
+    for (int column = lane; column < args.rp; column += 32)
+      row_of(row)[column] = first + row < args.n && column < args.r
+                                ? args.basis[static_cast<int64_t>(first + row) * args.r + column]
+                                : __half(0.0f);
+}
+
+// x as it lies in memory: of a thread's two tokens, its 16 features, and with a gate what it gates.
+template <class X, Reads reads>
+struct Raw {
+  static constexpr int kPieces = 16 * sizeof(X) / 16, kEach = 16 / sizeof(X), kParts = reads == kGates ? 2 : 1;
+  uint4 v[kParts][2][kPieces];
+
+  __device__ __forceinline__ void load(const Args& args, const Source& source, int token, int feature) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const X* row = static_cast<const X*>(source.x) + (static_cast<int64_t>(token + 8 * h) * kParts + part) * args.n;
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          const int at = feature + i * kEach;
+          // Not __ldg: it may have been written while this kernel was already starting.
+          v[part][h][i] = token + 8 * h < args.tokens && at < args.n ? *reinterpret_cast<const uint4*>(row + at)
+                                                                     : make_uint4(0, 0, 0, 0);
+        }
+      }
+  }
+
+  __device__ __forceinline__ void floats(int part, int h, float (&to)[16]) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const uint4 raw = v[part][h][i];
+      if constexpr (sizeof(X) == 2) {
+        widen(raw, *reinterpret_cast<float(*)[8]>(to + 8 * i));
+      } else {
+        to[4 * i] = __uint_as_float(raw.x), to[4 * i + 1] = __uint_as_float(raw.y);
+        to[4 * i + 2] = __uint_as_float(raw.z), to[4 * i + 3] = __uint_as_float(raw.w);
+      }
+    }
+  }
+
+  // Of both tokens, added up by the four threads that share them.
+  __device__ __forceinline__ void squares(float (&sum)[2]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float x[16];
+      floats(0, h, x);
+      sum[h] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) sum[h] = fmaf(x[i], x[i], sum[h]);
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+    }
+  }
+
+  // x̂ before its rotation. root: of tokens g and g + 8.
+  __device__ __forceinline__ void values(const Args& args, const Source& source, int feature, const float (&root)[2],
+                                         float (&u)[2][16]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) floats(0, h, u[h]);
+    if constexpr (reads == kGates) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float up[16];
+        floats(1, h, up);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) u[h][i] = gated(u[h][i], up[i], source.prologue == kGeluGate);
+      }
+    } else if (reads == kValues && source.prologue == kRmsNorm) {
+#pragma unroll
+      for (int i = 0; i < 16; i += 4) {
+        const float4 norm = feature + i < args.n ? __ldg(reinterpret_cast<const float4*>(source.norm + feature + i))
+                                                 : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        const float of[4] = {norm.x, norm.y, norm.z, norm.w};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) u[j / 4][i + j % 4] = __fdiv_rn(u[j / 4][i + j % 4], root[j / 4]) * of[j % 4];
+      }
+    }
+  }
+};
+
+// The warp's share of low: [8 columns][2h + e] of tokens g + 8h. rows: those of the basis that this lane names.
+template <int rank_blocks, bool exact>
+__device__ __forceinline__ void project(const float (&u)[2][16], const __half* rows, float (&sum)[rank_blocks * 4][4]) {
+  constexpr int stride = prompt_stride(rank_blocks * kRankStep);
+#pragma unroll
+  for (int i = 0; i < rank_blocks * 16; ++i) sum[i / 4][i % 4] = 0.0f;
+#pragma unroll
+  for (int c = 0; c < 8; c += exact ? 2 : 1)
+#pragma unroll
+    for (int b = 0; b < rank_blocks; ++b) {
+      uint32_t basis[2][4];
+      load_transposed(basis[0], rows + 8 * c * stride + 32 * b);
+      if constexpr (exact) {
+        load_transposed(basis[1], rows + 8 * (c + 1) * stride + 32 * b);
+        uint32_t a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = &u[i % 2][2 * (c + i / 2)];
+          a[i] = bits_of(__floats2half2_rn(pair[0], pair[1]));
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const uint32_t both[2] = {basis[0][k], basis[1][k]};
+          mma_f16(sum[4 * b + k], a, both);
+        }
+      } else {
+        uint32_t lead[4], trail[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) split_tf32(u[i % 2][2 * c + i / 2], lead[i], trail[i]);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float2 pair = __half22float2(half2_of(basis[0][k]));
+          const uint32_t both[2] = {__float_as_uint(pair.x), __float_as_uint(pair.y)};
+          mma_tf32(sum[4 * b + k], trail, both);
+          mma_tf32(sum[4 * b + k], lead, both);
+        }
+      }
+    }
+}
+
+// u = x̂ − low · Bᵀ. low: [2 parts, tokens] as float16, less `factor`.
+template <int rank_blocks>
+__device__ __forceinline__ void subtract_low(float (&u)[2][16], const __half* rows, const __half* low,
+                                             const float (&factor)[2], int g, int t) {
+  constexpr int stride = prompt_stride(rank_blocks * kRankStep), steps = rank_blocks * 2;
+  uint32_t parts[2][steps][4];  // as fragments of the first operand
+#pragma unroll
+  for (int i = 0; i < 2 * steps * 4; ++i) {
+    const int part = i / (steps * 4), step = i / 4 % steps, h = i % 2, j = i / 2 % 2;
+    const __half* from = low + (part * kPromptTokens + g + 8 * h) * stride + 16 * step + 8 * j + 2 * t;
+    parts[part][step][i % 4] = *reinterpret_cast<const uint32_t*>(from);
+  }
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    float part[4] = {};
+#pragma unroll
+    for (int b = 0; b < rank_blocks; ++b) {
+      uint32_t basis[4];
+      load_matrices(basis, rows + 8 * c * stride + 32 * b);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // both parts of low, the small one first
+        const uint32_t columns[2] = {basis[i % 2 * 2], basis[i % 2 * 2 + 1]};
+        mma_f16(part, parts[1 - i / 2][2 * b + i % 2], columns);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& value = u[i / 2][2 * c + i % 2];
+      value = __fsub_rn(value, __fmul_rn(part[i], factor[i / 2]));  // factor is a power of two
+    }
+  }
+}
+
+}  // namespace specquant_cuda
