@@ -43,9 +43,17 @@ struct Prompt {
 
   __device__ __forceinline__ Prompt(const Args& a, const Source& s, uint8_t* memory)
       : args(a), source(s), warps(blockDim.x / 32), warp(threadIdx.x / 32), lane(threadIdx.x % 32), g(lane / 4),
-        t(lane % 4), rank(cluster_rank()), unit(rank * warps + warp), feature(unit * kStep + 16 * t),
-        norm(reads == kValues && s.prologue == kRmsNorm), whole(a.bits == 16 || a.act_group == a.n) {
+        t(lane % 4), rank(cluster_rank()), norm(reads == kValues && s.prologue == kRmsNorm),
+        whole(a.bits == 16 || a.act_group == a.n) {
     PromptPlaces::take(&at, memory, warps, kColumns, a.hadamard);
+    renew();
+  }
+
+  // Has the compiler work addresses out again from here on: kept for all of the loop, they would take u's registers.
+  __device__ __forceinline__ void renew() {
+    hold(warp), hold(lane);
+    g = lane / 4, t = lane % 4;
+    unit = rank * warps + warp, feature = unit * kStep + 16 * t;
     rows = at.basis + (warp * kStep + lane % 8) * kStride + lane / 8 * 8;
   }
 
@@ -178,6 +186,7 @@ struct Prompt {
           store_scale(args, token + i % kPromptTokens, i / kPromptTokens, at.quantizer[i % kPromptTokens]);
     }
     if (!inside) return;
+    renew();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const Quantizer q = at.quantizer[g + 8 * h];
@@ -228,22 +237,27 @@ struct Prompt {
     }
     __syncthreads();  // the basis, too
     for (; token < args.tokens; token += step, parity ^= 1) {
+      renew();
       float u[2][16];
       const float roots[2] = {norm ? at.root[g] : 0.0f, norm ? at.root[g + 8] : 0.0f};
       raw.values(args, source, feature, roots, u);
       const bool more = token + step < args.tokens;
-      if (more) raw.load(args, source, token + step + g, feature);
+      if (more && reads != kGates) raw.load(args, source, token + step + g, feature);
       if (args.hadamard) rotate(u);
       if constexpr (rank_blocks > 0) project<rank_blocks, reads == kExact>(u, rows, sums);
+      renew();
       if (norm && more) {
         raw.squares(squares);
         tell(0, squares);
       }
       if (rank_blocks > 0 || (norm && more)) meet(sums, token, norm && more);
+      renew();
+      if (more && reads == kGates) raw.load(args, source, token + step + g, feature);  // twice the registers
       if constexpr (rank_blocks > 0) {
         const float factor[2] = {at.factor[g], at.factor[g + 8]};
         if (args.subtract) subtract_low<rank_blocks>(u, rows, at.low, factor, g, t);
       }
+      renew();
       if (whole) {
         levels_of_tokens(u, token, inside);
       } else {
@@ -256,7 +270,7 @@ struct Prompt {
 };
 
 template <class X, int rank_blocks, Reads reads>
-__global__ void __launch_bounds__(kMostThreads) prompt_kernel(const Args args, const Source source) {
+__global__ void __launch_bounds__(kMostThreads, 1) prompt_kernel(const Args args, const Source source) {
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)  // empty where there are no clusters
   extern __shared__ __align__(16) uint8_t memory[];
   let_next_start();

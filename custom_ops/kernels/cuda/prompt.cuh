@@ -7,6 +7,7 @@
 #include "cluster.cuh"
 #include "hadamard.cuh"
 #include "prologue.cuh"
+#include "ptx90.cuh"
 #include "unpack.cuh"
 
 namespace specquant_cuda {
