@@ -64,6 +64,15 @@ struct Consumer90 {
     if (lane == 0) barrier_arrive(barrier);
   }
 
+  // The first warpgroup runs ahead of the other by as many slots as this, from here on: one ends its tile while the other
+  // still multiplies.
+  __device__ __forceinline__ void wait_for_lead() const {
+    if (group >= 4) barrier_wait(gemm.lead, 0);
+  }
+  __device__ __forceinline__ void give_lead(int at) const {
+    if (group < 4 && at + 1 == min(G::kLead, gemm.chunks)) release(gemm.lead);
+  }
+
   // All features of a tile, without groups. at: slots taken so far.
   __device__ __forceinline__ void run_channels(int& at) {
     for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
@@ -78,6 +87,7 @@ struct Consumer90 {
       weights(second, from, 1);
       multiply(second, from, 1, true);
       wgmma_wait<1>();
+      give_lead(at);
     }
     wgmma_wait<0>();
     hold_sums();
@@ -105,6 +115,7 @@ struct Consumer90 {
         fold(from, fold_);
       }
       release(gemm.empty + slot);
+      give_lead(at);
     }
   }
 
@@ -157,7 +168,8 @@ struct Consumer90 {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (args.bias) bias[i] = args.bias[output + i];
-        if constexpr (mode == kChannel) scale[i] = __half2float(args.scales[output + i]);
+        // Sums are 16 times too large: the weights were.
+        if constexpr (mode == kChannel) scale[i] = __half2float(args.scales[output + i]) * (zeros ? 1.0f : 0.0625f);
         if (zeros)
           row_sums[i] = args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output + i]
                                        : static_cast<const int16_t*>(args.row_sums)[output + i];
@@ -167,11 +179,16 @@ struct Consumer90 {
     const int parts = args.y_half ? 1 : 2;  // of low: float16 y does not see the trailing bits
 #pragma unroll
     for (int block = 0; block < tokens / 8; ++block) {
+      uint4 residual[2];
+      if (args.residual) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) residual[e] = residual_of(token_base + 8 * block + 2 * t + e, output, inside);
+      }
       float branch[8] = {};
+      float2 factor = make_float2(0.0f, 0.0f);
       if (blocks) {
         const int row = 8 * block + g;
-        const int at = G::kFactors + (8 * block + 2 * t) * 4;
-        const float2 factor = *reinterpret_cast<const float2*>(gemm.shared + at);
+        factor = *reinterpret_cast<const float2*>(gemm.shared + G::kFactors + (8 * block + 2 * t) * 4);
 #pragma unroll
         for (int b = 0; b < kFastRank / kRankStep; ++b) {
           if (b >= blocks) break;
@@ -186,8 +203,6 @@ struct Consumer90 {
             }
           }
         }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) branch[i] *= i % 2 ? factor.y : factor.x;
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -202,26 +217,42 @@ struct Consumer90 {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int j = 4 * block + i % 2 * 2 + e;
-          float value;
+          const float rest = fmaf(branch[i / 2 * 4 + i % 2 * 2 + e], e ? factor.y : factor.x, bias[i]);
           if constexpr (mode == kChannel) {
-            int sum = sums[i / 2][j] >> 4;  // a multiple of 16: the weights were
-            if (zeros) sum -= zero * row_sums[i];
-            value = token_scale * scale[i] * static_cast<float>(sum);
+            int sum = sums[i / 2][j];
+            if (zeros) sum = (sum >> 4) - zero * row_sums[i];
+            v[i] = fmaf(static_cast<float>(sum), token_scale * scale[i], rest);
           } else {
-            value = totals[i / 2][j];
+            v[i] = totals[i / 2][j] + rest;
           }
-          v[i] = value + branch[i / 2 * 4 + i % 2 * 2 + e] + bias[i];
         }
-        const int64_t at = static_cast<int64_t>(token) * args.m + output;
         if (token >= args.tokens || !inside) continue;
-        if (args.residual) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) v[i] += residual_at(args, at + i);
-        }
-        store(v, at);
+        if (args.residual) add_residual(v, residual[e]);
+        store(v, static_cast<int64_t>(token) * args.m + output);
       }
     }
     release(gemm.end_empty);
+  }
+
+  // Four outputs of it, as they lie.
+  __device__ __forceinline__ uint4 residual_of(int token, int output, bool inside) const {
+    uint4 raw = make_uint4(0, 0, 0, 0);
+    if (token >= gemm.args.tokens || !inside) return raw;
+    const int64_t at = static_cast<int64_t>(token) * gemm.args.m + output;
+    if (!gemm.args.y_half) return *reinterpret_cast<const uint4*>(static_cast<const float*>(gemm.args.residual) + at);
+    const uint2 halves = *reinterpret_cast<const uint2*>(static_cast<const __half*>(gemm.args.residual) + at);
+    raw.x = halves.x, raw.y = halves.y;
+    return raw;
+  }
+
+  __device__ __forceinline__ void add_residual(float (&v)[4], const uint4& raw) const {
+    if (gemm.args.y_half) {
+      const float2 first = __half22float2(half2_of(raw.x)), second = __half22float2(half2_of(raw.y));
+      v[0] += first.x, v[1] += first.y, v[2] += second.x, v[3] += second.y;
+    } else {
+      v[0] += __uint_as_float(raw.x), v[1] += __uint_as_float(raw.y);
+      v[2] += __uint_as_float(raw.z), v[3] += __uint_as_float(raw.w);
+    }
   }
 
   __device__ __forceinline__ void load_coef(uint32_t (&coef)[2][2][4], int output, int column, bool inside) const {
@@ -267,9 +298,11 @@ __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
     }
     barrier_init(gemm.end_full, 1);
     barrier_init(gemm.end_empty, 4 * G::kConsumers);
+    barrier_init(gemm.lead, 4);
     barriers_ready();
   }
   __syncthreads();
+  wait_for_previous();
   if (threadIdx.x < 128) {
     leave_registers<40>();
     gemm.produce(threadIdx.x / 32, threadIdx.x % 32);
@@ -277,6 +310,7 @@ __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
     take_registers<232>();
     Consumer90<mode, tokens, folds> consumer(gemm);
     int at = 0, turn = 0;
+    consumer.wait_for_lead();
     for (int tile = blockIdx.x; tile < gemm.tiles; tile += gridDim.x, ++turn) {
       if constexpr (G::kFolds) {
         consumer.run_groups(at);
