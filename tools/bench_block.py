@@ -68,27 +68,28 @@ def half_linears(shape: Shape) -> list[Multiply]:
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotary embedding of x [B, heads, S, HEAD] in place, by cos and sin [S, HEAD]."""
+    """Rotary embedding of x [B, S, heads, HEAD] in place, by cos and sin [S, 1, HEAD / 2]."""
     first, second = x.chunk(2, -1)
-    turned = torch.cat((-second, first), -1)
-    x.mul_(cos).addcmul_(turned, sin)
+    crossed = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    torch.addcmul(crossed, second, cos, out=second)
 
 
 def attention(qkv: Tensor, shape: Shape, batch: int, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Mixed values [T, heads · HEAD] of [T, (heads + 2 · kv_heads) · HEAD], whose queries and keys are turned."""
     heads = [shape.heads, shape.kv_heads, shape.kv_heads]
-    q, k, v = qkv.view(batch, -1, sum(heads), HEAD).transpose(1, 2).split(heads, 1)
-    turn(q, *tables)
-    turn(k, *tables)
+    rows = qkv.view(batch, -1, sum(heads), HEAD)
+    turn(rows[:, :, : -shape.kv_heads], *tables)
+    q, k, v = rows.transpose(1, 2).split(heads, 1)
     grouped = shape.heads != shape.kv_heads
     mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return mixed.transpose(1, 2).reshape(qkv.shape[0], -1)
 
 
 def rotary_tables(sequence: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, HEAD]."""
+    """cos and sin [S, 1, HEAD / 2]."""
     turns = torch.arange(0, HEAD, 2, device=like.device) / HEAD
-    angles = torch.outer(torch.arange(sequence, device=like.device), 10000.0**-turns).repeat(1, 2)
+    angles = torch.outer(torch.arange(sequence, device=like.device), 10000.0**-turns)[:, None]
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
