@@ -12,7 +12,7 @@ from specquant.custom_ops import library_cuda, reference
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
 from specquant.custom_ops.schema import GATES, PROLOGUES
-from tests.cuda_arrays import POISON, DeviceArray, capability, require_kernels
+from tests.cuda_arrays import EMULATED, POISON, DeviceArray, capability, require_kernels
 from tests.ops import Arrays, random_input, random_weights
 
 require_kernels()
@@ -225,6 +225,24 @@ def test_clusters_of_sixteen(rng: np.random.Generator, n: int, act_group: int, p
     attributes: dict[str, Any] = {"group_size": 64, "act_group": act_group, "subtract": 1, "prologue": prologue}
     found, wanted = (Call(x, weights, path, **attributes, act_bits=16, epsilon=0.01).y for path in ("cluster", "any"))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("prologue", "act_group", "kind"), [(0, 0, np.float16), (1, 0, np.float16), (2, 64, np.float32)]
+)
+def test_many_tokens(rng: np.random.Generator, prologue: int, act_group: int, kind: Any) -> None:
+    """More than all blocks take at once: they go on to others."""
+    tokens, n, m = 230 if EMULATED else 6000, 1408, 48
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, 31, act_group, act_group)
+    x = random_input(rng, (tokens, 2 * n if prologue in GATES else n), kind)
+    x[:, 3] *= rng.choice([1, 8], tokens).astype(kind)
+    if prologue == 1:
+        weights["norm"] = rng.uniform(-2, 2, n).astype(np.float32)
+    attributes: dict[str, Any] = {"group_size": act_group, "act_group": act_group, "subtract": 1, "prologue": prologue}
+    attributes |= {"act_bits": 4 if prologue == 0 else 16, "epsilon": 0.01}
+    expected = reference.specquant_matmul(x.astype(np.float32), **weights, **attributes)
+    y = Call(x, weights, **attributes).y.astype(np.float32)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("act_group", [0, 96])  # 96: by the kernels of several passes

@@ -13,6 +13,7 @@ namespace specquant_cuda {
 namespace {
 
 constexpr int kMostThreads = kPromptWarps * 32;
+constexpr int kResidentThreads = 65536 / 96;  // by their registers
 
 // float16 of 16 of a token's features over a power of two, as store_levels puts levels.
 __device__ __forceinline__ void store_halves(const Args& args, int token, int unit, int t, const float (&u)[16],
@@ -289,7 +290,7 @@ cudaError_t start(const Args& args, const Source& source, int multiprocessors, c
   if (error != cudaSuccess) return error;
   // As many clusters as run at once, and each as many tokens as the others.
   const int tiles = ceil_div(args.tokens, kPromptTokens), threads = args.units * 32;
-  const int each = std::max<int>(1, std::min<int>(kSharedHopper / (shared + 1024), kMostThreads / threads));
+  const int each = std::max<int>(1, std::min<int>(kSharedHopper / (shared + 1024), kResidentThreads / threads));
   const int rounds = ceil_div(tiles, std::max(1, multiprocessors * each / args.spread));
   const dim3 grid(ceil_div(tiles, rounds) * args.spread);
   return launch_cluster(kernel, grid, threads, shared, args.spread, stream, args, source);
