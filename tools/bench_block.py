@@ -140,10 +140,10 @@ class OurBlock:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.view(-1, x.shape[-1])
         mixed = attention(self.multiply(self.qkv, rows), self.shape, x.shape[0], self.tables)
-        rows = self.multiply(self.output, mixed, residual=rows)
-        y = mixed if mixed.shape == rows.shape else torch.empty_like(rows)
-        for part, to in zip(rows.chunk(self.parts), y.chunk(self.parts), strict=True):
-            self.multiply(self.down, self.multiply(self.gate_up, part), to, residual=part)
+        y = self.multiply(self.output, mixed, residual=rows)
+        del mixed
+        for part in y.chunk(self.parts):
+            self.multiply(self.down, self.multiply(self.gate_up, part), part, residual=part)
         return y.view_as(x)
 
 

@@ -214,6 +214,23 @@ def test_prologue_and_residual(rng: np.random.Generator, index: int, kind: Any, 
             np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max(), err_msg=text)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_residual_in_place(rng: np.random.Generator, kind: Any) -> None:
+    """y where the residual was, by every path."""
+    tokens, n, m = int(rng.choice([7, 150])), 128, 272
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, 9)
+    x, residual = random_input(rng, (tokens, n), kind), rng.standard_normal((tokens, m)).astype(kind)
+    operands = {k: DeviceArray(v) for k, v in weights.items() if k != "rank"}
+    attributes: dict[str, Any] = {"act_bits": 4, "subtract": 1}
+    for path in paths(tokens, (0, 0, n), 4, m, 9, 9):
+        wanted = Call(x, weights | {"residual": residual}, path, **attributes).y
+        y, on_gpu = DeviceArray(residual), DeviceArray(x)
+        size = library_cuda.layout(on_gpu, **operands, **attributes, residual=y).bytes
+        space = DeviceArray(np.full(size, POISON, np.uint8))
+        library_cuda.matmul(on_gpu, y, space, path=path, **operands, **attributes, residual=y)
+        np.testing.assert_array_equal(y.numpy(), wanted, str(path))
+
+
 @pytest.mark.skipif(not HOPPER, reason="clusters of 16 blocks are Hopper's")
 @pytest.mark.parametrize(("n", "act_group", "prologue"), [(4160, 64, 1), (4096, 0, 0), (7168, 64, 2)])
 def test_clusters_of_sixteen(rng: np.random.Generator, n: int, act_group: int, prologue: int) -> None:
