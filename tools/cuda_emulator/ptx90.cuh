@@ -20,7 +20,7 @@ struct Barrier {
   std::vector<BulkCopy> copies;
 };
 
-// All barriers of all blocks so far.
+// The barriers of the one block that runs; the first of its kind to be initialised by a block forgets the last block's.
 inline std::vector<Barrier> barriers;
 
 inline Barrier& barrier_of(uint64_t* barrier) { return barriers[*barrier]; }
@@ -44,15 +44,6 @@ inline void barrier_arrive(uint64_t* barrier) {
   ++barrier_of(barrier).arrived;
   end_phase(barrier_of(barrier));
 }
-
-// What lies at the same place of another block's shared memory.
-template <class T>
-T* of_rank(T* shared, int rank) {
-  const ptrdiff_t at = reinterpret_cast<const char*>(shared) - emulator::self->shared;
-  return reinterpret_cast<T*>(const_cast<char*>(emulator::shared_of(rank)) + at);
-}
-
-inline void barrier_arrive(uint64_t* barrier, int rank) { barrier_arrive(of_rank(barrier, rank)); }
 
 inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   barrier_of(barrier).bytes += bytes;
@@ -79,11 +70,6 @@ inline void copy_bulk(void* shared, const void* global, uint32_t bytes, uint64_t
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16 || !bytes)
     emulator::fail("a misaligned bulk copy");
   barrier_of(barrier).copies.push_back({shared, global, bytes});
-}
-
-inline void copy_bulk_to_both(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
-  for (int rank = 0; rank < 2; ++rank)
-    copy_bulk(of_rank(static_cast<char*>(shared), rank), global, bytes, of_rank(barrier, rank));
 }
 
 template <int count>

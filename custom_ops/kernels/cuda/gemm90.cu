@@ -13,10 +13,9 @@ cudaError_t launch(const Args& args, int multiprocessors, cudaStream_t stream) {
   const auto kernel = gemm90_kernel<mode, tokens, folds>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kShared);
   if (error != cudaSuccess) return error;
-  // Pairs, unless one of all would have nothing to do.
-  const int tiles_m = ceil_div(args.m, G::kOutputs), pair = tiles_m % 2 && tiles_m < 16 ? 1 : 2;
-  const int clusters = std::min(ceil_div(args.tokens, tokens) * ceil_div(tiles_m, pair), multiprocessors / pair);
-  return launch_cluster(kernel, dim3(clusters * pair), G::kThreads, G::kShared, pair, stream, args, pair);
+  const int tiles = ceil_div(args.tokens, tokens) * ceil_div(args.m, G::kOutputs);
+  const int blocks = std::min(tiles, multiprocessors);
+  return launch_early(kernel, dim3(blocks), G::kThreads, G::kShared, args.early, stream, args);
 }
 
 template <Mode mode, int small, int large>

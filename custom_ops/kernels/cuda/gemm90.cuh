@@ -64,13 +64,6 @@ struct Consumer90 {
     if (lane == 0) barrier_arrive(barrier);
   }
 
-  // A slot, for the other block, too, which writes to it.
-  __device__ __forceinline__ void release_slot(int at) const {
-    uint64_t* barrier = gemm.empty + at % G::kSlots;
-    release(barrier);
-    if (lane == 0 && gemm.pair > 1) barrier_arrive(barrier, gemm.rank ^ 1);
-  }
-
   // The first warpgroup runs ahead of the other by as many slots as this, from here on: one ends its tile while the other
   // still multiplies.
   __device__ __forceinline__ void wait_for_lead() const {
@@ -90,7 +83,7 @@ struct Consumer90 {
       weights(first, from, 0);
       multiply(first, from, 0, chunk > 0);
       wgmma_wait<1>();
-      if (chunk) release_slot(at - 1);
+      if (chunk) release(gemm.empty + (at - 1) % G::kSlots);
       weights(second, from, 1);
       multiply(second, from, 1, true);
       wgmma_wait<1>();
@@ -98,7 +91,7 @@ struct Consumer90 {
     }
     wgmma_wait<0>();
     hold_sums();
-    release_slot(at - 1);
+    release(gemm.empty + (at - 1) % G::kSlots);
   }
 
   __device__ __forceinline__ void run_groups(int& at) {
@@ -121,7 +114,7 @@ struct Consumer90 {
         hold_sums();
         fold(from, fold_);
       }
-      release_slot(at);
+      release(gemm.empty + slot);
       give_lead(at);
     }
   }
@@ -293,23 +286,22 @@ struct Consumer90 {
 };
 
 template <Mode mode, int tokens, int folds>
-__global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args, int pair) {
+__global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)  // empty for all GPUs but Hopper
   using G = Gemm90<mode, tokens, folds>;
   extern __shared__ __align__(1024) uint8_t memory[];
-  const G gemm(args, pair, memory);
+  const G gemm(args, memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < G::kSlots; ++i) {
       barrier_init(gemm.full + i, 1);
-      barrier_init(gemm.empty + i, 4 * G::kConsumers * pair);
+      barrier_init(gemm.empty + i, 4 * G::kConsumers);
     }
     barrier_init(gemm.end_full, 1);
     barrier_init(gemm.end_empty, 4 * G::kConsumers);
     barrier_init(gemm.lead, 4);
     barriers_ready();
   }
-  cluster_arrive();  // nobody writes to a block that is not there yet, or no more
-  cluster_wait();
+  __syncthreads();
   wait_for_previous();
   if (threadIdx.x < 128) {
     leave_registers<40>();
@@ -319,7 +311,7 @@ __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args, int pai
     Consumer90<mode, tokens, folds> consumer(gemm);
     int at = 0, turn = 0;
     consumer.wait_for_lead();
-    for (int tile = gemm.first_tile(); tile < gemm.tiles; tile = gemm.next_tile(tile), ++turn) {
+    for (int tile = blockIdx.x; tile < gemm.tiles; tile += gridDim.x, ++turn) {
       if constexpr (G::kFolds) {
         consumer.run_groups(at);
       } else {
@@ -328,9 +320,6 @@ __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args, int pai
       consumer.finish(tile, turn);
     }
   }
-  __syncwarp();
-  cluster_arrive();
-  cluster_wait();
 #endif
 }
 

@@ -1,11 +1,7 @@
 // Tiles, shared memory and copies of gemm90.cuh: a ring of slots of 128 features, filled by four warps.
-//
-// Two blocks of a cluster take the same tokens and neighbouring outputs: each copies half of the activations to both,
-// since all blocks together would read more than the second-level cache gives.
 #pragma once
 
 #include "args.h"
-#include "cluster.cuh"
 #include "ptx90.cuh"
 
 namespace specquant_cuda {
@@ -38,31 +34,26 @@ struct Gemm90 {
   const Args& args;
   uint8_t* shared;
   uint64_t *full, *empty, *end_full, *end_empty, *lead;
-  int chunks, tiles_t, tiles;  // tiles: of the cluster, which has `pair` blocks, 1 or 2
-  int pair, rank;
+  int chunks, tiles_t, tiles;
 
-  __device__ __forceinline__ Gemm90(const Args& a, int pair_, uint8_t* memory)
+  __device__ __forceinline__ Gemm90(const Args& a, uint8_t* memory)
       : args(a), shared(memory), full(reinterpret_cast<uint64_t*>(memory + kBarriers)), empty(full + kSlots),
         end_full(empty + kSlots), end_empty(end_full + 1), lead(end_empty + 1), chunks(a.n / kChunk),
-        tiles_t(ceil_div(a.tokens, tokens)), tiles(tiles_t * ceil_div(a.m, kOutputs * pair_)), pair(pair_),
-        rank(pair_ > 1 ? cluster_rank() : 0) {}
+        tiles_t(ceil_div(a.tokens, tokens)), tiles(tiles_t * ceil_div(a.m, kOutputs)) {}
 
   __device__ __forceinline__ int first_token(int tile) const { return tile % tiles_t * tokens; }
-  __device__ __forceinline__ int first_output(int tile) const { return (tile / tiles_t * pair + rank) * kOutputs; }
-  __device__ __forceinline__ int first_tile() const { return blockIdx.x / pair; }
-  __device__ __forceinline__ int next_tile(int tile) const { return tile + gridDim.x / pair; }
-
+  __device__ __forceinline__ int first_output(int tile) const { return tile / tiles_t * kOutputs; }
 
   // One of the copies that fill a slot: a lane's, from tile to tile the same kind.
   struct Job {
-    bool there = false, both = false;
+    bool there = false;
     uint32_t to, bytes;  // within the slot
     const uint8_t* from;
     int64_t stride;      // bytes from one index to the next
     int every = 1, step = 1, index = 0, rest = 0;  // a slot is `step` of `every` folds that share an index
 
     __device__ __forceinline__ void set(uint32_t to_, const void* from_, int64_t stride_, uint32_t bytes_) {
-      there = bytes_ > 0, to = to_, from = static_cast<const uint8_t*>(from_), stride = stride_, bytes = bytes_;
+      there = true, to = to_, from = static_cast<const uint8_t*>(from_), stride = stride_, bytes = bytes_;
     }
     __device__ __forceinline__ void count(int features, int fold) {
       every = features / (kChunk / folds), step = folds, index = fold / every, rest = fold % every;
@@ -82,12 +73,9 @@ struct Gemm90 {
     if (lane < 4 && panel < outputs / kPanel)
       job.set(kWeights + panel * kPanelBytes, args.qweight + (output / kPanel + panel) * panel_bytes, kPanelBytes,
               kPanelBytes);
-    if (warp == 0 && lane == 4) {
-      const int half = pair > 1 ? rows / 16 * 8 : rows, first = rank * half, count = rank ? rows - half : half;
-      job.set(first * kChunk, static_cast<const uint8_t*>(args.levels) + static_cast<int64_t>(token + first) * kChunk,
-              static_cast<int64_t>(args.tp) * kChunk, count * kChunk);
-      job.both = pair > 1;
-    }
+    if (warp == 0 && lane == 4)
+      job.set(0, static_cast<const uint8_t*>(args.levels) + static_cast<int64_t>(token) * kChunk,
+              static_cast<int64_t>(args.tp) * kChunk, rows * kChunk);
     if (!kFolds || fold < 0 || fold >= folds || lane < 4) return job;
     if (lane == 4)
       job.set(kWeightScales + fold * kOutputs * 2, args.scales + output, static_cast<int64_t>(args.m) * 2, outputs * 2);
@@ -105,23 +93,19 @@ struct Gemm90 {
   __device__ __forceinline__ void produce(int warp, int lane) const {
     int slot = 0, turn = 0;
     uint32_t parity = 1;
-    for (int tile = first_tile(); tile < tiles; tile = next_tile(tile), ++turn) {
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++turn) {
       const int token = first_token(tile), output = first_output(tile);
-      const int rows = min(tokens, args.tp - token), outputs = max(0, min(kOutputs, args.m - output));
+      const int rows = min(tokens, args.tp - token), outputs = min(kOutputs, args.m - output);
       const int fold_bytes = outputs * 2 + rows * 4 + (kZeros ? rows * 4 + outputs * (args.wide_sums ? 4 : 2) : 0);
       const int bytes = rows * kChunk + outputs / kPanel * kPanelBytes + (kFolds ? folds * fold_bytes : 0);
       // A warp without a job could fall two rounds behind, then wait for ever. Its later tiles have the same outputs.
-      if (warp > 0 && warp * 4 >= outputs / kPanel && !(kFolds && warp <= folds)) return;
+      if (warp * 4 >= outputs / kPanel && !(kFolds && warp <= folds)) return;
       Job mine = job(warp, lane, token, output, rows, outputs);
       for (int chunk = 0; chunk < chunks; ++chunk) {
         barrier_wait(empty + slot, parity);
         if (warp == 0 && lane == 0) barrier_expect(full + slot, bytes);
-        const uint8_t* from = mine.from + mine.index * mine.stride;
-        if (mine.both) {
-          copy_bulk_to_both(shared + slot * kSlot + mine.to, from, mine.bytes, full + slot);
-        } else if (mine.there) {
-          copy_bulk(shared + slot * kSlot + mine.to, from, mine.bytes, full + slot);
-        }
+        if (mine.there)
+          copy_bulk(shared + slot * kSlot + mine.to, mine.from + mine.index * mine.stride, mine.bytes, full + slot);
         mine.next();
         if (++slot == kSlots) slot = 0, parity ^= 1;
       }
