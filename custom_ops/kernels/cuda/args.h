@@ -104,7 +104,7 @@ cudaError_t first_stage(const Args& args, const Source& source, cudaStream_t str
 
 // The first stage of many tokens at once, there too.
 size_t prompt_shared(const Args& args);
-cudaError_t prompt(const Args& args, const Source& source, int multiprocessors, cudaStream_t stream);
+cudaError_t prompt(const Args& args, const Source& source, cudaStream_t stream);
 
 // Second stage.
 cudaError_t matvec(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream);

@@ -144,7 +144,7 @@ SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* p
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const Source source{problem->x, problem->norm, problem->epsilon, problem->prologue, problem->half};
   cudaError_t error = chosen == Path::kCluster ? first_stage(a, source, on)
-                      : plan.prompt            ? prompt(a, source, device.multiprocessors, on)
+                      : plan.prompt            ? prompt(a, source, on)
                                                : prepare_apart(plan, *problem, rotated, on);
   if (error == cudaSuccess) {
     switch (chosen) {

@@ -2,8 +2,8 @@
 // capability 9.0 and later.
 //
 // A cluster of blocks shares the features: each block keeps its rows of the basis in shared memory and goes through 16
-// tokens after another, a warp with 64 features of them in registers (prompt.cuh). The blocks tell each other their parts
-// of low and of ranges, and of the next tokens' squares in the same turn. x of the next tokens is on its way meanwhile.
+// tokens after another, a warp with 64 features of them in registers (prompt.cuh). The blocks read each other's parts of
+// squares, of low and of ranges.
 #include <algorithm>
 
 #include "launch.h"
@@ -12,8 +12,7 @@
 namespace specquant_cuda {
 namespace {
 
-constexpr int kMostThreads = kPromptWarps * 32;
-constexpr int kResidentThreads = 65536 / 96;  // by their registers
+constexpr int kMostThreads = kPromptWarps * 32, kFewThreads = 448;
 
 // float16 of 16 of a token's features over a power of two, as store_levels puts levels.
 __device__ __forceinline__ void store_halves(const Args& args, int token, int unit, int t, const float (&u)[16],
@@ -67,19 +66,29 @@ struct Prompt {
     if (t == 0) found(which, warp)[g] = value[0], found(which, warp)[g + 8] = value[1];
   }
 
-  // Of token threadIdx.x < 16, over the block's warps.
+  // What the warps told of a token, as one for the other blocks to read; by a warp.
   template <class F>
-  __device__ __forceinline__ float over_warps(int which, F combine) const {
-    float value = found(which, 0)[threadIdx.x];
-    for (int w = 1; w < warps; ++w) value = combine(value, found(which, w)[threadIdx.x]);
-    return value;
+  __device__ __forceinline__ void offer(int which, int row, F combine, float* exchanged) const {
+    const float value = over_warp(lane < warps ? found(which, lane)[row] : 0.0f, combine);
+    if (lane == 0) exchanged[parity * kPromptTokens + row] = value;
+  }
+  // And what all blocks offer of it.
+  template <class F>
+  __device__ __forceinline__ float of_all(const float* exchanged, int row, F combine) const {
+    return over_warp(lane < args.spread ? cluster_read(exchanged + parity * kPromptTokens + row, lane) : 0.0f, combine);
   }
 
-  template <class F>
-  __device__ __forceinline__ float over_blocks(const float* exchanged, F combine) const {
-    float value = cluster_read(exchanged, 0);
-    for (int b = 1; b < args.spread; ++b) value = combine(value, cluster_read(exchanged, b));
-    return value;
+  // The sum of what lies at a place of all blocks' memory, in their order.
+  __device__ __forceinline__ float sum_of_all(const float* exchanged) const {
+    float sum = 0.0f;
+    for (int start = 0; start < args.spread; start += 8) {
+      float value[8];
+#pragma unroll
+      for (int b = 0; b < 8; ++b) value[b] = cluster_read(exchanged, min(start + b, args.spread - 1));
+#pragma unroll
+      for (int b = 0; b < 8; ++b) sum += start + b < args.spread ? value[b] : 0.0f;
+    }
+    return sum;
   }
 
   __device__ __forceinline__ void rotate(float (&u)[2][16]) const {
@@ -94,34 +103,41 @@ struct Prompt {
     __syncthreads();  // sums take its place
   }
 
-  // Parts of low, and of the next tokens' squares, to where the other blocks read them, and what comes of all.
-  __device__ __forceinline__ void meet(const float (&sum)[rank_blocks ? rank_blocks * 4 : 1][4], int token, bool squares) {
-    float* shares = at.shares + parity * kPromptTokens * kColumns;
-    if constexpr (rank_blocks > 0) {
-#pragma unroll
-      for (int i = 0; i < rank_blocks * 8; ++i)
-        *reinterpret_cast<float2*>(at.sums + (warp * kPromptTokens + g + i % 2 * 8) * kStride + i / 2 * 8 + 2 * t) =
-            make_float2(sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
-    }
+  // Roots of the tokens' mean squares.
+  __device__ __forceinline__ void find_roots(const Raw<X, reads>& raw) const {
+    float squares[2];
+    raw.squares(squares);
+    tell(0, squares);
     __syncthreads();
-    if constexpr (rank_blocks > 0) {
-      for (int i = threadIdx.x; i < kPromptTokens * kColumns; i += warps * 32) {
-        const float* from = at.sums + i / kColumns * kStride + i % kColumns;
-        float all = 0.0f;
-        for (int w = 0; w < warps; ++w) all += from[w * kPromptTokens * kStride];
-        shares[i] = i % kColumns < args.rank ? all : 0.0f;
-      }
-    }
-    if (squares && threadIdx.x < kPromptTokens)
-      at.squares[parity * kPromptTokens + threadIdx.x] = over_warps(0, Sum());
+    for (int row = warp; row < kPromptTokens; row += warps) offer(0, row, Sum(), at.squares);
     cluster_arrive();
     cluster_wait();
-    if (squares && threadIdx.x < kPromptTokens) {
-      const float all = over_blocks(at.squares + parity * kPromptTokens + threadIdx.x, Sum());
-      at.root[threadIdx.x] = __fsqrt_rn(all / static_cast<float>(args.n) + source.epsilon);
+    for (int row = warp; row < kPromptTokens; row += warps) {
+      const Root root = Root::of(of_all(at.squares, row, Sum()), args.n, source.epsilon);
+      if (lane == 0) at.roots[row] = root;
     }
-    if constexpr (rank_blocks > 0)
-      for (int row = warp; row < kPromptTokens; row += warps) finish_low(shares + row * kColumns, token + row, row);
+    __syncthreads();
+  }
+
+  // low, from the warps' parts of it.
+  __device__ __forceinline__ void add_up(const float (&sum)[rank_blocks ? rank_blocks * 4 : 1][4], int token) const {
+    float* shares = at.shares + parity * kPromptTokens * kColumns;
+    const auto place = [](int row, int column) { return row * kColumns + (column ^ row % 4 * 8); };  // in other banks
+#pragma unroll
+    for (int i = 0; i < rank_blocks * 8; ++i)
+      *reinterpret_cast<float2*>(at.sums + warp * kPromptTokens * kColumns + place(g + i % 2 * 8, i / 2 * 8 + 2 * t)) =
+          make_float2(sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
+    __syncthreads();
+    for (int i = threadIdx.x; i < kPromptTokens * kColumns; i += warps * 32) {
+      const float* from = at.sums + place(i / kColumns, i % kColumns);
+      float all = 0.0f;
+#pragma unroll 4
+      for (int w = 0; w < warps; ++w) all += from[w * kPromptTokens * kColumns];
+      shares[i] = i % kColumns < args.rank ? all : 0.0f;
+    }
+    cluster_arrive();
+    cluster_wait();
+    for (int row = warp; row < kPromptTokens; row += warps) finish_low(shares + row * kColumns, token + row, row);
     __syncthreads();
   }
 
@@ -130,7 +146,7 @@ struct Prompt {
     float low[rank_blocks ? rank_blocks : 1], largest = 0.0f, factor, inverse;
 #pragma unroll
     for (int b = 0; b < rank_blocks; ++b) {
-      low[b] = over_blocks(shares + 32 * b + lane, Sum());
+      low[b] = sum_of_all(shares + 32 * b + lane);
       largest = max_nan(largest, fabsf(low[b]));
     }
     half_factor(over_warp(largest, Largest()), factor, inverse);
@@ -164,28 +180,25 @@ struct Prompt {
     tell(1, ends[0]);
     tell(2, ends[1]);
     __syncthreads();
-    const int mine = parity * kPromptTokens + threadIdx.x;
-    if (threadIdx.x < kPromptTokens)
-      at.lowest[mine] = over_warps(1, Smallest()), at.highest[mine] = over_warps(2, Largest());
+    for (int row = warp; row < kPromptTokens; row += warps) {
+      offer(1, row, Smallest(), at.lowest);
+      offer(2, row, Largest(), at.highest);
+    }
     cluster_arrive();
     cluster_wait();
-    if (threadIdx.x < kPromptTokens) {
-      const float low = over_blocks(at.lowest + mine, Smallest()), high = over_blocks(at.highest + mine, Largest());
+    for (int row = warp; row < kPromptTokens; row += warps) {
+      const float low = of_all(at.lowest, row, Smallest()), high = of_all(at.highest, row, Largest());
       Quantizer q(low, high, args.clip, args.bits);
       if (args.bits == 16) half_factor(max_nan(-low, high), q.scale, q.inverse);
-      at.quantizer[threadIdx.x] = q;
+      if (lane == 0) at.quantizer[row] = q;
+      if (token + row >= args.tokens) continue;
+      if (args.bits == 16) {
+        if (rank == 0 && lane == 0) args.scale[token + row] = q.scale;
+      } else {
+        for (int s = rank * 32 + lane; s < args.segments; s += args.spread * 32) store_scale(args, token + row, s, q);
+      }
     }
     __syncthreads();
-    if (args.bits == 16) {
-      const int row = threadIdx.x;
-      if (rank == 0 && row < kPromptTokens && token + row < args.tokens)
-        args.scale[token + row] = at.quantizer[row].scale;
-    } else {
-      const int segments = args.segments * kPromptTokens;
-      for (int i = rank * warps * 32 + threadIdx.x; i < segments; i += args.spread * warps * 32)
-        if (token + i % kPromptTokens < args.tokens)
-          store_scale(args, token + i % kPromptTokens, i / kPromptTokens, at.quantizer[i % kPromptTokens]);
-    }
     if (!inside) return;
     renew();
 #pragma unroll
@@ -216,49 +229,34 @@ struct Prompt {
 
   __device__ __forceinline__ void run() {
     const int step = gridDim.x / args.spread * kPromptTokens;
-    int token = blockIdx.x / args.spread * kPromptTokens;
     const bool inside = unit * kStep < args.kp;
     if (args.rank) fetch_basis(args, rank * warps * kStep, warps * kStep, at.basis);
+    __syncthreads();
     wait_for_previous();
-    Raw<X, reads> raw;
-    raw.load(args, source, token + g, feature);
-    float sums[rank_blocks ? rank_blocks * 4 : 1][4];
-    float squares[2];
-    if (norm) {
-      raw.squares(squares);
-      tell(0, squares);
-      __syncthreads();
-      if (threadIdx.x < kPromptTokens) at.squares[kPromptTokens + threadIdx.x] = over_warps(0, Sum());
-      cluster_arrive();
-      cluster_wait();
-      if (threadIdx.x < kPromptTokens) {
-        const float all = over_blocks(at.squares + kPromptTokens + threadIdx.x, Sum());
-        at.root[threadIdx.x] = __fsqrt_rn(all / static_cast<float>(args.n) + source.epsilon);
-      }
-    }
-    __syncthreads();  // the basis, too
-    for (; token < args.tokens; token += step, parity ^= 1) {
+    for (int token = blockIdx.x / args.spread * kPromptTokens; token < args.tokens; token += step, parity ^= 1) {
       renew();
       float u[2][16];
-      const float roots[2] = {norm ? at.root[g] : 0.0f, norm ? at.root[g + 8] : 0.0f};
-      raw.values(args, source, feature, roots, u);
-      const bool more = token + step < args.tokens;
-      if (more && reads != kGates) raw.load(args, source, token + step + g, feature);
-      if (args.hadamard) rotate(u);
-      if constexpr (rank_blocks > 0) project<rank_blocks, reads == kExact>(u, rows, sums);
-      renew();
-      if (norm && more) {
-        raw.squares(squares);
-        tell(0, squares);
+      {
+        Raw<X, reads> raw;
+        raw.load(args, source, token + g, feature);
+        Root roots[2] = {};
+        if (norm) {
+          find_roots(raw);
+          roots[0] = at.roots[g], roots[1] = at.roots[g + 8];
+        }
+        raw.values(args, source, feature, roots, u);
       }
-      if (rank_blocks > 0 || (norm && more)) meet(sums, token, norm && more);
+      if (args.hadamard) rotate(u);
       renew();
-      if (more && reads == kGates) raw.load(args, source, token + step + g, feature);  // twice the registers
       if constexpr (rank_blocks > 0) {
+        float sums[rank_blocks * 4][4];
+        project<rank_blocks, reads == kExact>(u, rows, sums);
+        add_up(sums, token);
+        renew();
         const float factor[2] = {at.factor[g], at.factor[g + 8]};
         if (args.subtract) subtract_low<rank_blocks>(u, rows, at.low, factor, g, t);
+        renew();
       }
-      renew();
       if (whole) {
         levels_of_tokens(u, token, inside);
       } else {
@@ -270,8 +268,9 @@ struct Prompt {
   }
 };
 
-template <class X, int rank_blocks, Reads reads>
-__global__ void __launch_bounds__(kMostThreads, 1) prompt_kernel(const Args args, const Source source) {
+// most: threads. Two blocks of few share a multiprocessor: one works where the other waits.
+template <class X, int rank_blocks, Reads reads, int most>
+__global__ void __launch_bounds__(most, most > kFewThreads ? 1 : 2) prompt_kernel(const Args args, const Source source) {
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)  // empty where there are no clusters
   extern __shared__ __align__(16) uint8_t memory[];
   let_next_start();
@@ -279,30 +278,36 @@ __global__ void __launch_bounds__(kMostThreads, 1) prompt_kernel(const Args args
 #endif
 }
 
-template <class X, int rank_blocks, Reads reads>
-cudaError_t start(const Args& args, const Source& source, int multiprocessors, cudaStream_t stream) {
-  const auto kernel = prompt_kernel<X, rank_blocks, reads>;
+template <class X, int rank_blocks, Reads reads, int most>
+cudaError_t start(const Args& args, const Source& source, cudaStream_t stream) {
+  const auto kernel = prompt_kernel<X, rank_blocks, reads, most>;
   const size_t shared = prompt_shared(args);
+  const int threads = args.units * 32;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (error == cudaSuccess && args.spread > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  int clusters = 1;  // that run at once: each takes as many tokens as the others
+  if (error == cudaSuccess) error = count_clusters(kernel, threads, shared, args.spread, clusters);
   if (error != cudaSuccess) return error;
-  // As many clusters as run at once, and each as many tokens as the others.
-  const int tiles = ceil_div(args.tokens, kPromptTokens), threads = args.units * 32;
-  const int each = std::max<int>(1, std::min<int>(kSharedHopper / (shared + 1024), kResidentThreads / threads));
-  const int rounds = ceil_div(tiles, std::max(1, multiprocessors * each / args.spread));
+  const int tiles = ceil_div(args.tokens, kPromptTokens), rounds = ceil_div(tiles, std::max(1, clusters));
   const dim3 grid(ceil_div(tiles, rounds) * args.spread);
   return launch_cluster(kernel, grid, threads, shared, args.spread, stream, args, source);
 }
 
-template <class X, Reads reads>
-cudaError_t start_rank(const Args& args, const Source& source, int multiprocessors, cudaStream_t stream) {
+template <class X, Reads reads, int most>
+cudaError_t start_rank(const Args& args, const Source& source, cudaStream_t stream) {
   switch (args.rp / kRankStep) {
-    case 0: return start<X, 0, reads>(args, source, multiprocessors, stream);
-    case 1: return start<X, 1, reads>(args, source, multiprocessors, stream);
-    default: return start<X, 2, reads>(args, source, multiprocessors, stream);
+    case 0: return start<X, 0, reads, most>(args, source, stream);
+    case 1: return start<X, 1, reads, most>(args, source, stream);
+    default: return start<X, 2, reads, most>(args, source, stream);
   }
+}
+
+template <class X, Reads reads>
+cudaError_t start_threads(const Args& args, const Source& source, cudaStream_t stream) {
+  return args.units * 32 <= kFewThreads ? start_rank<X, reads, kFewThreads>(args, source, stream)
+                                        : start_rank<X, reads, kMostThreads>(args, source, stream);
 }
 
 }  // namespace
@@ -311,12 +316,12 @@ size_t prompt_shared(const Args& args) {
   return PromptPlaces::take(nullptr, nullptr, args.units, args.rp, args.hadamard > 0);
 }
 
-cudaError_t prompt(const Args& args, const Source& source, int multiprocessors, cudaStream_t stream) {
+cudaError_t prompt(const Args& args, const Source& source, cudaStream_t stream) {
   const bool gates = source.prologue >= kSiluGate, exact = !source.prologue && !args.hadamard;
-  const auto pick = [&](auto run) { return run(args, source, multiprocessors, stream); };
-  if (!source.half) return gates ? pick(start_rank<float, kGates>) : pick(start_rank<float, kValues>);
-  return gates ? pick(start_rank<__half, kGates>)
-               : exact ? pick(start_rank<__half, kExact>) : pick(start_rank<__half, kValues>);
+  const auto pick = [&](auto run) { return run(args, source, stream); };
+  if (!source.half) return gates ? pick(start_threads<float, kGates>) : pick(start_threads<float, kValues>);
+  return gates ? pick(start_threads<__half, kGates>)
+               : exact ? pick(start_threads<__half, kExact>) : pick(start_threads<__half, kValues>);
 }
 
 }  // namespace specquant_cuda

@@ -17,15 +17,30 @@ constexpr int kPromptTokens = 16;
 // How x is read: float16 that is x̂ already, whose products are exact in float16; any x̂ but one with a gate; that.
 enum Reads { kExact, kValues, kGates };
 
-// Halves in a row of the basis and of low, floats in one of sums: padded, so that rows start in different banks.
+// Halves in a row of the basis and of low: padded, so that rows start in different banks.
 __host__ __device__ constexpr int prompt_stride(int rp) { return rp + 8; }
+
+// What a token is divided by: as __fdiv_rn would, in three instructions (its reciprocal is rounded correctly, and so then is
+// the quotient, unless it is smaller than any that matters).
+struct Root {
+  float root, inverse;
+  __device__ __forceinline__ static Root of(float squares, int n, float epsilon) {
+    const float root = __fsqrt_rn(squares / static_cast<float>(n) + epsilon), inverse = __fdiv_rn(1.0f, root);
+    return {inverse == 0.0f ? 1.0f : root, inverse};  // all over infinity is 0
+  }
+  __device__ __forceinline__ float divide(float x) const {
+    const float quotient = x * inverse;
+    return fmaf(fmaf(-quotient, root, x), inverse, quotient);
+  }
+};
 
 struct PromptPlaces {
   __half *basis, *low;  // [features], [2 parts, tokens]
   float* sums;          // [warps, tokens] of a block; before that, with a Hadamard transform, x̂
   float *shares, *squares, *lowest, *highest;  // what other blocks read: [2], of tiles in turn
   float* warps_found;   // [3, warps, tokens]: squares, lowest, highest
-  float *factor, *root;
+  float* factor;
+  Root* roots;
   Quantizer* quantizer;
   int values_stride;    // floats from a token's x̂ to the next
 
@@ -40,18 +55,18 @@ struct PromptPlaces {
     };
     uint8_t* basis = next(rp ? warps * kStep * stride * sizeof(__half) : 0);
     uint8_t* low = next(rp ? 2 * kPromptTokens * stride * sizeof(__half) : 0);
-    const size_t sums = rp ? warps * kPromptTokens * stride * sizeof(float) : 0;
+    const size_t sums = warps * kPromptTokens * rp * sizeof(float);
     const size_t rotated = rotates ? kPromptTokens * values * sizeof(float) : 0;
     uint8_t* all_sums = next(sums > rotated ? sums : rotated);
     uint8_t* shares = next(2 * kPromptTokens * rp * sizeof(float));
-    uint8_t* few = next((6 + 3 * warps + 2) * kPromptTokens * sizeof(float));
+    uint8_t* few = next((6 + 3 * warps + 3) * kPromptTokens * sizeof(float));
     uint8_t* quantizers = next(kPromptTokens * sizeof(Quantizer));
     if (at) {
       at->basis = reinterpret_cast<__half*>(basis), at->low = reinterpret_cast<__half*>(low);
       at->sums = reinterpret_cast<float*>(all_sums), at->shares = reinterpret_cast<float*>(shares);
       at->squares = reinterpret_cast<float*>(few), at->lowest = at->squares + 2 * kPromptTokens;
       at->highest = at->lowest + 2 * kPromptTokens, at->warps_found = at->highest + 2 * kPromptTokens;
-      at->factor = at->warps_found + 3 * warps * kPromptTokens, at->root = at->factor + kPromptTokens;
+      at->factor = at->warps_found + 3 * warps * kPromptTokens, at->roots = reinterpret_cast<Root*>(at->factor + kPromptTokens);
       at->quantizer = reinterpret_cast<Quantizer*>(quantizers), at->values_stride = values;
     }
     return end;
@@ -134,8 +149,8 @@ struct Raw {
     }
   }
 
-  // x̂ before its rotation. root: of tokens g and g + 8.
-  __device__ __forceinline__ void values(const Args& args, const Source& source, int feature, const float (&root)[2],
+  // x̂ before its rotation. roots: of tokens g and g + 8.
+  __device__ __forceinline__ void values(const Args& args, const Source& source, int feature, const Root (&roots)[2],
                                          float (&u)[2][16]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) floats(0, h, u[h]);
@@ -154,7 +169,7 @@ struct Raw {
                                                  : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         const float of[4] = {norm.x, norm.y, norm.z, norm.w};
 #pragma unroll
-        for (int j = 0; j < 8; ++j) u[j / 4][i + j % 4] = __fdiv_rn(u[j / 4][i + j % 4], root[j / 4]) * of[j % 4];
+        for (int j = 0; j < 8; ++j) u[j / 4][i + j % 4] = roots[j / 4].divide(u[j / 4][i + j % 4]) * of[j % 4];
       }
     }
   }
