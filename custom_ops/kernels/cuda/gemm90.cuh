@@ -28,6 +28,13 @@ struct Consumer90 {
   int sums[2][G::kSums];  // [i][4 · column block + 2h + e]: output 4g + 2i + h, token 8 · block + 2t + e
   float totals[2][G::kFolds ? G::kSums : 1];
 
+  // What a thread's four outputs need at the end of a tile, on its way while the last product is.
+  struct Ends {
+    uint2 coef[8];  // of columns 8t …, of the first 32
+    uint2 scale;
+    float bias[4];
+  } ends;
+
   __device__ __forceinline__ explicit Consumer90(const G& gemm_)
       : gemm(gemm_), group((threadIdx.x / 32) - 4), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4), lane(threadIdx.x % 32),
         mask(gemm_.args.high_nibbles) {}
@@ -74,7 +81,7 @@ struct Consumer90 {
   }
 
   // All features of a tile, without groups. at: slots taken so far.
-  __device__ __forceinline__ void run_channels(int& at) {
+  __device__ __forceinline__ void run_channels(int& at, int tile) {
     for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
       const int slot = at % G::kSlots;
       const uint8_t* from = gemm.shared + slot * G::kSlot;
@@ -89,12 +96,13 @@ struct Consumer90 {
       wgmma_wait<1>();
       give_lead(at);
     }
+    load_ends(output_of(tile));
     wgmma_wait<0>();
     hold_sums();
     release(gemm.empty + (at - 1) % G::kSlots);
   }
 
-  __device__ __forceinline__ void run_groups(int& at) {
+  __device__ __forceinline__ void run_groups(int& at, int tile) {
 #pragma unroll
     for (int i = 0; i < 2 * G::kSums; ++i) totals[i / G::kSums][i % G::kSums] = 0.0f;
     for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
@@ -117,6 +125,7 @@ struct Consumer90 {
       release(gemm.empty + slot);
       give_lead(at);
     }
+    load_ends(output_of(tile));
   }
 
   // totals += sums · both scales.
@@ -151,120 +160,32 @@ struct Consumer90 {
     }
   }
 
-  // y of a tile: scales where there are no groups, the branch, bias, residual.
-  __device__ __forceinline__ void finish(int tile, int turn) {
-    const Args& args = gemm.args;
-    const int token_base = gemm.first_token(tile), output = gemm.first_output(tile) + 32 * group + 4 * g;
-    const bool inside = output < args.m;
-    const int blocks = args.rank ? args.rp / kRankStep : 0;
-    uint32_t coef[kFastRank / kRankStep][2][2][4];  // C as fragments, [32 columns][i][k]: columns 8t … 8t + 7
-#pragma unroll
-    for (int b = 0; b < kFastRank / kRankStep; ++b)
-      if (b < blocks) load_coef(coef[b], output, b * kRankStep, inside);
-    float scale[4] = {}, bias[4] = {};
-    int row_sums[4] = {};
-    const bool zeros = mode == kChannel && args.bits == 8;
-    if (inside) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (args.bias) bias[i] = args.bias[output + i];
-        // Sums are 16 times too large: the weights were.
-        if constexpr (mode == kChannel) scale[i] = __half2float(args.scales[output + i]) * (zeros ? 1.0f : 0.0625f);
-        if (zeros)
-          row_sums[i] = args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output + i]
-                                       : static_cast<const int16_t*>(args.row_sums)[output + i];
-      }
-    }
-    barrier_wait(gemm.end_full, turn & 1);
-    const int parts = args.y_half ? 1 : 2;  // of low: float16 y does not see the trailing bits
-#pragma unroll
-    for (int block = 0; block < tokens / 8; ++block) {
-      uint4 residual[2];
-      if (args.residual) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) residual[e] = residual_of(token_base + 8 * block + 2 * t + e, output, inside);
-      }
-      float branch[8] = {};
-      float2 factor = make_float2(0.0f, 0.0f);
-      if (blocks) {
-        const int row = 8 * block + g;
-        factor = *reinterpret_cast<const float2*>(gemm.shared + G::kFactors + (8 * block + 2 * t) * 4);
-#pragma unroll
-        for (int b = 0; b < kFastRank / kRankStep; ++b) {
-          if (b >= blocks) break;
-          for (int part = 0; part < parts; ++part) {
-            const uint8_t* from = gemm.shared + G::kLow + ((row * 2 + part) * args.rp + b * kRankStep + 8 * t) * 2;
-            const uint4 raw = *reinterpret_cast<const uint4*>(from);
-            const uint32_t low[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              float(&out)[4] = *reinterpret_cast<float(*)[4]>(branch + i / 2 * 4);
-              mma_f16(out, coef[b][i / 2][i % 2], low[i % 2]);
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int row = 8 * block + 2 * t + e, token = token_base + row;
-        float v[4];
-        float token_scale = 0.0f;
-        int zero = 0;
-        if constexpr (mode == kChannel) {
-          token_scale = reinterpret_cast<const float*>(gemm.shared + G::kEndScales)[row];
-          if (zeros && token < args.tokens) zero = reinterpret_cast<const int*>(gemm.shared + G::kEndZeros)[row];
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int j = 4 * block + i % 2 * 2 + e;
-          const float rest = fmaf(branch[i / 2 * 4 + i % 2 * 2 + e], e ? factor.y : factor.x, bias[i]);
-          if constexpr (mode == kChannel) {
-            int sum = sums[i / 2][j];
-            if (zeros) sum = (sum >> 4) - zero * row_sums[i];
-            v[i] = fmaf(static_cast<float>(sum), token_scale * scale[i], rest);
-          } else {
-            v[i] = totals[i / 2][j] + rest;
-          }
-        }
-        if (token >= args.tokens || !inside) continue;
-        if (args.residual) add_residual(v, residual[e]);
-        store(v, static_cast<int64_t>(token) * args.m + output);
-      }
-    }
-    release(gemm.end_empty);
-  }
+  __device__ __forceinline__ int output_of(int tile) const { return gemm.first_output(tile) + 32 * group + 4 * g; }
 
-  // Four outputs of it, as they lie.
-  __device__ __forceinline__ uint4 residual_of(int token, int output, bool inside) const {
-    uint4 raw = make_uint4(0, 0, 0, 0);
-    if (token >= gemm.args.tokens || !inside) return raw;
-    const int64_t at = static_cast<int64_t>(token) * gemm.args.m + output;
-    if (!gemm.args.y_half) return *reinterpret_cast<const uint4*>(static_cast<const float*>(gemm.args.residual) + at);
-    const uint2 halves = *reinterpret_cast<const uint2*>(static_cast<const __half*>(gemm.args.residual) + at);
-    raw.x = halves.x, raw.y = halves.y;
-    return raw;
-  }
-
-  __device__ __forceinline__ void add_residual(float (&v)[4], const uint4& raw) const {
-    if (gemm.args.y_half) {
-      const float2 first = __half22float2(half2_of(raw.x)), second = __half22float2(half2_of(raw.y));
-      v[0] += first.x, v[1] += first.y, v[2] += second.x, v[3] += second.y;
-    } else {
-      v[0] += __uint_as_float(raw.x), v[1] += __uint_as_float(raw.y);
-      v[2] += __uint_as_float(raw.z), v[3] += __uint_as_float(raw.w);
-    }
-  }
-
-  __device__ __forceinline__ void load_coef(uint32_t (&coef)[2][2][4], int output, int column, bool inside) const {
+  __device__ __forceinline__ void load_coef(uint2 (&coef)[8], int output, int column) const {
     const __half* from = gemm.args.coef + output;
-    uint2 rows[8];  // 4 outputs of each of this thread's columns
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int at = column + 8 * t + j;
-      rows[j] = make_uint2(0, 0);
-      if (at < gemm.args.rank && inside)
-        rows[j] = __ldg(reinterpret_cast<const uint2*>(from + static_cast<int64_t>(at) * gemm.args.m));
+      coef[j] = at < gemm.args.rank && output < gemm.args.m
+                    ? __ldg(reinterpret_cast<const uint2*>(from + static_cast<int64_t>(at) * gemm.args.m))
+                    : make_uint2(0, 0);
     }
+  }
+
+  __device__ __forceinline__ void load_ends(int output) {
+    const Args& args = gemm.args;
+    load_coef(ends.coef, output, 0);
+    ends.scale = make_uint2(0, 0);
+    if (mode == kChannel && output < args.m) ends.scale = __ldg(reinterpret_cast<const uint2*>(args.scales + output));
+    const bool there = args.bias && output < args.m;
+    const float4 bias =
+        there ? __ldg(reinterpret_cast<const float4*>(args.bias + output)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    ends.bias[0] = bias.x, ends.bias[1] = bias.y, ends.bias[2] = bias.z, ends.bias[3] = bias.w;
+  }
+
+  // C as fragments: [i][k], columns 8t … 8t + 7.
+  __device__ __forceinline__ static void fragments_of(uint32_t (&coef)[2][2][4], const uint2 (&rows)[8]) {
 #pragma unroll
     for (int w = 0; w < 4; ++w)
 #pragma unroll
@@ -275,8 +196,130 @@ struct Consumer90 {
       }
   }
 
+  // y of a tile: scales where there are no groups, the branch, bias, residual.
+  __device__ __forceinline__ void finish(int tile, int turn) {
+    gemm.args.y_half ? finish_rank<true>(tile, turn) : finish_rank<false>(tile, turn);
+  }
+
+  // halves: y and the residual are float16.
+  template <bool halves>
+  __device__ __forceinline__ void finish_rank(int tile, int turn) {
+    switch (gemm.args.rank ? gemm.args.rp / kRankStep : 0) {
+      case 0: finish_as<0, halves>(tile, turn); break;
+      case 1: finish_as<1, halves>(tile, turn); break;
+      default: finish_as<2, halves>(tile, turn);
+    }
+  }
+
+  // blocks: of 32 columns of the branch. Few jumps: while 8 tokens wait for something, others go on.
+  template <int blocks, bool halves>
+  __device__ __forceinline__ void finish_as(int tile, int turn) {
+    const Args& args = gemm.args;
+    constexpr int together = 2;  // times 8 tokens
+    const int token_base = gemm.first_token(tile), output = output_of(tile);
+    const bool inside = output < args.m;
+    uint32_t coef[blocks ? blocks : 1][2][2][4];
+    if constexpr (blocks > 0) fragments_of(coef[0], ends.coef);
+    if constexpr (blocks > 1) {
+      load_coef(ends.coef, output, kRankStep);
+      fragments_of(coef[blocks - 1], ends.coef);
+    }
+    const bool zeros = mode == kChannel && args.bits == 8;
+    const float2 low_scales = __half22float2(half2_of(ends.scale.x)), high_scales = __half22float2(half2_of(ends.scale.y));
+    const float unit = zeros ? 1.0f : 0.0625f;  // sums are 16 times too large: the weights were
+    const float scale[4] = {low_scales.x * unit, low_scales.y * unit, high_scales.x * unit, high_scales.y * unit};
+    int row_sums[4] = {};
+    if (zeros && inside) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        row_sums[i] = args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output + i]
+                                     : static_cast<const int16_t*>(args.row_sums)[output + i];
+    }
+    barrier_wait(gemm.end_full, turn & 1);
+#pragma unroll
+    for (int start = 0; start < tokens / 8; start += together) {
+      const auto token_of = [&](int k, int e) { return token_base + 8 * (start + k) + 2 * t + e; };
+      uint4 residual[together][2];
+      if (args.residual) {
+#pragma unroll
+        for (int i = 0; i < 2 * together; ++i)
+          residual[i / 2][i % 2] = residual_of<halves>(token_of(i / 2, i % 2), output, inside);
+      }
+      float branch[together][8] = {};
+      if constexpr (blocks > 0) {
+#pragma unroll
+        for (int k = 0; k < together; ++k)
+#pragma unroll
+          for (int i = 0; i < blocks * (halves ? 1 : 2); ++i) {  // float16 y does not see the trailing bits of low
+            const int part = i / blocks, b = i % blocks, row = 8 * (start + k) + g;
+            const uint8_t* from = gemm.shared + G::kLow + ((row * 2 + part) * blocks * kRankStep + b * kRankStep + 8 * t) * 2;
+            const uint4 raw = *reinterpret_cast<const uint4*>(from);
+            const uint32_t low[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              float(&out)[4] = *reinterpret_cast<float(*)[4]>(branch[k] + j / 2 * 4);
+              mma_f16(out, coef[b][j / 2][j % 2], low[j % 2]);
+            }
+          }
+      }
+#pragma unroll
+      for (int k = 0; k < together; ++k) {
+        const int at = (8 * (start + k) + 2 * t) * 4;
+        float2 factor = make_float2(0.0f, 0.0f), token_scale = make_float2(0.0f, 0.0f);
+        int2 zero = make_int2(0, 0);
+        if constexpr (blocks > 0) factor = *reinterpret_cast<const float2*>(gemm.shared + G::kFactors + at);
+        if constexpr (mode == kChannel) token_scale = *reinterpret_cast<const float2*>(gemm.shared + G::kEndScales + at);
+        if (zeros) zero = *reinterpret_cast<const int2*>(gemm.shared + G::kEndZeros + at);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float v[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int j = 4 * (start + k) + i % 2 * 2 + e;
+            float rest = ends.bias[i];
+            if constexpr (blocks > 0) rest = fmaf(branch[k][i / 2 * 4 + i % 2 * 2 + e], e ? factor.y : factor.x, rest);
+            if constexpr (mode == kChannel) {
+              int sum = sums[i / 2][j];
+              // Unsigned: the zero-points of rows past the last token are anything.
+              if (zeros) sum = (sum >> 4) - static_cast<uint32_t>(e ? zero.y : zero.x) * row_sums[i];
+              v[i] = fmaf(static_cast<float>(sum), (e ? token_scale.y : token_scale.x) * scale[i], rest);
+            } else {
+              v[i] = totals[i / 2][j] + rest;
+            }
+          }
+          if (args.residual) add_residual<halves>(v, residual[k][e]);
+          if (token_of(k, e) < args.tokens && inside)
+            store<halves>(v, static_cast<int64_t>(token_of(k, e)) * args.m + output);
+        }
+      }
+    }
+    release(gemm.end_empty);
+  }
+
+  // Four outputs of it, as they lie.
+  template <bool halves>
+  __device__ __forceinline__ uint4 residual_of(int token, int output, bool inside) const {
+    if (token >= gemm.args.tokens || !inside) return make_uint4(0, 0, 0, 0);
+    const int64_t at = static_cast<int64_t>(token) * gemm.args.m + output;
+    if constexpr (!halves) return *reinterpret_cast<const uint4*>(static_cast<const float*>(gemm.args.residual) + at);
+    const uint2 raw = *reinterpret_cast<const uint2*>(static_cast<const __half*>(gemm.args.residual) + at);
+    return make_uint4(raw.x, raw.y, 0, 0);
+  }
+
+  template <bool halves>
+  __device__ __forceinline__ static void add_residual(float (&v)[4], const uint4& raw) {
+    if constexpr (halves) {
+      const float2 first = __half22float2(half2_of(raw.x)), second = __half22float2(half2_of(raw.y));
+      v[0] += first.x, v[1] += first.y, v[2] += second.x, v[3] += second.y;
+    } else {
+      v[0] += __uint_as_float(raw.x), v[1] += __uint_as_float(raw.y);
+      v[2] += __uint_as_float(raw.z), v[3] += __uint_as_float(raw.w);
+    }
+  }
+
+  template <bool halves>
   __device__ __forceinline__ void store(const float (&v)[4], int64_t at) const {
-    if (gemm.args.y_half) {
+    if constexpr (halves) {
       *reinterpret_cast<uint2*>(static_cast<__half*>(gemm.args.y) + at) =
           make_uint2(bits_of(__floats2half2_rn(v[0], v[1])), bits_of(__floats2half2_rn(v[2], v[3])));
     } else {
@@ -313,9 +356,9 @@ __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
     consumer.wait_for_lead();
     for (int tile = blockIdx.x; tile < gemm.tiles; tile += gridDim.x, ++turn) {
       if constexpr (G::kFolds) {
-        consumer.run_groups(at);
+        consumer.run_groups(at, tile);
       } else {
-        consumer.run_channels(at);
+        consumer.run_channels(at, tile);
       }
       consumer.finish(tile, turn);
     }
