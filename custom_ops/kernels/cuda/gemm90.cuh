@@ -42,10 +42,15 @@ struct Consumer90 {
   // Fragments of 64 features: [i][step of 32].
   __device__ __forceinline__ void weights(uint32_t (&a)[2][2][4], const uint8_t* slot, int half) const {
     const uint8_t* panel = slot + G::kWeights + (2 * group + g / 4) * G::kPanelBytes + g % 4 * 16;
+    // Blocks t and t + 2 share their banks: their threads read their two halves in turn.
+    const bool turned = t >= 2;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const uint4 raw = *reinterpret_cast<const uint4*>(panel + (8 * half + 4 * s + t) * 64);
-      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+      const uint8_t* from = panel + (8 * half + 4 * s + t) * 64;
+      const uint2 one = *reinterpret_cast<const uint2*>(from + turned * 8);
+      const uint2 other = *reinterpret_cast<const uint2*>(from + !turned * 8);
+      const uint32_t words[4] = {turned ? other.x : one.x, turned ? other.y : one.y, turned ? one.x : other.x,
+                                 turned ? one.y : other.y};
 #pragma unroll
       for (int w = 0; w < 4; ++w) unpack_s8(words[w], mask, a[w / 2][s][w % 2], a[w / 2][s][w % 2 + 2]);
     }
@@ -205,19 +210,47 @@ struct Consumer90 {
   template <bool halves>
   __device__ __forceinline__ void finish_rank(int tile, int turn) {
     switch (gemm.args.rank ? gemm.args.rp / kRankStep : 0) {
-      case 0: finish_as<0, halves>(tile, turn); break;
-      case 1: finish_as<1, halves>(tile, turn); break;
-      default: finish_as<2, halves>(tile, turn);
+      case 0: finish_added<0, halves>(tile, turn); break;
+      case 1: finish_added<1, halves>(tile, turn); break;
+      default: finish_as<2, halves, true>(tile, turn);
     }
   }
 
-  // blocks: of 32 columns of the branch. Few jumps: while 8 tokens wait for something, others go on.
   template <int blocks, bool halves>
+  __device__ __forceinline__ void finish_added(int tile, int turn) {
+    if (mode == kChannel && halves && !gemm.args.residual) {
+      finish_as<blocks, halves, false>(tile, turn);
+    } else {
+      finish_as<blocks, halves, true>(tile, turn);
+    }
+  }
+
+  // With 8 bits: sums less zero-points.
+  __device__ __forceinline__ void subtract_zeros(int output) {
+    const Args& args = gemm.args;
+    int row_sums[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (output < args.m)
+        row_sums[i] = args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output + i]
+                                     : static_cast<const int16_t*>(args.row_sums)[output + i];
+#pragma unroll
+    for (int i = 0; i < 2 * G::kSums; ++i) {
+      const int w = i / G::kSums, j = i % G::kSums, row = j / 4 * 8 + 2 * t + j % 2;
+      // Unsigned: the zero-points of rows past the last token are anything.
+      const uint32_t zero = reinterpret_cast<const int*>(gemm.shared + G::kEndZeros)[row];
+      sums[w][j] = (sums[w][j] >> 4) - zero * row_sums[2 * w + j / 2 % 2];
+    }
+  }
+
+  // blocks: of 32 columns of the branch. added: there may be a residual. Few jumps: while 8 tokens wait for something,
+  // others go on.
+  template <int blocks, bool halves, bool added>
   __device__ __forceinline__ void finish_as(int tile, int turn) {
     const Args& args = gemm.args;
-    constexpr int together = 2;  // times 8 tokens
-    const int token_base = gemm.first_token(tile), output = output_of(tile);
-    const bool inside = output < args.m;
+    constexpr int together = blocks > 1 ? 1 : 2;  // times 8 tokens
+    const int first_token = gemm.first_token(tile) + 2 * t, output = output_of(tile);
+    const int tokens_left = output < args.m ? args.tokens - first_token : 0;  // from this thread's first on
     uint32_t coef[blocks ? blocks : 1][2][2][4];
     if constexpr (blocks > 0) fragments_of(coef[0], ends.coef);
     if constexpr (blocks > 1) {
@@ -228,48 +261,41 @@ struct Consumer90 {
     const float2 low_scales = __half22float2(half2_of(ends.scale.x)), high_scales = __half22float2(half2_of(ends.scale.y));
     const float unit = zeros ? 1.0f : 0.0625f;  // sums are 16 times too large: the weights were
     const float scale[4] = {low_scales.x * unit, low_scales.y * unit, high_scales.x * unit, high_scales.y * unit};
-    int row_sums[4] = {};
-    if (zeros && inside) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        row_sums[i] = args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output + i]
-                                     : static_cast<const int16_t*>(args.row_sums)[output + i];
-    }
     barrier_wait(gemm.end_full, turn & 1);
+    if (zeros) subtract_zeros(output);
+    constexpr int size = halves ? 2 : 4;
+    const int64_t step = static_cast<int64_t>(args.m) * size;
+    int64_t at = first_token * step + static_cast<int64_t>(output) * size;  // of this thread's outputs, in bytes
 #pragma unroll
     for (int start = 0; start < tokens / 8; start += together) {
-      const auto token_of = [&](int k, int e) { return token_base + 8 * (start + k) + 2 * t + e; };
       uint4 residual[together][2];
-      if (args.residual) {
+      if (added && args.residual) {
 #pragma unroll
         for (int i = 0; i < 2 * together; ++i)
-          residual[i / 2][i % 2] = residual_of<halves>(token_of(i / 2, i % 2), output, inside);
+          residual[i / 2][i % 2] =
+              residual_of<halves>(at + (i / 2 * 8 + i % 2) * step, 8 * (start + i / 2) + i % 2 < tokens_left);
       }
       float branch[together][8] = {};
-      if constexpr (blocks > 0) {
 #pragma unroll
-        for (int k = 0; k < together; ++k)
+      for (int i = 0; i < together * blocks * (halves ? 1 : 2); ++i) {  // float16 y does not see low's trailing bits
+        const int k = i % together, b = i / together % (blocks ? blocks : 1), part = i / (together * (blocks ? blocks : 1));
+        const int row = 8 * (start + k) + g;
+        const uint8_t* from = gemm.shared + G::kLow + ((row * 2 + part) * blocks + b) * kRankStep * 2 + 16 * t;
+        const uint4 raw = *reinterpret_cast<const uint4*>(from);
+        const uint32_t low[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
 #pragma unroll
-          for (int i = 0; i < blocks * (halves ? 1 : 2); ++i) {  // float16 y does not see the trailing bits of low
-            const int part = i / blocks, b = i % blocks, row = 8 * (start + k) + g;
-            const uint8_t* from = gemm.shared + G::kLow + ((row * 2 + part) * blocks * kRankStep + b * kRankStep + 8 * t) * 2;
-            const uint4 raw = *reinterpret_cast<const uint4*>(from);
-            const uint32_t low[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              float(&out)[4] = *reinterpret_cast<float(*)[4]>(branch[k] + j / 2 * 4);
-              mma_f16(out, coef[b][j / 2][j % 2], low[j % 2]);
-            }
-          }
+        for (int j = 0; j < 4; ++j) {
+          float(&out)[4] = *reinterpret_cast<float(*)[4]>(branch[k] + j / 2 * 4);
+          mma_f16(out, coef[b][j / 2][j % 2], low[j % 2]);
+        }
       }
 #pragma unroll
-      for (int k = 0; k < together; ++k) {
-        const int at = (8 * (start + k) + 2 * t) * 4;
+      for (int k = 0; k < together; ++k, at += 8 * step) {
+        const int place = (8 * (start + k) + 2 * t) * 4;
         float2 factor = make_float2(0.0f, 0.0f), token_scale = make_float2(0.0f, 0.0f);
-        int2 zero = make_int2(0, 0);
-        if constexpr (blocks > 0) factor = *reinterpret_cast<const float2*>(gemm.shared + G::kFactors + at);
-        if constexpr (mode == kChannel) token_scale = *reinterpret_cast<const float2*>(gemm.shared + G::kEndScales + at);
-        if (zeros) zero = *reinterpret_cast<const int2*>(gemm.shared + G::kEndZeros + at);
+        if constexpr (blocks > 0) factor = *reinterpret_cast<const float2*>(gemm.shared + G::kFactors + place);
+        if constexpr (mode == kChannel)
+          token_scale = *reinterpret_cast<const float2*>(gemm.shared + G::kEndScales + place);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float v[4];
@@ -279,30 +305,27 @@ struct Consumer90 {
             float rest = ends.bias[i];
             if constexpr (blocks > 0) rest = fmaf(branch[k][i / 2 * 4 + i % 2 * 2 + e], e ? factor.y : factor.x, rest);
             if constexpr (mode == kChannel) {
-              int sum = sums[i / 2][j];
-              // Unsigned: the zero-points of rows past the last token are anything.
-              if (zeros) sum = (sum >> 4) - static_cast<uint32_t>(e ? zero.y : zero.x) * row_sums[i];
-              v[i] = fmaf(static_cast<float>(sum), (e ? token_scale.y : token_scale.x) * scale[i], rest);
+              v[i] = fmaf(static_cast<float>(sums[i / 2][j]), (e ? token_scale.y : token_scale.x) * scale[i], rest);
             } else {
               v[i] = totals[i / 2][j] + rest;
             }
           }
-          if (args.residual) add_residual<halves>(v, residual[k][e]);
-          if (token_of(k, e) < args.tokens && inside)
-            store<halves>(v, static_cast<int64_t>(token_of(k, e)) * args.m + output);
+          if (added && args.residual) add_residual<halves>(v, residual[k][e]);
+          if (8 * (start + k) + e < tokens_left) store<halves>(v, at + e * step);
         }
       }
+      hold(at);  // or the places of all tokens are worked out at once, and take registers
     }
     release(gemm.end_empty);
   }
 
-  // Four outputs of it, as they lie.
+  // Four outputs of it, as they lie. at: in bytes.
   template <bool halves>
-  __device__ __forceinline__ uint4 residual_of(int token, int output, bool inside) const {
-    if (token >= gemm.args.tokens || !inside) return make_uint4(0, 0, 0, 0);
-    const int64_t at = static_cast<int64_t>(token) * gemm.args.m + output;
-    if constexpr (!halves) return *reinterpret_cast<const uint4*>(static_cast<const float*>(gemm.args.residual) + at);
-    const uint2 raw = *reinterpret_cast<const uint2*>(static_cast<const __half*>(gemm.args.residual) + at);
+  __device__ __forceinline__ uint4 residual_of(int64_t at, bool there) const {
+    if (!there) return make_uint4(0, 0, 0, 0);
+    const uint8_t* from = static_cast<const uint8_t*>(gemm.args.residual) + at;
+    if constexpr (!halves) return *reinterpret_cast<const uint4*>(from);
+    const uint2 raw = *reinterpret_cast<const uint2*>(from);
     return make_uint4(raw.x, raw.y, 0, 0);
   }
 
@@ -319,11 +342,12 @@ struct Consumer90 {
 
   template <bool halves>
   __device__ __forceinline__ void store(const float (&v)[4], int64_t at) const {
+    uint8_t* to = static_cast<uint8_t*>(gemm.args.y) + at;
     if constexpr (halves) {
-      *reinterpret_cast<uint2*>(static_cast<__half*>(gemm.args.y) + at) =
+      *reinterpret_cast<uint2*>(to) =
           make_uint2(bits_of(__floats2half2_rn(v[0], v[1])), bits_of(__floats2half2_rn(v[2], v[3])));
     } else {
-      *reinterpret_cast<float4*>(static_cast<float*>(gemm.args.y) + at) = make_float4(v[0], v[1], v[2], v[3]);
+      *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
     }
   }
 };

@@ -66,29 +66,29 @@ struct Prompt {
     if (t == 0) found(which, warp)[g] = value[0], found(which, warp)[g + 8] = value[1];
   }
 
-  // What the warps told of a token, as one for the other blocks to read; by a warp.
+  // What the warps told of a token, as one.
   template <class F>
-  __device__ __forceinline__ void offer(int which, int row, F combine, float* exchanged) const {
-    const float value = over_warp(lane < warps ? found(which, lane)[row] : 0.0f, combine);
-    if (lane == 0) exchanged[parity * kPromptTokens + row] = value;
-  }
-  // And what all blocks offer of it.
-  template <class F>
-  __device__ __forceinline__ float of_all(const float* exchanged, int row, F combine) const {
-    return over_warp(lane < args.spread ? cluster_read(exchanged + parity * kPromptTokens + row, lane) : 0.0f, combine);
+  __device__ __forceinline__ float of_warps(int which, int row, F combine) const {
+    float value = found(which, 0)[row];
+#pragma unroll 4
+    for (int w = 1; w < warps; ++w) value = combine(value, found(which, w)[row]);
+    return value;
   }
 
-  // The sum of what lies at a place of all blocks' memory, in their order.
-  __device__ __forceinline__ float sum_of_all(const float* exchanged) const {
-    float sum = 0.0f;
-    for (int start = 0; start < args.spread; start += 8) {
+  // What lies at a place of all blocks' memory as one, in their order. 0 must not matter.
+  template <class F>
+  __device__ __forceinline__ float of_blocks(const float* exchanged, F combine) const {
+    float all = 0.0f;
+    int b = 0;
+    for (; b + 8 <= args.spread; b += 8) {
       float value[8];
 #pragma unroll
-      for (int b = 0; b < 8; ++b) value[b] = cluster_read(exchanged, min(start + b, args.spread - 1));
+      for (int i = 0; i < 8; ++i) value[i] = cluster_read(exchanged, b + i);
 #pragma unroll
-      for (int b = 0; b < 8; ++b) sum += start + b < args.spread ? value[b] : 0.0f;
+      for (int i = 0; i < 8; ++i) all = combine(all, value[i]);
     }
-    return sum;
+    for (; b < args.spread; ++b) all = combine(all, cluster_read(exchanged, b));
+    return all;
   }
 
   __device__ __forceinline__ void rotate(float (&u)[2][16]) const {
@@ -109,13 +109,12 @@ struct Prompt {
     raw.squares(squares);
     tell(0, squares);
     __syncthreads();
-    for (int row = warp; row < kPromptTokens; row += warps) offer(0, row, Sum(), at.squares);
+    float* offered = at.squares + parity * kPromptTokens + lane;
+    const bool mine = warp == 0 && lane < kPromptTokens;
+    if (mine) *offered = of_warps(0, lane, Sum());
     cluster_arrive();
     cluster_wait();
-    for (int row = warp; row < kPromptTokens; row += warps) {
-      const Root root = Root::of(of_all(at.squares, row, Sum()), args.n, source.epsilon);
-      if (lane == 0) at.roots[row] = root;
-    }
+    if (mine) at.roots[lane] = Root::of(of_blocks(offered, Sum()), args.n, source.epsilon);
     __syncthreads();
   }
 
@@ -146,7 +145,7 @@ struct Prompt {
     float low[rank_blocks ? rank_blocks : 1], largest = 0.0f, factor, inverse;
 #pragma unroll
     for (int b = 0; b < rank_blocks; ++b) {
-      low[b] = sum_of_all(shares + 32 * b + lane);
+      low[b] = of_blocks(shares + 32 * b + lane, Sum());
       largest = max_nan(largest, fabsf(low[b]));
     }
     half_factor(over_warp(largest, Largest()), factor, inverse);
@@ -180,23 +179,19 @@ struct Prompt {
     tell(1, ends[0]);
     tell(2, ends[1]);
     __syncthreads();
-    for (int row = warp; row < kPromptTokens; row += warps) {
-      offer(1, row, Smallest(), at.lowest);
-      offer(2, row, Largest(), at.highest);
-    }
+    float *low = at.lowest + parity * kPromptTokens + lane, *high = at.highest + parity * kPromptTokens + lane;
+    const bool mine = warp == 0 && lane < kPromptTokens;
+    if (mine) *low = of_warps(1, lane, Smallest()), *high = of_warps(2, lane, Largest());
     cluster_arrive();
     cluster_wait();
-    for (int row = warp; row < kPromptTokens; row += warps) {
-      const float low = of_all(at.lowest, row, Smallest()), high = of_all(at.highest, row, Largest());
-      Quantizer q(low, high, args.clip, args.bits);
-      if (args.bits == 16) half_factor(max_nan(-low, high), q.scale, q.inverse);
-      if (lane == 0) at.quantizer[row] = q;
-      if (token + row >= args.tokens) continue;
-      if (args.bits == 16) {
-        if (rank == 0 && lane == 0) args.scale[token + row] = q.scale;
-      } else {
-        for (int s = rank * 32 + lane; s < args.segments; s += args.spread * 32) store_scale(args, token + row, s, q);
-      }
+    if (mine) {
+      const float lowest = of_blocks(low, Smallest()), highest = of_blocks(high, Largest());
+      Quantizer q(lowest, highest, args.clip, args.bits);
+      if (args.bits == 16) half_factor(max_nan(-lowest, highest), q.scale, q.inverse);
+      at.quantizer[lane] = q;
+      if (token + lane < args.tokens && args.bits == 16 && rank == 0) args.scale[token + lane] = q.scale;
+      if (token + lane < args.tokens && args.bits != 16)
+        for (int s = rank; s < args.segments; s += args.spread) store_scale(args, token + lane, s, q);
     }
     __syncthreads();
     if (!inside) return;
