@@ -138,8 +138,6 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float a) { return std::exp(a); }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 template <class T>
 T __ldg(const T* from) {

@@ -114,6 +114,9 @@ inline uint4 load_stream(const void* global) {
   return *static_cast<const uint4*>(global);
 }
 
+inline float power_of_two(float v) { return std::exp2(v); }
+inline float reciprocal_of(float v) { return 1.0f / v; }
+inline void prefetch(const void*) {}
 inline void let_next_start() {}
 inline void wait_for_previous() {}
 

@@ -12,7 +12,6 @@ struct Gemm90 {
   static constexpr bool kFolds = mode != kChannel, kZeros = mode == kFoldZero;
   static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * 128;
   static constexpr int kOutputs = kConsumers * 128, kPanels = kOutputs / kPanel, kSlots = 6;
-  static constexpr int kLead = 3;  // slots that the first warpgroup runs ahead
   static constexpr int kSums = tokens / 2;  // of a fragment, in each thread
 
   // A slot.
@@ -29,16 +28,16 @@ struct Gemm90 {
   static constexpr int kEndZeros = kEndScales + tokens * 4;
   static constexpr int kFactors = kEndZeros + tokens * 4;
   static constexpr int kBarriers = kFactors + tokens * 4;
-  static constexpr int kShared = kBarriers + (2 * kSlots + 3) * 8;
+  static constexpr int kShared = kBarriers + (2 * kSlots + 2) * 8;
 
   const Args& args;
   uint8_t* shared;
-  uint64_t *full, *empty, *end_full, *end_empty, *lead;
+  uint64_t *full, *empty, *end_full, *end_empty;
   int chunks, tiles_t, tiles;
 
   __device__ __forceinline__ Gemm90(const Args& a, uint8_t* memory)
       : args(a), shared(memory), full(reinterpret_cast<uint64_t*>(memory + kBarriers)), empty(full + kSlots),
-        end_full(empty + kSlots), end_empty(end_full + 1), lead(end_empty + 1), chunks(a.n / kChunk),
+        end_full(empty + kSlots), end_empty(end_full + 1), chunks(a.n / kChunk),
         tiles_t(ceil_div(a.tokens, tokens)), tiles(tiles_t * ceil_div(a.m, kOutputs)) {}
 
   __device__ __forceinline__ int first_token(int tile) const { return tile % tiles_t * tokens; }

@@ -87,6 +87,22 @@ __device__ __forceinline__ void store_levels(const Args& args, int token, int un
   }
 }
 
+// float16 of 16 of a token's features over a power of two, as store_levels puts levels.
+__device__ __forceinline__ void store_halves(const Args& args, int token, int unit, int t, const float (&u)[16],
+                                             float inverse) {
+  if (token >= args.tokens) return;
+  uint32_t pairs[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float2 pair = make_float2(u[2 * i] * inverse, u[2 * i + 1] * inverse);
+    pairs[i] = unit * kStep + 16 * t + 2 * i < args.n ? bits_of(__floats2half2_rn(pair.x, pair.y)) : 0u;
+  }
+  __half* to = static_cast<__half*>(args.levels);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    *reinterpret_cast<uint32_t*>(to + level_place(args, token, unit * kStep + 16 * t + 2 * i)) = pairs[i];
+}
+
 // A power of two f with `largest` / f below 2^15, so that float16 holds it, and 1 / f. NaN if largest is not finite.
 __device__ __forceinline__ void half_factor(float largest, float& factor, float& inverse) {
   if (!(largest <= 3.402823466e38f)) {

@@ -26,7 +26,7 @@ __device__ __forceinline__ float root_mean_square(const X* row, int n, float eps
 // most instructions of the first stage.
 __device__ __forceinline__ float gated(float gate, float up, int gelu) {
   const float w = gelu ? gate * fmaf(gate * gate, 0.0713548163f, 1.59576912f) : gate;
-  return __fdividef(gate, 1.0f + __expf(-w)) * up;
+  return gate * reciprocal_of(1.0f + power_of_two(w * -1.44269504f)) * up;
 }
 
 }  // namespace specquant_cuda

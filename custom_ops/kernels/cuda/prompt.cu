@@ -14,22 +14,6 @@ namespace {
 
 constexpr int kMostThreads = kPromptWarps * 32, kFewThreads = 448;
 
-// float16 of 16 of a token's features over a power of two, as store_levels puts levels.
-__device__ __forceinline__ void store_halves(const Args& args, int token, int unit, int t, const float (&u)[16],
-                                             float inverse) {
-  if (token >= args.tokens) return;
-  uint32_t pairs[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float2 pair = make_float2(u[2 * i] * inverse, u[2 * i + 1] * inverse);
-    pairs[i] = unit * kStep + 16 * t + 2 * i < args.n ? bits_of(__floats2half2_rn(pair.x, pair.y)) : 0u;
-  }
-  __half* to = static_cast<__half*>(args.levels);
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    *reinterpret_cast<uint32_t*>(to + level_place(args, token, unit * kStep + 16 * t + 2 * i)) = pairs[i];
-}
-
 template <class X, int rank_blocks, Reads reads>
 struct Prompt {
   static constexpr int kColumns = rank_blocks * kRankStep, kStride = prompt_stride(kColumns);
@@ -234,6 +218,7 @@ struct Prompt {
       {
         Raw<X, reads> raw;
         raw.load(args, source, token + g, feature);
+        Raw<X, reads>::prefetch_ahead(args, source, token + step + g, feature);
         Root roots[2] = {};
         if (norm) {
           find_roots(raw);

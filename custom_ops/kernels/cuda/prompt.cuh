@@ -122,6 +122,15 @@ struct Raw {
       }
   }
 
+  // The same of later tokens, a line a thread, on its way to the second-level cache.
+  __device__ __forceinline__ static void prefetch_ahead(const Args& args, const Source& source, int token, int feature) {
+#pragma unroll
+    for (int i = 0; i < kParts * 2; ++i)
+      if (token + i % 2 * 8 < args.tokens && feature < args.n)
+        prefetch(static_cast<const X*>(source.x) +
+                 (static_cast<int64_t>(token + i % 2 * 8) * kParts + i / 2) * args.n + feature);
+  }
+
   __device__ __forceinline__ void floats(int part, int h, float (&to)[16]) const {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {

@@ -86,6 +86,24 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// Approximate, to some 2^-22, in one instruction; what is less than any normal float becomes 0.
+__device__ __forceinline__ float power_of_two(float v) {
+  float d;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));
+  return d;
+}
+
+__device__ __forceinline__ float reciprocal_of(float v) {
+  float d;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));
+  return d;
+}
+
+// The line that holds it, to the second-level cache.
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Minimum and maximum that keep a NaN.
 __device__ __forceinline__ float min_nan(float a, float b) {
   float d;
