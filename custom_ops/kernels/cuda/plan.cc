@@ -106,12 +106,13 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   a.spread = 1;
   while (a.spread * kPromptUnits < units && a.spread < (hopper ? 16 : 8)) a.spread *= 2;
   a.units = int(round_up(ceil_div(units, a.spread), std::max(1, a.hadamard / kStep)));
-  plan.prompt = device.major >= 9 && a.n % kBlock == 0 && a.r <= kFastRank && aligned(p.x) &&
+  plan.prompt = device.major >= 9 && a.n % kBlock == 0 && a.r <= kFastRank && aligned(p.x) && aligned(p.basis) &&
                 (p.prologue != 1 || aligned(p.norm)) && a.units <= kPromptWarps &&
                 (halves || a.act_group == a.n || (a.act_group == kStep && a.segment == kStep)) &&
                 int64_t(prompt_shared(a)) <= shared;
 
-  plan.tensor_prepare = !plan.prompt && a.n % kBlock == 0 && a.r <= kFastRank && (moved || aligned(p.x)) && aligned(p.basis);
+  plan.tensor_prepare =
+      !plan.prompt && a.n % kBlock == 0 && a.r <= kFastRank && (moved || aligned(p.x)) && aligned(p.basis);
   plan.direct = plan.tensor_prepare && !halves && a.segment == kStep && a.act_group == kStep;
   // 16 blocks are more than other GPUs than Hopper take.
   a.cluster = 1;

@@ -76,28 +76,31 @@ struct PromptPlaces {
 // Where a feature of 64 has its row of the basis.
 __device__ __forceinline__ int basis_row_of(int feature) { return feature % 16 / 2 * 8 + feature / 16 * 2 + feature % 2; }
 
-// The block's rows of the basis, zeros in what pads rows and columns.
+// The block's rows of the basis, zeros in what pads rows and columns. They lie one after another, from a multiple of 16
+// bytes on.
 __device__ __forceinline__ void fetch_basis(const Args& args, int first, int features, __half* basis) {
-  const int stride = prompt_stride(args.rp), threads = blockDim.x;
+  const int stride = prompt_stride(args.rp), threads = blockDim.x, r = args.r;
+  const int pieces = max(0, min(features, args.n - first)) * r / 8;
+  const uint4* from = reinterpret_cast<const uint4*>(args.basis + static_cast<int64_t>(first) * r);
+  for (int i = threadIdx.x; i < features * stride / 8; i += threads)
+    reinterpret_cast<uint4*>(basis)[i] = make_uint4(0, 0, 0, 0);
+  __syncthreads();
   const auto row_of = [&](int i) { return basis + (i / kStep * kStep + basis_row_of(i % kStep)) * stride; };
-  if (args.r % 8 == 0 && reinterpret_cast<uintptr_t>(args.basis) % 16 == 0) {
-    const int pieces = args.rp / 8, shift = args.rp / kRankStep + 1;  // rp is 32 or 64
-    for (int i = threadIdx.x; i < features * pieces; i += threads) {
-      const int row = i >> shift, column = (i & (pieces - 1)) * 8;
-      const bool there = first + row < args.n && column < args.r;
-      const __half* from = args.basis + static_cast<int64_t>(first + row) * args.r + column;
-      copy_async(row_of(row) + column, there ? from : args.basis, there);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < pieces; i += threads) {
+    const uint4 raw = __ldg(from + i);
+    int row = 8 * i / r, column = 8 * i - row * r;
+    if (r % 8 == 0) {
+      *reinterpret_cast<uint4*>(row_of(row) + column) = raw;
+      continue;
     }
-    commit_async();
-    wait_async<0>();
-    return;
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      row_of(row)[column] = k % 2 ? __high2half(half2_of(words[k / 2])) : __low2half(half2_of(words[k / 2]));
+      if (++column == r) column = 0, ++row;
+    }
   }
-  const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < features; row += threads / 32)
-    for (int column = lane; column < args.rp; column += 32)
-      row_of(row)[column] = first + row < args.n && column < args.r
-                                ? args.basis[static_cast<int64_t>(first + row) * args.r + column]
-                                : __half(0.0f);
 }
 
 // x as it lies in memory: of a thread's two tokens, its 16 features, and with a gate what it gates.
