@@ -20,7 +20,7 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
 from specquant.custom_ops.schema import GATES
 
-ABI = 3  # SPECQUANT_CUDA_ABI
+ABI = 4  # SPECQUANT_CUDA_ABI
 FILE = "libspecquant_cuda.so"
 PATHS = (
     "cluster",
@@ -59,6 +59,16 @@ class Layout(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in (*_OFFSETS, *_PADDED)] + [("level_unit", ctypes.c_float)]
 
 
+class Branch(ctypes.Structure):
+    """`SpecquantCudaBranch`, field for field: sizes, and addresses on the GPU."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in _SIZES[:5]]
+        + [("half", ctypes.c_int32)]
+        + [(name, ctypes.c_void_p) for name in ("x", "basis", "coef", "y", "low")]
+    )
+
+
 class Attention(ctypes.Structure):
     """`SpecquantCudaAttention`, field for field: sizes, attributes, and addresses on the GPU."""
 
@@ -91,7 +101,7 @@ def loaded() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
         sizes = [library.specquant_cuda_problem_size, library.specquant_cuda_layout_size]
-        sizes.append(library.specquant_cuda_attention_size)
+        sizes += [library.specquant_cuda_attention_size, library.specquant_cuda_branch_size]
         for size in sizes:
             size.restype = ctypes.c_int64
         found = (library.specquant_cuda_abi(), *(size() for size in sizes))
@@ -99,9 +109,9 @@ def loaded() -> ctypes.CDLL:
         raise SpecQuantError(f"{path} does not load ({str(error).splitlines()[0]}); {REBUILD}") from None
     except AttributeError:
         raise SpecQuantError(f"{path} is not SpecQuant's CUDA library; {REBUILD}") from None
-    if found != (ABI, *map(ctypes.sizeof, (Problem, Layout, Attention))):
+    if found != (ABI, *map(ctypes.sizeof, (Problem, Layout, Attention, Branch))):
         raise SpecQuantError(f"{path} has ABI {found[0]}, this package needs {ABI}; {REBUILD}")
-    problem, layout, attention = (ctypes.POINTER(kind) for kind in (Problem, Layout, Attention))
+    problem, layout, attention, branch = (ctypes.POINTER(kind) for kind in (Problem, Layout, Attention, Branch))
     signatures = {
         "specquant_cuda_device": [],
         "specquant_cuda_check": [problem],
@@ -112,6 +122,9 @@ def loaded() -> ctypes.CDLL:
         "specquant_cuda_attention_workspace": [attention, ctypes.POINTER(ctypes.c_int64)],
         "specquant_cuda_attention_bound": [attention, ctypes.POINTER(ctypes.c_int64)],
         "specquant_cuda_attention": [attention, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
+        "specquant_cuda_check_branch": [branch],
+        "specquant_cuda_branch_workspace": [branch, ctypes.POINTER(ctypes.c_int64)],
+        "specquant_cuda_branch": [branch, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)

@@ -14,8 +14,7 @@ from typing import Any
 from specquant.custom_ops.errors import SpecQuantError
 
 FILE = "libspecquant_trt.so"
-# Of the op set all but SpectralBranch, which no export holds.
-PLUGINS = ("SpecQuantMatMul", "Int4ResidualMatMul", "Int4KVAttention", "HalfKVAttention")
+PLUGINS = ("SpecQuantMatMul", "Int4ResidualMatMul", "SpectralBranch", "Int4KVAttention", "HalfKVAttention")
 REBUILD = (
     "install nvcc of CUDA 12.8 or later and TensorRT's headers, set SPECQUANT_CUDA=ON and TENSORRT_INCLUDE_DIR for "
     "cmake and reinstall (docs/tensorrt.md), or use --profile portable"
@@ -38,17 +37,18 @@ def library_path() -> Path:
     return path
 
 
-def load_plugins(api: Any, registry: Any) -> None:
+def load_plugins(api: Any, registry: Any, library: Path | None = None) -> None:
     """Make the plugins known to `registry` of `api` (the module tensorrt or tensorrt_rtx), for engines that call them.
 
-    Those of tensorrt_plugins.py where SPECQUANT_TENSORRT_LIBRARY is `python`. Raises SpecQuantError if there are none.
+    Those of `library`; for None the installed ones, or those of tensorrt_plugins.py where SPECQUANT_TENSORRT_LIBRARY is
+    `python`. Raises SpecQuantError if there are none.
     """
-    if os.environ.get("SPECQUANT_TENSORRT_LIBRARY") == "python":
+    if library is None and os.environ.get("SPECQUANT_TENSORRT_LIBRARY") == "python":
         from specquant.custom_ops.tensorrt_plugins import register  # imports this module
 
         register(api)
         return
-    path = library_path()
+    path = library or library_path()
     prepare_plugins(api)
     if registry.load_library(str(path)) is None:
         raise SpecQuantError(f"{api.__name__} cannot load {path}; {REBUILD}")

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from specquant.custom_ops import library_cuda, library_cuda_attention
-from specquant.custom_ops.library_cuda import Attention, Problem
+from specquant.custom_ops import library_cuda, library_cuda_attention, library_cuda_branch
+from specquant.custom_ops.library_cuda import Attention, Branch, Problem
 from specquant.custom_ops.schema import GATES, Op
 
 Shapes = Sequence[Sequence[int]]
@@ -76,6 +76,35 @@ class MatMulCall:
         return problem
 
 
+class BranchCall:
+    """`SpectralBranch`; all columns are used."""
+
+    def __init__(self, op: Op, attributes: dict[str, Any]) -> None:
+        pass
+
+    def output_shapes(self, inputs: Sequence[Sequence[Any]], scaled: Scaled) -> list[list[Any]]:
+        x, basis, coef = inputs[:3]
+        return [[*x[:-1], coef[1]], [*x[:-1], basis[1]]]
+
+    def aliased_input(self, output: int) -> int:
+        return -1
+
+    def workspace(self, shapes: Shapes, half: bool) -> int:
+        return library_cuda_branch.branch_workspace(self._problem(shapes, half))
+
+    def run(
+        self, shapes: Shapes, half: bool, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int
+    ) -> None:
+        problem = self._problem(shapes, half)
+        problem.x, problem.basis, problem.coef = inputs[:3]
+        problem.y, problem.low = outputs
+        library_cuda_branch.run_branch(problem, workspace, stream)
+
+    def _problem(self, shapes: Shapes, half: bool) -> Branch:
+        (*leading, n), (r, m) = shapes[0], shapes[2]
+        return Branch(int(np.prod(leading, dtype=np.int64)), n, m, r, r, half)
+
+
 class AttentionCall:
     """`Int4KVAttention` or `HalfKVAttention`, whose present cache is the past one: it has room for the new tokens."""
 
@@ -122,6 +151,7 @@ class AttentionCall:
 CALLS: dict[str, type[Call]] = {
     "SpecQuantMatMul": MatMulCall,
     "Int4ResidualMatMul": MatMulCall,
+    "SpectralBranch": BranchCall,
     "Int4KVAttention": AttentionCall,
     "HalfKVAttention": AttentionCall,
 }

@@ -44,6 +44,7 @@ _FIELDS: dict[str, tuple[str, Any, str]] = {
     "--head-bits": ("head_bits", int, "bits of the head: 8 or 4, or 16 for none quantised"),
     "--basis": ("basis", str, "low-frequency basis: klt, dft or none"),
     "--k": ("k", int, "frequencies (dft, rank 2k - 1) or directions (klt, rank k) of the branch"),
+    "--ranks": ("ranks", str, "uniform, or fisher: more directions where they are worth more, at the same size in all"),
     "--group-size": ("group_size", int, "input features that share a weight scale; 0: per channel"),
     "--act-group": ("act_group", int, "input features that share an activation scale; 0: per token"),
     "--hadamard": ("hadamard", int, "largest block of the Hadamard transform of activations; 0: none"),

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, default=512, metavar="N", help="tokens of a prompt a call (default: 512)")
     parser.add_argument("--rank", type=int, metavar="N", help="columns of each spectral branch to keep (default: all)")
     parser.add_argument("--python-plugins", action="store_true", help="build with plugins in Python (custom)")
+    parser.add_argument("--copy-plugins", action="store_true", help="put the plugin library beside the engine (custom)")
     parser.add_argument("--embed-plugins", action="store_true", help="carry the plugin library in the engine (custom)")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="default: DIR/engine/TARGET-GPU")
     parser.add_argument("--force", action="store_true", help="replace an engine that is there")
@@ -49,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from specquant.exporter.engine import EngineOptions, build
 
-    names = ("target", "gpu", "profile", "max_batch", "max_seq", "block", "rank", "embed_plugins", "python_plugins")
-    options = EngineOptions(**{name: getattr(args, name) for name in names})
+    names = ("target", "gpu", "profile", "max_batch", "max_seq", "block", "rank")
+    plugins = ("embed_plugins", "copy_plugins", "python_plugins")
+    options = EngineOptions(**{name: getattr(args, name) for name in (*names, *plugins)})
     steps, since = Steps(args.quiet), time.perf_counter()
     try:
         info = build(args.model, options, args.output, args.force, steps, lambda text: note(args, text))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.library_tensorrt import FILE as PLUGIN_LIBRARY
 from specquant.custom_ops.library_tensorrt import library_path
 from specquant.custom_ops.schema import DOMAIN
 from specquant.custom_ops.tensorrt_plugins import register
@@ -25,7 +28,9 @@ from specquant.runtime.engine import ENGINE, ENGINE_FORMAT, ENGINE_MANIFEST, Eng
 
 TARGETS = ("tensorrt-rtx", "tensorrt")
 DEFAULT_SEQ, BLOCK = 2048, 512
-_BUILDER_BYTES, _COPIES = 0.5e9, 6  # measured: of SmolLM2-135M and of a random Llama of 1B, docs/tensorrt.md
+# Private memory of a build: bytes, of them a layer, and times the weights. Measured (docs/tensorrt.md, Sizes); mapped
+# files come on top, which the system takes back when it needs the memory.
+_HOST = {"portable": (2.4e8, 1.5e7, 1.95), "custom": (3e8, 1e6, 1.02)}
 Report = Callable[[str, int, int], None]  # what, done, total
 
 
@@ -35,8 +40,9 @@ class EngineOptions:
 
     max_batch: rows decoded together. max_seq: tokens in a row of the KV cache, None for the model's context or 2,048,
     whichever is shorter. block: the most tokens of a prompt that one call takes. rank: columns kept of every spectral
-    branch, None for all. embed_plugins: carry the plugin library in the engine, rather than find it where the engine
-    runs. python_plugins: build with those of tensorrt_plugins.py, where there is no compiled library.
+    branch, None for all. embed_plugins: carry the plugin library in the engine, copy_plugins: put it beside the engine,
+    else it is found where the engine runs. python_plugins: build with those of tensorrt_plugins.py, where there is no
+    compiled library.
     """
 
     target: str = "tensorrt-rtx"
@@ -47,6 +53,7 @@ class EngineOptions:
     block: int = BLOCK
     rank: int | None = None
     embed_plugins: bool = False
+    copy_plugins: bool = False
     python_plugins: bool = False
 
     def __post_init__(self) -> None:
@@ -57,10 +64,11 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SpecQuantError(f"{name} = {value} is out of range: it must be 1 or more")
-        if (self.embed_plugins or self.python_plugins) and self.profile != "custom":
+        chosen = [self.embed_plugins, self.copy_plugins, self.python_plugins]
+        if any(chosen) and self.profile != "custom":
             raise SpecQuantError("a portable engine has no plugins: use --profile custom")
-        if self.embed_plugins and self.python_plugins:
-            raise SpecQuantError("an engine cannot carry plugins in Python: leave out --embed-plugins")
+        if sum(chosen) > 1:
+            raise SpecQuantError("give one of --embed-plugins, --copy-plugins and --python-plugins")
 
 
 @dataclass(frozen=True)
@@ -107,29 +115,33 @@ def build(
     with whole_folder(target, force, ENGINE_MANIFEST, "engine") as work:
         report("lowering the graph", 0, 1)
         model = lower(folder, options.profile, limits.max_seq, options.rank)
-        note(f"estimate: {estimate(model, manifest, limits)}")
+        note(f"estimate: {estimate(model, manifest, limits, options.profile)}")
         with tempfile.TemporaryDirectory(dir=work) as scratch:
             save_model(model, Path(scratch))
             ops = sorted({node.op_type for node in model.graph if node.domain == DOMAIN})
             del model
-            path = Path(scratch) / "model.onnx"
-            built = build_engine(api, path, options.target, gpu, limits, report, plugins, options.embed_plugins)
-        (work / ENGINE).write_bytes(built.plan)
-        info = _info(manifest, options, limits, gpu, built, ops, work / ENGINE)
+            gc.collect()  # a graph's values and nodes point at each other
+            path, embed = Path(scratch) / "model.onnx", options.embed_plugins
+            timings = folder / "engine" / f"timings-{gpu}.cache" if options.target == "tensorrt" else None
+            built = build_engine(api, path, work / ENGINE, options.target, gpu, limits, report, plugins, embed, timings)
+        if plugins is not None and options.copy_plugins:
+            shutil.copyfile(plugins, work / PLUGIN_LIBRARY)
+        info = _info(manifest, options, limits, gpu, built, ops, work)
         text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
         (work / ENGINE_MANIFEST).write_text(text + "\n", encoding="utf-8")
     return info
 
 
-def estimate(model: ir.Model, manifest: Manifest, limits: Limits) -> Estimate:
-    """Of a lowered model; what the builder holds of the weights is several times them."""
+def estimate(model: ir.Model, manifest: Manifest, limits: Limits, profile: str) -> Estimate:
+    """Of a model that was lowered to this profile."""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     info = manifest.model
     caches = [value for value in model.graph.inputs if str(value.name).startswith("past_key_values.")]
     a_token = sum(info.num_kv_heads * int(dims(cache)[3]) * cache.dtype.itemsize for cache in caches if cache.dtype)
     cache = int(a_token * limits.max_batch * limits.max_seq)
     logits = max(limits.block, limits.max_batch) * info.vocab_size * info.float_dtype.itemsize
-    return Estimate(int(_BUILDER_BYTES + _COPIES * weights), weights, cache, logits)
+    fixed, of_a_layer, copies = _HOST[profile]
+    return Estimate(int(fixed + of_a_layer * info.num_layers + copies * weights), weights, cache, logits)
 
 
 def _limits(manifest: Manifest, options: EngineOptions) -> Limits:
@@ -145,8 +157,9 @@ def _limits(manifest: Manifest, options: EngineOptions) -> Limits:
 
 
 def _info(
-    manifest: Manifest, options: EngineOptions, limits: Limits, gpu: str, built: Built, ops: list[str], engine: Path
+    manifest: Manifest, options: EngineOptions, limits: Limits, gpu: str, built: Built, ops: list[str], work: Path
 ) -> EngineInfo:
+    engine = work / ENGINE
     return EngineInfo(
         format=ENGINE_FORMAT,
         target=options.target,
@@ -164,6 +177,7 @@ def _info(
         activation_bytes=built.activation_bytes,
         rank=options.rank,
         plugins=ops,
-        host_code=options.embed_plugins,
+        host_code=options.embed_plugins or options.copy_plugins,
+        plugin_library=sha256_of(work / PLUGIN_LIBRARY) if options.copy_plugins else "",
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )

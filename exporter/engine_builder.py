@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import signal
 import threading
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import prepare_plugins
+from specquant.exporter.timings import keep_timings, use_timings
 from specquant.runtime.cuda_driver import Device
 from specquant.runtime.engine import MODULES
 
@@ -32,10 +34,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Built:
-    """plan: the engine, a buffer. layers: one line each, as the builder prints them, of both profiles. plugins: the
-    layers that are plugins, sorted. Bytes are on the GPU; activation_bytes of prefill and of decode."""
+    """layers: one line each, as the builder prints them, of both profiles. plugins: the layers that are plugins,
+    sorted. Bytes are on the GPU; activation_bytes of prefill and of decode."""
 
-    plan: Any
     version: str
     weights_bytes: int
     activation_bytes: list[int]
@@ -71,20 +72,24 @@ def check_gpu(api: Any, target: str, gpu: str | None, profile: str) -> str:
 def build_engine(
     api: Any,
     path: Path,
+    engine: Path,
     target: str,
     gpu: str,
     limits: Limits,
     report: Callable[[str, int, int], None],
     plugins: Path | None = None,
     embed: bool = False,
+    timings: Path | None = None,
 ) -> Built:
-    """An engine of the lowered graph at `path`, with two optimisation profiles: 0 for prefill, 1 for decode.
+    """Write an engine of the lowered graph at `path` to `engine`; optimisation profile 0 is prefill, 1 is decode.
 
-    plugins: the library of those that the graph calls; embed: the engine carries it.
+    plugins: the library of those that the graph calls; embed: the engine carries it. timings: what earlier builds
+    measured, and this one adds to.
 
-    Raises SpecQuantError with TensorRT's first error, KeyboardInterrupt if one came meanwhile: TensorRT is told to
-    stop, since an exception may not pass through it.
+    Raises SpecQuantError with TensorRT's first error, OSError if the engine cannot be written, KeyboardInterrupt if one
+    came meanwhile: TensorRT is told to stop, since an exception may not pass through it.
     """
+    _return_freed_memory()
     log = _log(api)
     builder = api.Builder(log)
     if plugins is not None:
@@ -104,19 +109,51 @@ def build_engine(
         config.set_preview_feature(aliased, True)
     if plugins is not None and embed:
         config.plugins_to_serialize = [str(plugins)]
+    if timings is not None:
+        use_timings(config, timings)
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED  # names of layers, in the log and in the engine
-    for rows, tokens in ((1, limits.block), (limits.max_batch, 1)):
-        config.add_optimization_profile(_profile(builder, network, rows, tokens, limits.max_seq))
-    with _interrupts_deferred() as interrupted:
+    for profile in optimization_profiles(builder, network, limits):
+        config.add_optimization_profile(profile)
+    with _interrupts_deferred() as interrupted, engine.open("wb") as file:
         config.progress_monitor = _monitor(api, report, interrupted)
-        plan = builder.build_serialized_network(network, config)
+        written = _write(api, builder, network, config, file)
     if interrupted.is_set():
         raise KeyboardInterrupt
-    if plan is None:
+    if not written:
         raise SpecQuantError(f"{target} cannot build this engine for {gpu}: {log.reason()}")
+    if timings is not None:
+        keep_timings(config, timings)
     kinds = (network.get_layer(i) for i in range(network.num_layers))
     ours = sorted(layer.name for layer in kinds if layer.type == api.LayerType.PLUGIN_V3)
-    return Built(plan, api.__version__, log.bytes("Weights")[0], log.bytes("Activation"), log.layers(), ours)
+    return Built(api.__version__, log.bytes("Weights")[0], log.bytes("Activation"), log.layers(), ours)
+
+
+def _write(api: Any, builder: Any, network: Any, config: Any, file: BinaryIO) -> bool:
+    """Build and write, piece by piece where TensorRT can, since it holds the weights twice already. Raises OSError."""
+    if not hasattr(builder, "build_serialized_network_to_stream"):  # before TensorRT had it
+        plan = builder.build_serialized_network(network, config)
+        return plan is not None and file.write(memoryview(plan)) > 0
+    failed: list[OSError] = []
+
+    class Writer(api.IStreamWriter):
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                failed.append(error)
+                return 0
+
+    written = builder.build_serialized_network_to_stream(network, config, Writer())
+    if failed:
+        raise failed[0]
+    return bool(written)
+
+
+def _return_freed_memory() -> None:
+    """Let malloc give large blocks back as soon as they are freed; glibc's keeps ever larger ones for the next."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
 
 
 def _load_plugins(api: Any, builder: Any, target: str, plugins: Path, log: Any) -> None:
@@ -132,6 +169,12 @@ def _let_attention_decompose(api: Any, network: Any) -> None:
         if layer.type == api.LayerType.ATTENTION_INPUT:
             layer.__class__ = api.IAttentionInputLayer  # how TensorRT's binding downcasts
             layer.attention.decomposable = True
+
+
+def optimization_profiles(builder: Any, network: Any, limits: Limits) -> list[Any]:
+    """Of prefill and of decode."""
+    calls = ((1, limits.block), (limits.max_batch, 1))
+    return [_profile(builder, network, rows, tokens, limits.max_seq) for rows, tokens in calls]
 
 
 def _profile(builder: Any, network: Any, rows: int, tokens: int, max_seq: int) -> Any:

@@ -29,6 +29,7 @@ from specquant.exporter.families import (
 )
 from specquant.exporter.kv import block_hadamard, key_offset, use_int4_cache
 from specquant.exporter.linear import FloatStage, QuantStage, StageWeights
+from specquant.exporter.ranks import spread_ranks
 from specquant.exporter.recipe import Recipe
 from specquant.exporter.smooth import share_over_heads, smoothing_factors, spread_over_heads
 
@@ -55,14 +56,19 @@ def quantize(
     recipe.check_shapes(stage_inputs(config))
     base = model.get_submodule(family.decoder)
     layers = list(base.get_submodule(family.layers).children())
+    calibrated = recipe.needs_calibration
+    if calibrated and tokens is None:
+        raise ValueError("a quantising recipe needs calibration tokens")
+    ranks: dict[tuple[int, str], int] = {}
+    if recipe.ranks == "fisher" and tokens is not None:
+        if progress:
+            progress(0, len(layers), "ranks")
+        ranks = spread_ranks(model, family, recipe, tokens)
     if recipe.kv_bits == 4:
         row_bytes(config.head_dim)
         use_int4_cache(
             model, recipe.kv_clip
         )  # what comes after the attention is calibrated on what the cache makes of it
-    calibrated = recipe.needs_calibration
-    if calibrated and tokens is None:
-        raise ValueError("a quantising recipe needs calibration tokens")
     hidden, ropes = first_block_inputs(model, family, tokens) if tokens is not None and calibrated else ([], [])
     exact = list(hidden) if recipe.follows else None  # the same tokens as the float model carries them
 
@@ -80,6 +86,8 @@ def quantize(
             whole = None if exact is None else (float_copy(layer, family, attention), exact)
             for stage, inputs, wanted in in_step(run, (layer, hidden), whole):
                 at = recipe.at(stage.name)
+                if rank := ranks.get((index, stage.name)):
+                    at = replace(at, k=rank)
                 if rotated and stage.fold == "heads":
                     at = replace(at, hadamard=0)
                 stages[stage.name] = _quantize_stage(layer, family, stage, inputs, wanted, at, config, stages, where)

@@ -31,6 +31,7 @@ class Recipe:
     kv_clip: float = 0.93  # share of a cached row's range that its 4-bit levels span
     basis: str = "klt"
     k: int = 32
+    ranks: str = "uniform"  # k for every linear, or by what the branch is worth there at the same size in all: fisher
     subtract: bool = True  # s of the method: the activation's own low-rank part is removed before it is quantised
     group_size: int = 64
     act_group: int = 64

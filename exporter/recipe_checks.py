@@ -30,6 +30,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "kv_bits": (4, 16),
     "head_bits": (4, 8, 16),
     "basis": ("none", "dft", "klt"),
+    "ranks": ("uniform", "fisher"),
     "budget": METRICS,
     "rounding": ("rtn", "gptq"),
     "smooth_by": ("rms", "max"),
@@ -78,6 +79,8 @@ def check(recipe: Recipe) -> None:
         raise SpecQuantError("recipe: smooth_grid must hold exponents between 0 and 1")
     if not recipe.clip_grid or not all(0 < c <= 1 for c in recipe.clip_grid):
         raise SpecQuantError("recipe: clip_grid must hold shares above 0, and at most 1")
+    if recipe.ranks == "fisher" and all(recipe.at(stage).basis != "klt" for stage in STAGES):
+        raise SpecQuantError("recipe: ranks fisher needs the basis klt; use --basis klt, or --ranks uniform")
     for stage in STAGES:
         _check_combination(recipe.at(stage), stage)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from specquant.custom_ops.compiled import compiled
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.runtime.cli_common import Parser, run_cli
 from specquant.runtime.stats import version
@@ -68,7 +69,7 @@ def _run(
 
 def _overview(commands: dict[str, tuple[str, str]], prog: str, epilog: str) -> Parser:
     parser = Parser(prog=prog, description="Language models at 4 bits, from the hub to a device.", epilog=epilog)
-    parser.add_argument("--version", action="version", version=f"specquant {version()}")
+    parser.add_argument("--version", action="version", version=f"specquant {version()}, {compiled()}")
     names = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     for name, (_, text) in commands.items():
         names.add_parser(name, help=text)

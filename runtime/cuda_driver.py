@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,30 @@ class Device:
     def clear(self, place: int, size: int) -> None:
         """Zeros, in the stream's order."""
         self._call("cuMemsetD8Async", ctypes.c_uint64(place), ctypes.c_ubyte(0), ctypes.c_size_t(size), self._stream)
+
+    def record(self, work: Callable[[], None]) -> int:
+        """What `work` puts in the stream as a CUDA graph, in place of doing it. Raises SpecQuantError, also where work
+        does what cannot be recorded, and what work raises."""
+        graph, recorded = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuStreamBeginCapture_v2", self._stream, 1)  # 1: what other threads do is no concern of it
+        try:
+            work()
+        except BaseException:
+            self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(graph))
+            self._cuda.cuGraphDestroy(graph)
+            raise
+        self._call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        try:
+            self._call("cuGraphInstantiateWithFlags", ctypes.byref(recorded), graph, ctypes.c_ulonglong(0))
+        finally:
+            self._cuda.cuGraphDestroy(graph)
+        return int(recorded.value or 0)
+
+    def replay(self, graph: int) -> None:
+        self._call("cuGraphLaunch", ctypes.c_void_p(graph), self._stream)
+
+    def forget(self, graph: int) -> None:
+        self._call("cuGraphExecDestroy", ctypes.c_void_p(graph))
 
     @property
     def _stream(self) -> ctypes.c_void_p:

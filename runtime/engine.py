@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.library_tensorrt import FILE as PLUGIN_LIBRARY
 from specquant.runtime.artifact import ReadBytes, sha256_of, typed
 
 ENGINE, ENGINE_MANIFEST, ENGINE_FORMAT = "model.engine", "engine.json", 2
@@ -22,7 +23,8 @@ class EngineInfo:
     most `max_batch` rows of one token, or one row of `block` tokens, and rows of `max_seq` tokens in the cache.
     rank: columns kept of every spectral branch, None for all. model: sha256 of the artifact's graph files.
     weights_bytes and activation_bytes (prefill, decode): on the GPU, as the builder counts them. plugins: our ops
-    that the engine calls; host_code: it carries a plugin library.
+    that the engine calls; host_code: a plugin library comes with it, within it or, where plugin_library is its sha256,
+    beside it.
     """
 
     format: int
@@ -42,6 +44,7 @@ class EngineInfo:
     rank: int | None = None
     plugins: list[str] = field(default_factory=list)
     host_code: bool = False
+    plugin_library: str = ""
     created: str = ""
 
     def rebuild(self, model: Path, gpu: str | None = None, max_seq: int | None = None) -> str:
@@ -57,7 +60,8 @@ def engine_folder(model: Path, target: str, gpu: str) -> Path:
 
 
 def open_engine(model: Path, folder: Path, verify: bool = True, progress: ReadBytes | None = None) -> EngineInfo:
-    """Read `folder`/engine.json and check model.engine: its size, and its sha256 unless `verify` is False.
+    """Read `folder`/engine.json and check model.engine: its size, and its sha256 unless `verify` is False. A plugin
+    library beside it is always checked.
 
     model: the artifact's folder. Raises SpecQuantError: no engine there, a newer format, a damaged or edited file.
     """
@@ -78,4 +82,7 @@ def open_engine(model: Path, folder: Path, verify: bool = True, progress: ReadBy
         raise SpecQuantError(f"{engine} is missing or truncated: {info.rebuild(model)}")
     if verify and sha256_of(engine, progress) != info.sha256:
         raise SpecQuantError(f"{engine} was changed after it was built (its sha256 differs): {info.rebuild(model)}")
+    library = folder / PLUGIN_LIBRARY
+    if info.plugin_library and not (library.is_file() and sha256_of(library) == info.plugin_library):
+        raise SpecQuantError(f"{library} is missing, or was changed after the engine was built: {info.rebuild(model)}")
     return info

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import mmap
 import os
 import tempfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.library_tensorrt import FILE as PLUGIN_LIBRARY
 from specquant.custom_ops.library_tensorrt import load_plugins, prepare_plugins
 from specquant.runtime.artifact import Manifest
 from specquant.runtime.cuda_driver import Device
 from specquant.runtime.engine import ENGINE, MODULES, EngineInfo, engine_folder, open_engine
 from specquant.runtime.tensorrt import TensorRT
+from specquant.runtime.tensorrt_contexts import Contexts
 
 _CACHE = "runtime.cache"  # kernels that TensorRT-RTX compiled for this GPU, beside the engine
 
@@ -43,8 +44,8 @@ def check_engine(model: Path, manifest: Manifest, info: EngineInfo, gpu: str, al
         raise SpecQuantError(f"the engine is for {info.gpu} and this GPU is {gpu}: {info.rebuild(model, gpu)}")
     if info.host_code and not allow_host_code:
         raise SpecQuantError(
-            "the engine carries a plugin library, code that would run on this machine: "
-            "allow it (--allow-host-code) if you trust who built it, or build it without --embed-plugins"
+            "the engine comes with a plugin library, code that would run on this machine: allow it (--allow-host-code) "
+            "if you trust who built it, or build it without --embed-plugins and --copy-plugins"
         )
     name = MODULES.get(info.target)
     if name is None:
@@ -96,38 +97,23 @@ class LoadedEngine:
         api = check_engine(model, manifest, self.info, device.gpu, allow_host_code)
         self._api, self._device, self._log = api, device, _log(api)
         runtime = api.Runtime(self._log)
-        if self.info.host_code:
+        embedded = self.info.host_code and not self.info.plugin_library
+        if embedded:
             prepare_plugins(api)
         elif self.info.plugins:
-            load_plugins(api, runtime.get_plugin_registry())
-        runtime.engine_host_code_allowed = self.info.host_code and allow_host_code
+            beside = folder / PLUGIN_LIBRARY if self.info.plugin_library else None
+            load_plugins(api, runtime.get_plugin_registry(), beside)
+        runtime.engine_host_code_allowed = embedded and allow_host_code
         self._runtime = runtime
-        self._engine = runtime.deserialize_cuda_engine((folder / ENGINE).read_bytes())
+        with (folder / ENGINE).open("rb") as file:  # mapped: what TensorRT copies to the GPU is not copied here before
+            self._engine = runtime.deserialize_cuda_engine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         if self._engine is None:
             raise SpecQuantError(f"{folder / ENGINE} cannot be loaded: {self._log.reason()}")
         self._cache_path = folder / _CACHE
         self._config = self._runtime_config()
-        self._contexts = [self._context(profile) for profile in range(2)]
-        # A shape tensor is read on the host.
-        self._keep = np.zeros(1, np.int64)
-        self._keep_place = device.allocate(8)
-
-    def run(self, profile: int, tensors: dict[str, tuple[int, tuple[int, ...]]], keep: int) -> None:
-        """Enqueue one call. Raises SpecQuantError if a shape is outside the profile, or TensorRT fails."""
-        context, device = self._contexts[profile], self._device
-        self._keep[0] = keep
-        on_host = self._engine.get_tensor_location("logits_to_keep") == self._api.TensorLocation.HOST
-        if not on_host:
-            device.upload(self._keep_place, self._keep)
-        place = self._keep.ctypes.data if on_host else self._keep_place
-        for name, (address, shape) in {**tensors, "logits_to_keep": (place, (1,))}.items():
-            if self._engine.get_tensor_mode(name) == self._api.TensorIOMode.INPUT and not context.set_input_shape(
-                name, shape
-            ):
-                raise SpecQuantError(f"{name} {list(shape)} is outside the engine's profile: {self._log.reason()}")
-            context.set_tensor_address(name, address)
-        if not context.execute_async_v3(device.stream):
-            raise SpecQuantError(f"TensorRT failed on this engine: {self._log.reason()}")
+        contexts = [self._context(profile) for profile in range(2)]
+        replay = self.info.target == "tensorrt"
+        self.run = Contexts(api, self._engine, contexts, device, replay, self._log.reason).run
 
     def _runtime_config(self) -> Any:
         """TensorRT-RTX only: CUDA graphs, and the kernels that an earlier run compiled."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,3 +81,17 @@ def op_model(op: str, n: int, weights: Arrays, float_type: Any, attributes: dict
         functions=function_protos({op}),
         ir_version=11,
     )
+
+
+def branch_graph(rng: np.random.Generator, path: Path, float_type: Any) -> Path:
+    """Write x [batch, 16, 64] → y and low of one SpectralBranch, without its function, which TensorRT would take."""
+    kind, op = helper.np_dtype_to_tensor_dtype(np.dtype(float_type)), "SpectralBranch"
+    weights = random_weights(rng, op, 64, 40, 5)
+    node = helper.make_node(op, ["x", *weights], ["y", "low"], "branch", domain=DOMAIN)
+    widths = {"x": 64, "y": 40, "low": 5}
+    x, *outputs = (helper.make_tensor_value_info(name, kind, ["batch", 16, width]) for name, width in widths.items())
+    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    graph = helper.make_graph([node], "branch", [x], outputs, constants)
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=11), path)
+    return path

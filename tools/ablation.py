@@ -103,6 +103,7 @@ def tables(ks: list[int], group: int) -> dict[str, dict[str, Runs]]:
             "… asymmetry 0.5, not smoothed": chosen(descents=0),
             "preset klt: one descent, asymmetry 0.5": chosen(),
             "… two descents, asymmetry 0.5": chosen(descents=2),
+            "klt, ranks by worth (`--ranks fisher`)": chosen(ranks="fisher"),
             "no descents, no asymmetry, smoothed, larger branches at qkv and o": ranks(0),
             "… a larger branch at down": ranks(1),
         },

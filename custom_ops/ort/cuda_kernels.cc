@@ -55,6 +55,32 @@ class CudaMatMul : public CudaKernel {
   SpecquantCudaProblem attributes_{};  // those fields of it that a node fixes
 };
 
+class CudaBranch : public CudaKernel {
+ public:
+  CudaBranch(const Api& api, const MatMulKind& kind, const KernelInfo* info) : CudaKernel(api, info), kind_(kind) {}
+
+  void compute(KernelContext* context) const override {
+    const std::vector<Tensor> given = inputs(context, kind_.inputs());
+    SpecquantCudaProblem p{};
+    SpecquantCudaBranch b{};
+    const auto check = [&](const SpecquantCudaProblem&) {
+      b = {p.tokens, p.in_features, p.out_features, p.basis_rank, p.rank, p.half, p.x, p.basis, p.coef, nullptr, nullptr};
+      return library_.check_branch(&b);
+    };
+    Shape shape = read_call(kind_, given, p, check, [](const Tensor&) { return true; });
+    b.y = output(context, 0, shape);
+    shape.back() = b.basis_rank;
+    b.low = output(context, 1, shape);
+    if (b.tokens == 0) return;
+    int64_t bytes;
+    if (const char* wrong = library_.branch_workspace(&b, &bytes)) throw std::runtime_error(wrong);
+    run(context, bytes, [&](void* workspace, void* stream) { return library_.branch(&b, workspace, bytes, stream); });
+  }
+
+ private:
+  const MatMulKind& kind_;
+};
+
 class CudaAttention : public CudaKernel {
  public:
   CudaAttention(const Api& api, const AttentionKind& kind, const KernelInfo* info)
@@ -85,6 +111,7 @@ class CudaAttention : public CudaKernel {
 }  // namespace
 
 std::unique_ptr<Kernel> make_cuda_matmul(const Api& api, const MatMulKind& kind, const KernelInfo* info) {
+  if (!kind.weights) return std::make_unique<CudaBranch>(api, kind, info);
   return std::make_unique<CudaMatMul>(api, kind, info);
 }
 

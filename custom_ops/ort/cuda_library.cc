@@ -27,19 +27,24 @@ CudaLibrary open() {
     if (!function) throw std::runtime_error(path + " is not SpecQuant's CUDA library");
   };
   decltype(&specquant_cuda_abi) abi;
-  decltype(&specquant_cuda_problem_size) problem, layout, attention;
+  decltype(&specquant_cuda_problem_size) problem, layout, attention, branch;
   find(abi, "specquant_cuda_abi");
   find(problem, "specquant_cuda_problem_size");
   find(layout, "specquant_cuda_layout_size");
   find(attention, "specquant_cuda_attention_size");
+  find(branch, "specquant_cuda_branch_size");
   if (abi() != SPECQUANT_CUDA_ABI || problem() != int64_t(sizeof(SpecquantCudaProblem)) ||
-      layout() != int64_t(sizeof(SpecquantCudaLayout)) || attention() != int64_t(sizeof(SpecquantCudaAttention)))
+      layout() != int64_t(sizeof(SpecquantCudaLayout)) || attention() != int64_t(sizeof(SpecquantCudaAttention)) ||
+      branch() != int64_t(sizeof(SpecquantCudaBranch)))
     throw std::runtime_error(path + " is of another version; build it again");
   CudaLibrary library;
   find(library.device, "specquant_cuda_device");
   find(library.check, "specquant_cuda_check");
   find(library.layout, "specquant_cuda_layout");
   find(library.matmul, "specquant_cuda_matmul");
+  find(library.check_branch, "specquant_cuda_check_branch");
+  find(library.branch_workspace, "specquant_cuda_branch_workspace");
+  find(library.branch, "specquant_cuda_branch");
   find(library.check_attention, "specquant_cuda_check_attention");
   find(library.attention_workspace, "specquant_cuda_attention_workspace");
   find(library.attention, "specquant_cuda_attention");

@@ -11,6 +11,9 @@ struct CudaLibrary {
   decltype(&specquant_cuda_check) check;
   decltype(&specquant_cuda_layout) layout;
   decltype(&specquant_cuda_matmul) matmul;
+  decltype(&specquant_cuda_check_branch) check_branch;
+  decltype(&specquant_cuda_branch_workspace) branch_workspace;
+  decltype(&specquant_cuda_branch) branch;
   decltype(&specquant_cuda_check_attention) check_attention;
   decltype(&specquant_cuda_attention_workspace) attention_workspace;
   decltype(&specquant_cuda_attention) attention;

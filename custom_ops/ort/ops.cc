@@ -147,8 +147,7 @@ Op describe(const Api& api, const char* name, const MatMulKind* matmul, const At
   return op;
 }
 
-// Of the CPU's first: ONNX Runtime asks the first of a name for shapes. SpectralBranch, which no export holds, has no
-// kernel for GPUs.
+// Of the CPU's first: ONNX Runtime asks the first of a name for shapes.
 std::vector<Op> describe_all(const Api& api) {
   std::vector<Op> ops;
   for (const bool cuda : {false, true})
@@ -157,8 +156,8 @@ std::vector<Op> describe_all(const Api& api) {
                               std::vector<ElementType> outputs) {
         ops.push_back(describe(api, kind.name, &kind, nullptr, cuda, std::move(inputs), std::move(outputs)));
       };
-      if (!cuda) matmul(kBranch, {real, kFloat16, kFloat16, kInt64}, {real, real});
       if (!cuda && std::string(kCudaProvider) == kCpuProvider) continue;
+      matmul(kBranch, {real, kFloat16, kFloat16, kInt64}, {real, real});
       for (const ElementType sums : {kInt16, kInt32}) {
         matmul(kResidual, {real, kInt8, kFloat16, sums, kFloat, kFloat, real}, {real});
         matmul(kFused, {real, kFloat16, kFloat16, kInt64, kInt8, kFloat16, sums, kFloat, kFloat, real}, {real});

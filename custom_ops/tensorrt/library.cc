@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "attention_plugin.h"
+#include "branch_plugin.h"
 #include "matmul_plugin.h"
 
 namespace specquant_trt {
@@ -26,9 +27,10 @@ extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterf
     int32_t& count) {
   using namespace specquant_trt;
   static Creator<MatMulPlugin> fused(kFused), residual(kResidual);
+  static Creator<BranchPlugin> branch(kBranch);
   static Creator<AttentionPlugin> int4(kInt4Cache), half(kHalfCache);
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&fused, &residual, &int4, &half};
-  count = 4;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&fused, &residual, &branch, &int4, &half};
+  count = 5;
   return creators;
 }
 

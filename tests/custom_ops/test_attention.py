@@ -228,8 +228,10 @@ def test_a_float16_cache_and_what_is_not_finite(rng: np.random.Generator, isa: s
         seen = slice(token, token + 1) if part == "query" else slice(token, 7)
     with np.errstate(invalid="ignore"):
         expected = call.expected()[0][0, seen]
-    assert not np.isfinite(expected).all() or (part == "query" and value == 1e5) or abs(value) == np.inf or value == 1e5
-    np.testing.assert_allclose(call.kernel(isa)[0][0, seen], expected, rtol=1e-3, atol=1e-3)
+    assert not np.isfinite(expected).all() or abs(value) == np.inf or value == 1e5
+    # Scores of such a query are near 1e5: float32 rounds them to 0.01, and two keys may be that close.
+    near = 5e-2 if part == "query" and value == 1e5 else 1e-3
+    np.testing.assert_allclose(call.kernel(isa)[0][0, seen], expected, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,22 @@ def test_prologue_and_residual(rng: np.random.Generator, prologue: int, float_ty
         np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance * size)
 
 
+@pytest.mark.parametrize("float_type", [np.float32, np.float16])
+def test_branch_equals_reference(rng: np.random.Generator, float_type: Any) -> None:
+    """Any rank of the host, beyond the columns too; y and low."""
+    weights = random_weights(rng, "SpectralBranch", 128, 40, 7)
+    run = session(op_model("SpectralBranch", 128, weights, float_type, {}))
+    for rank, shape in ((7, (2, 5, 128)), (3, (1, 1, 128)), (0, (1, 2, 128)), (99, (1, 2, 128)), (7, (3, 0, 128))):
+        x, weights["rank"] = random_input(rng, shape, float_type), np.array([rank])
+        found = run.run(None, {"x": x, "rank": weights["rank"]})
+        expected = REFERENCE["SpectralBranch"](x, **weights)
+        for actual, wanted in zip(found, expected, strict=True):
+            assert (actual.dtype, actual.shape) == (wanted.dtype, wanted.shape)
+            size = max(float(np.abs(wanted.astype(np.float32)).max(initial=0)), 1.0)
+            tolerance = 1e-5 if float_type is np.float32 else 2**-9
+            np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance * size)
+
+
 @pytest.mark.parametrize("rank", [-1, 0, 3, 99])
 def test_rank_is_an_input_of_the_host(rng: np.random.Generator, rank: int) -> None:
     model, weights, attributes = matmul_case(rng, "SpecQuantMatMul", np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from specquant.custom_ops import library, reference
 from specquant.custom_ops.errors import SpecQuantError
@@ -78,3 +79,26 @@ def test_many_tokens_in_several_tasks(rng: np.random.Generator, isa: str) -> Non
     for row in (0, 7, 8, 645, 655, 656, 1023, 1299):
         alone, _ = library.specquant_matmul(x[row : row + 1], **weights, **attributes, isa=isa)
         np.testing.assert_array_equal(whole[row], alone[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rank", [1, 8, 31, 32, 40, 64, 70])
+@pytest.mark.parametrize("n", [205, 320])
+def test_the_branch_of_many_tokens_and_of_one(rng: np.random.Generator, isa: str, n: int, rank: int) -> None:
+    """From 16 tokens on the basis is turned first, unless it has more than 64 columns: y is the same, to the bit."""
+    group = 64 if n == 320 else 0
+    weights = random_weights(rng, "SpecQuantMatMul", n, 83, rank, group, group)
+    x = random_input(rng, (21, n))
+    attributes = {"group_size": group, "act_group": group, "subtract": 1}
+
+    def y(x: NDArray[np.float32], act_bits: int) -> NDArray[np.float32]:
+        operands = weights | {"rank": rank}
+        result, _ = library.specquant_matmul(x, **operands, **attributes, act_bits=act_bits, isa=isa)
+        return result
+
+    expected = reference.specquant_matmul(x, **weights, **attributes, act_bits=16)
+    np.testing.assert_allclose(y(x, 16), expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+    for act_bits in (4, 16):
+        whole = y(x, act_bits)
+        for row in (0, 7, 8, 15, 16, 20):
+            np.testing.assert_array_equal(whole[row], y(x[row : row + 1], act_bits)[0])

@@ -26,6 +26,7 @@ from specquant.exporter.engine_builder import Built, Limits, build_engine
 from specquant.exporter.graph import build_model, save_model
 from specquant.exporter.graph.writer import FloatType
 from specquant.exporter.lowering import lower
+from tests.ops import branch_graph
 from tests.tiny import quantised_decoder, tiny_llama
 
 
@@ -66,7 +67,8 @@ def tiny_engine(
     (folder / "lowered").mkdir()
     save_model(lower(folder, "custom", 32), folder / "lowered")
     path = folder / "lowered" / "model.onnx"
-    return build_engine(trt, path, "tensorrt-rtx", gpu, Limits(2, 32, 16), lambda *_: None, library, embed)
+    engine = folder / "engine"
+    return build_engine(trt, path, engine, "tensorrt-rtx", gpu, Limits(2, 32, 16), lambda *_: None, library, embed)
 
 
 def test_it_links_no_tensorrt_and_exports_what_tensorrt_looks_for(library: Path) -> None:
@@ -100,12 +102,14 @@ def fields(**values: int | float) -> Any:
 @pytest.mark.parametrize("phase", ["BUILD", "RUNTIME"])
 def test_fields_it_takes_and_those_it_refuses(creators: dict[str, Any], phase: str) -> None:
     at = getattr(trt.TensorRTPhase, phase)
-    fused, residual, int4, half = (creators[name] for name in PLUGINS)
+    fused, residual, branch, int4, half = (creators[name] for name in PLUGINS)
     assert fused.create_plugin("x", fields(group_size=64, act_clip=0.9, subtract=1), at) is not None
     assert residual.create_plugin("x", fields(group_size=64), at) is not None
     assert residual.create_plugin("x", fields(subtract=1), at) is None  # of the other op
     assert fused.create_plugin("x", fields(group_size=64.0), at) is None
     assert fused.create_plugin("x", fields(act_clip=1), at) is None
+    assert branch.create_plugin("x", fields(), at) is not None
+    assert branch.create_plugin("x", fields(subtract=1), at) is None
     assert int4.create_plugin("x", fields(num_heads=4, scale=0.5, clip=0.9, hadamard=1), at) is not None
     assert half.create_plugin("x", fields(num_heads=4, scale=0.5), at) is not None
     assert half.create_plugin("x", fields(clip=0.9), at) is None
@@ -144,7 +148,21 @@ def test_every_node_of_ours_is_a_plugin_layer(
     touch = [line for line in built.layers if "past_key_values." in line or "present." in line]
     assert touch == [line for line in built.layers if "LayerType: PluginV3," in line]
     assert len(touch) == 4
-    assert (library.read_bytes() in memoryview(built.plan).tobytes()) == embed
+    assert (library.read_bytes() in (tmp_path / "engine").read_bytes()) == embed
+
+
+@pytest.mark.parametrize("float_type", ["float16", "float32"])
+def test_a_branch_is_a_plugin_layer(
+    rng: np.random.Generator, tmp_path: Path, library: Path, float_type: FloatType
+) -> None:
+    """Both outputs go straight from the plugin to the network's: no export holds the op, so a graph of its own does."""
+    path = branch_graph(rng, tmp_path / "branch.onnx", float_type)
+    engine = tmp_path / "engine"
+    built = build_engine(trt, path, engine, "tensorrt-rtx", "sm89", Limits(2, 32, 16), lambda *_: None, library)
+    assert built.plugins == ["branch"]
+    custom = [line for line in built.layers if re.search("LayerType: (custom_layer|PluginV3),", line)]
+    assert len(custom) == 2
+    assert all("y" in line and "low" in line for line in custom)
 
 
 def test_a_graph_with_plugins_but_no_library(rng: np.random.Generator, tmp_path: Path, library: Path) -> None:

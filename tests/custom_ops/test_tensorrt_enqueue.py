@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from specquant.custom_ops.schema import GATES, OPS
-from tests.cuda_arrays import require_kernels
+from tests.cuda_arrays import EMULATED, POISON, DeviceArray, GpuArray, require_kernels
 from tests.ops import REFERENCE, random_input, random_weights
-from tests.tensorrt_harness import Harness, computed, opened, refusal
+from tests.tensorrt_harness import Harness, computed, opened, refusal, tensors_of
 
 require_kernels()
 
@@ -97,6 +98,65 @@ def test_leading_axes_and_no_tokens(rng: np.random.Generator, harness: Harness) 
     actual = multiplied(harness, "SpecQuantMatMul", x, weights, attributes)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert multiplied(harness, "SpecQuantMatMul", x[:0], weights, attributes).shape == (0, 3, 40)
+
+
+@pytest.mark.parametrize("float_type", [np.float32, np.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 128), (2, 19, 128), (3, 0, 128), (1, 5, 72)])
+@pytest.mark.parametrize("rank", [5, 33])
+def test_a_branch(
+    rng: np.random.Generator, harness: Harness, shape: tuple[int, ...], float_type: type[np.floating[Any]], rank: int
+) -> None:
+    op = "SpectralBranch"
+    weights = random_weights(rng, op, shape[-1], 40, rank)
+    x = random_input(rng, shape, float_type)
+    outputs: list[NDArray[Any] | int] = [np.full((*shape[:-1], width), np.nan, float_type) for width in (40, rank)]
+    most = {0: (shape[0] + 100, *shape[1:])}
+    found = computed(harness, op, [x, *weights.values()], outputs, {}, most)
+    bound = 2e-3 if float_type == np.float16 else 1e-5
+    for actual, expected in zip(found, REFERENCE[op](x, **weights), strict=True):
+        largest = np.abs(expected.astype(np.float32)).max(initial=0)
+        np.testing.assert_allclose(actual, expected, rtol=bound, atol=bound * largest)
+
+
+def test_a_branch_that_is_refused(rng: np.random.Generator, harness: Harness) -> None:
+    op = "SpectralBranch"
+    x, weights = random_input(rng, (5, 64), np.float16), random_weights(rng, op, 64, 40, 5)
+    wrong = weights | {"basis": np.concatenate([weights["basis"]] * 2)}
+    assert refusal(harness, op, [x, *wrong.values()], {}, 2) == b"SpectralBranch: basis or coef has another shape"
+    assert opened(harness, op, {"subtract": 1}) is None
+    assert harness[0].harness_last() == b"SpectralBranch: subtract"
+    too_many = {"basis": np.zeros((64, 65), np.float16), "coef": np.zeros((65, 40), np.float16)}
+    said = refusal(harness, op, [x, *(weights | too_many).values()], {}, 2)
+    assert said == b"SpectralBranch: the basis must have 0 to in-features columns, at most 4096"
+
+
+@pytest.mark.skipif(EMULATED, reason="streams are a GPU's")
+def test_clones_on_several_streams(rng: np.random.Generator, harness: Harness) -> None:
+    """Attached clones, each with a workspace and a stream of its own, all at work at once."""
+    library, _ = harness
+    op, attributes = "SpecQuantMatMul", {"group_size": 64, "act_bits": 8, "act_group": 64, "hadamard": 64}
+    weights = random_weights(rng, op, 512, 200, 5, 64, 64)
+    wide = weights | {"row_sums": weights["row_sums"].astype(np.int32)}
+    dummies = [np.zeros(1, np.float32), np.zeros(1, np.float32)]
+    shared = [DeviceArray(array) for array in (*wide.values(), *dummies)]
+    calls = []
+    for tokens in (1, 300, 33, 7):
+        x, y = random_input(rng, (tokens, 512)), np.full((tokens, 200), np.nan, np.float32)
+        arrays = [DeviceArray(x), *shared, DeviceArray(y)]
+        tensors = tensors_of([x, *wide.values(), *dummies, y], arrays, {})
+        plugin, stream = ctypes.c_void_p(opened(harness, op, attributes)), ctypes.c_void_p()
+        GpuArray.driver.call("cuStreamCreate", ctypes.byref(stream), 1)
+        size = library.harness_workspace(plugin, tensors, len(arrays) - 1, 1)
+        space = DeviceArray(np.full(size, POISON, np.uint8))
+        calls.append((x, arrays, tensors, plugin, stream, space))
+    for _ in range(20):
+        for _, arrays, tensors, plugin, stream, space in calls:
+            place = ctypes.c_void_p(space.__cuda_array_interface__["data"][0])
+            assert library.harness_enqueue(plugin, tensors, len(arrays) - 1, 1, place, stream) == 0
+    for x, arrays, _, _, stream, _ in calls:
+        GpuArray.driver.call("cuStreamSynchronize", stream)
+        expected = REFERENCE[op](x, **weights, **attributes)
+        np.testing.assert_allclose(arrays[-1].numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 def test_every_attribute_of_a_linear_survives(rng: np.random.Generator, harness: Harness) -> None:

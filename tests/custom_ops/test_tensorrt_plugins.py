@@ -1,6 +1,6 @@
 """The plugins in Python: in engines that TensorRT-RTX builds, and what their enqueue computes.
 
-Building needs libspecquant_cuda.so (SPECQUANT_CUDA_LIBRARY), computing a GPU or its emulator (docs/cuda.md).
+Computing needs libspecquant_cuda.so (SPECQUANT_CUDA_LIBRARY), for the emulator (docs/cuda.md).
 """
 
 from __future__ import annotations
@@ -19,32 +19,23 @@ pytest.importorskip("tensorrt_rtx", reason="the extra `tensorrt-rtx` is not inst
 import tensorrt_rtx as trt
 
 from specquant.custom_ops import tensorrt_plugins
-from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.library_tensorrt import PLUGINS
-from specquant.custom_ops.schema import DOMAIN, GATES, OPS, VERSION
+from specquant.custom_ops.schema import GATES, OPS
 from specquant.exporter.engine_builder import Limits, build_engine
 from specquant.exporter.graph import build_model, save_model
 from specquant.exporter.lowering import lower
 from tests.attention import HALF, INT4, random_call
-from tests.ops import REFERENCE, random_input, random_weights
+from tests.ops import REFERENCE, branch_graph, random_input, random_weights
+from tests.python_plugins import registered
 from tests.tiny import quantised_decoder, tiny_llama
 
 EMULATED = os.environ.get("SPECQUANT_CUDA_EMULATED") == "1"
 
 
 @pytest.fixture
-def creators() -> Iterator[dict[str, Any]]:
-    """Of the registry, where they must not stay: other tests look for an op that no one has registered."""
-    try:
-        tensorrt_plugins.register(trt)
-    except SpecQuantError as error:
-        pytest.skip(str(error))
-    registry = trt.get_plugin_registry()
-    tensorrt_plugins.register(trt)  # does nothing
-    found = {name: registry.get_creator(name, str(VERSION), DOMAIN) for name in PLUGINS}
-    yield found
-    for creator in found.values():
-        registry.deregister_creator(creator)
+def creators(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    with registered(trt, monkeypatch) as found:
+        tensorrt_plugins.register(trt)  # does nothing
+        yield found
 
 
 def fields(op: str, **given: int | float) -> Any:
@@ -65,12 +56,18 @@ def test_engines(
     (tmp_path / "lowered").mkdir()
     save_model(lower(tmp_path, "custom", 32), tmp_path / "lowered")
     path = tmp_path / "lowered" / "model.onnx"
-    built = build_engine(trt, path, "tensorrt-rtx", gpu, Limits(2, 32, 16), lambda *_: None)
+    built = build_engine(trt, path, tmp_path / "engine", "tensorrt-rtx", gpu, Limits(2, 32, 16), lambda *_: None)
     assert len(built.plugins) == 7 + 2
     assert sum("LayerType: custom_layer" in line for line in built.layers) == 2 * 7
     caches = [line for line in built.layers if "past_key_values." in line or "present." in line]
     assert caches == [line for line in built.layers if "LayerType: PluginV3" in line]  # nothing copies them
     assert len(caches) == 2 * 2
+
+
+def test_a_branch_in_an_engine(rng: np.random.Generator, tmp_path: Path, creators: dict[str, Any]) -> None:
+    path = branch_graph(rng, tmp_path / "branch.onnx", "float16")
+    built = build_engine(trt, path, tmp_path / "engine", "tensorrt-rtx", "sm89", Limits(2, 32, 16), lambda *_: None)
+    assert built.plugins == ["branch"]
 
 
 def aligned(array: NDArray[Any]) -> NDArray[Any]:
@@ -143,6 +140,20 @@ def test_linears(
     run(creators[op], op, attributes, [aligned(array) for array in (x, *weights.values())], [y])
     bound = 2e-3 if float_type == np.float16 or act_bits == 16 else 1e-4
     np.testing.assert_allclose(y, expected, rtol=bound, atol=bound * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("float_type", [np.float32, np.float16])
+@pytest.mark.parametrize("tokens", [0, 1, 19])
+def test_a_branch(rng: np.random.Generator, creators: dict[str, Any], float_type: Any, tokens: int) -> None:
+    op = "SpectralBranch"
+    weights = random_weights(rng, op, 128, 40, 5)
+    x = random_input(rng, (1, tokens, 128), float_type)
+    outputs = [np.full((1, tokens, width), np.nan, float_type) for width in (40, 5)]
+    run(creators[op], op, {}, [aligned(array) for array in (x, *weights.values())], outputs)
+    bound = 2e-3 if float_type == np.float16 else 1e-5
+    for actual, expected in zip(outputs, REFERENCE[op](x, **weights), strict=True):
+        largest = np.abs(expected.astype(np.float32)).max(initial=0)
+        np.testing.assert_allclose(actual, expected, rtol=bound, atol=bound * largest)
 
 
 @pytest.mark.parametrize("op", [INT4, HALF])

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="the extra `tensorrt-rtx` is not installed")
 
+from specquant.custom_ops import library_tensorrt
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.exporter.engine import EngineOptions, build, estimate
 from specquant.exporter.engine_builder import Limits, build_engine, load_api
@@ -21,7 +22,7 @@ from specquant.exporter.export import export
 from specquant.exporter.graph import save_model
 from specquant.exporter.lowering import lower
 from specquant.exporter.recipe import Recipe
-from specquant.runtime.artifact import open_artifact
+from specquant.runtime.artifact import open_artifact, sha256_of
 from specquant.runtime.cli import main
 from specquant.runtime.engine import ENGINE, ENGINE_MANIFEST, open_engine
 from tests.model_folder import CONTEXT
@@ -62,7 +63,7 @@ def test_an_engine_for_a_gpu_that_is_not_here(artifact: Path, tmp_path: Path, gp
 def test_weights_stay_four_bits(artifact: Path, engine: Path) -> None:
     """What the builder counts as weights is what the lowered graph stores, where a weight takes half a byte."""
     info, manifest = open_engine(artifact, engine), open_artifact(artifact)
-    stored = estimate(lower(artifact, "portable", CONTEXT), manifest, Limits(3, CONTEXT, 32)).weights
+    stored = estimate(lower(artifact, "portable", CONTEXT), manifest, Limits(3, CONTEXT, 32), "portable").weights
     weights = sum(layer.in_features * layer.out_features for layer in manifest.layers)
     aligned = 256 * 100  # each of the hundred tensors may be padded
     assert abs(info.weights_bytes - stored) < aligned
@@ -77,9 +78,60 @@ def test_prefill_and_decode_are_profiles_of_their_own(engine: Path, artifact: Pa
 def test_the_layers_are_those_of_the_model(artifact: Path, tmp_path: Path) -> None:
     save_model(lower(artifact, "portable", CONTEXT), tmp_path)
     api = load_api("tensorrt-rtx")
-    built = build_engine(api, tmp_path / "model.onnx", "tensorrt-rtx", "sm89", Limits(1, CONTEXT, 16), lambda *_: None)
+    path, limits = tmp_path / "model.onnx", Limits(1, CONTEXT, 16)
+    built = build_engine(api, path, tmp_path / "engine", "tensorrt-rtx", "sm89", limits, lambda *_: None)
     assert built.plugins == []
     assert len(built.layers) > 20
+
+
+def test_without_a_stream_the_engine_is_the_same(artifact: Path, tmp_path: Path) -> None:
+    """Older TensorRTs hand the engine over as a whole."""
+    save_model(lower(artifact, "portable", CONTEXT), tmp_path)
+    api = load_api("tensorrt-rtx")
+
+    class Older:
+        def __init__(self, log: Any) -> None:
+            self._builder = api.Builder(log)
+
+        def __getattr__(self, name: str) -> Any:
+            if name.endswith("_to_stream"):
+                raise AttributeError(name)
+            return getattr(self._builder, name)
+
+    class OlderApi:
+        Builder = Older
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(api, name)
+
+    path, limits = tmp_path / "model.onnx", Limits(1, CONTEXT, 16)
+    for name, module in (("new", api), ("old", OlderApi())):
+        build_engine(module, path, tmp_path / name, "tensorrt-rtx", "sm89", limits, lambda *_: None)
+    assert (tmp_path / "new").stat().st_size == (tmp_path / "old").stat().st_size > 0
+
+
+def test_timings_are_kept(artifact: Path, tmp_path: Path) -> None:
+    """TensorRT's own are; RTX has the interface, and nothing in it. What is there but does not fit is replaced."""
+    save_model(lower(artifact, "portable", CONTEXT), tmp_path)
+    path, limits, kept = tmp_path / "model.onnx", Limits(1, CONTEXT, 16), tmp_path / "engine" / "timings-sm89.cache"
+    sizes = []
+    for before in (None, b"no timings"):
+        if before:
+            kept.write_bytes(before)
+        arguments = (path, tmp_path / "plan", "tensorrt-rtx", "sm89", limits, lambda *_: None)
+        build_engine(load_api("tensorrt-rtx"), *arguments, timings=kept)
+        assert list(kept.parent.iterdir()) == [kept]
+        sizes.append(kept.stat().st_size)
+    assert sizes[0] == sizes[1] > len(b"no timings")
+
+
+def test_a_full_disk_is_said(artifact: Path, tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    save_model(lower(artifact, "portable", CONTEXT), tmp_path)
+    path, limits = tmp_path / "model.onnx", Limits(1, CONTEXT, 16)
+    with pytest.raises(OSError, match="No space left"):
+        build_engine(load_api("tensorrt-rtx"), path, Path("/dev/full"), "tensorrt-rtx", "sm89", limits, lambda *_: None)
 
 
 def test_the_command(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +159,8 @@ def test_the_command(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"target": "tensorrt"}, "tensorrt cannot be imported|--gpu is for --target tensorrt-rtx"),
         ({"profile": "fast"}, "portable, custom"),
         ({"embed_plugins": True}, "--profile custom"),
-        ({"embed_plugins": True, "python_plugins": True, "profile": "custom"}, "leave out --embed-plugins"),
+        ({"copy_plugins": True}, "--profile custom"),
+        ({"embed_plugins": True, "python_plugins": True, "profile": "custom"}, "give one of --embed-plugins, --copy"),
     ],
 )
 def test_options_that_do_not_fit(artifact: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -116,11 +169,12 @@ def test_options_that_do_not_fit(artifact: Path, tmp_path: Path, options: dict[s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_that_it_does_not_parse(artifact: Path) -> None:
+def test_a_graph_that_it_does_not_parse(artifact: Path, tmp_path: Path) -> None:
     """The artifact's own: it has int16 initialisers, which TensorRT lacks."""
     api = load_api("tensorrt-rtx")
+    path, limits = artifact / "model.onnx", Limits(1, 8, 8)
     with pytest.raises(SpecQuantError, match=r"tensorrt-rtx does not take this graph: .*row_sums"):
-        build_engine(api, artifact / "model.onnx", "tensorrt-rtx", "sm89", Limits(1, 8, 8), lambda *_: None)
+        build_engine(api, path, tmp_path / "engine", "tensorrt-rtx", "sm89", limits, lambda *_: None)
 
 
 def test_an_interrupt_leaves_nothing(artifact: Path, tmp_path: Path) -> None:
@@ -159,6 +213,34 @@ def test_a_damaged_engine(
         content = bytes(whole)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SpecQuantError, match=message):
+        open_engine(artifact, tmp_path)
+
+
+def test_plugins_beside_an_engine(artifact: Path, tmp_path: Path) -> None:
+    """Copied on demand, and known by their hash: whoever exchanges them is found out before they are loaded."""
+    try:
+        library = library_tensorrt.library_path()
+    except SpecQuantError as missing:
+        pytest.skip(str(missing))
+    info = build(artifact, replace(OPTIONS, profile="custom", copy_plugins=True), tmp_path / "engine")
+    copied = tmp_path / "engine" / library_tensorrt.FILE
+    assert (info.host_code, info.plugin_library) == (True, sha256_of(copied))
+    assert copied.read_bytes() == library.read_bytes()
+    assert copied.read_bytes() not in (tmp_path / "engine" / ENGINE).read_bytes()
+    with copied.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(SpecQuantError, match="was changed after the engine was built: run `specquant build"):
+        open_engine(artifact, tmp_path / "engine", verify=False)
+
+
+def test_a_library_that_an_engine_lacks(artifact: Path, engine: Path, tmp_path: Path) -> None:
+    for path in engine.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    told = json.loads((engine / ENGINE_MANIFEST).read_text())
+    (tmp_path / ENGINE_MANIFEST).write_text(json.dumps(told | {"host_code": True, "plugin_library": "0" * 64}))
+    with pytest.raises(
+        SpecQuantError, match=r"libspecquant_trt\.so is missing, or was changed .*: run `specquant build"
+    ):
         open_engine(artifact, tmp_path)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import replace
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +17,15 @@ import specquant.exporter.engine as engine_module
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import library_path
 from specquant.exporter.engine import EngineOptions, build, estimate
-from specquant.exporter.engine_builder import Built, Limits
+from specquant.exporter.engine_builder import Built, Limits, load_api
 from specquant.exporter.export import export
 from specquant.exporter.lowering import lower
 from specquant.exporter.recipe import Recipe
 from specquant.exporter.sources import sample_gguf
 from specquant.runtime.artifact import open_artifact
-from specquant.runtime.engine import open_engine
+from specquant.runtime.engine import EngineInfo, open_engine
+from tests.python_plugins import registered
+from tools.build_memory import watched
 
 RECIPE = Recipe(
     rounding="rtn",
@@ -47,21 +52,65 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def built_by_command(artifact: Path, folder: Path, profile: str) -> tuple[EngineInfo, float, float]:
+    """The engine of a command of its own, bytes that it estimated, and the most private memory that it took (Linux)."""
+    sizes = [
+        "--gpu",
+        "sm89",
+        "--max-batch",
+        "4",
+        "--max-seq",
+        "1024",
+        "--profile",
+        profile,
+        "-o",
+        str(folder),
+        "--json",
+    ]
+    command = [sys.executable, "-m", "specquant.runtime.cli", "build", str(artifact), *sizes]
+    done, peaks = watched(command)
+    assert done.returncode == 0, done.stderr
+    estimated = re.search(r"estimate: about ([\d,]+) MB", done.stderr)
+    assert estimated
+    info = open_engine(artifact, folder)
+    assert json.loads(done.stdout) == asdict(info)
+    return info, float(estimated[1].replace(",", "")) * 1e6, peaks["RssAnon"]
+
+
 def test_a_portable_engine(artifact: Path, tmp_path: Path) -> None:
-    info = build(artifact, OPTIONS, tmp_path / "engine")
-    assert open_engine(artifact, tmp_path / "engine") == info
+    info, estimated, taken = built_by_command(artifact, tmp_path / "engine", "portable")
     assert info.plugins == []
     assert 0.9 * ARTIFACT_BYTES < info.weights_bytes < 1.05 * ARTIFACT_BYTES  # 4 bits stay 4 bits
     assert info.size < 1.2 * ARTIFACT_BYTES
+    assert not taken or 0.8 * estimated < taken < 1.15 * estimated
 
 
-@pytest.mark.parametrize("gpu", ["sm86", "sm120"])
-def test_a_custom_engine(artifact: Path, tmp_path: Path, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every node of ours is a plugin layer, in both profiles, and nothing but attention touches the cache."""
+def test_memory_of_a_custom_engine(artifact: Path, tmp_path: Path) -> None:
     try:
         library_path()
     except SpecQuantError as error:
         pytest.skip(str(error))
+    _, estimated, taken = built_by_command(artifact, tmp_path / "engine", "custom")
+    assert not taken or 0.8 * estimated < taken < 1.15 * estimated
+
+
+@pytest.fixture
+def python(monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether the plugins in Python, of the same names, stand in for the compiled library."""
+    try:
+        library_path()
+    except SpecQuantError:
+        with registered(load_api("tensorrt-rtx"), monkeypatch):
+            yield True
+    else:
+        yield False
+
+
+@pytest.mark.parametrize("gpu", ["sm86", "sm89", "sm120"])
+def test_a_custom_engine(
+    artifact: Path, tmp_path: Path, gpu: str, python: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every node of ours is a plugin layer, in both profiles, and nothing but attention touches the cache."""
     made: list[Built] = []
 
     def remembered(*arguments: object) -> Built:
@@ -70,7 +119,8 @@ def test_a_custom_engine(artifact: Path, tmp_path: Path, gpu: str, monkeypatch: 
 
     build_engine = engine_module.build_engine
     monkeypatch.setattr(engine_module, "build_engine", remembered)
-    info = build(artifact, replace(OPTIONS, gpu=gpu, profile="custom"), tmp_path / "engine")
+    options = replace(OPTIONS, gpu=gpu, profile="custom", python_plugins=python)
+    info = build(artifact, options, tmp_path / "engine")
     assert info.plugins == ["Int4KVAttention", "Int4ResidualMatMul", "SpecQuantMatMul"]
     assert len(made[0].plugins) == LAYERS * 5 + 1  # four linears and attention, and the head
     layers = made[0].layers
@@ -85,6 +135,7 @@ def test_the_cache_of_an_engine(artifact: Path) -> None:
     """4 bits where the plugins read it, else floats; as the estimate has it."""
     manifest, limits = open_artifact(artifact), Limits(4, 1024, 512)
     tokens = limits.max_batch * limits.max_seq
-    packed, floats = (estimate(lower(artifact, profile, 1024), manifest, limits) for profile in ("custom", "portable"))
+    profiles = ("custom", "portable")
+    packed, floats = (estimate(lower(artifact, profile, 1024), manifest, limits, profile) for profile in profiles)
     assert packed.cache == tokens * manifest.model.cache_bytes_per_token == tokens * 6480
     assert floats.cache == tokens * 23040

@@ -27,6 +27,7 @@ from tests.model_folder import CONTEXT, small_tokenizer
 QUICK = Recipe(k=5, group_size=8, act_group=8, samples=8, sequence_length=32)
 RECIPES = {
     "4-8": replace(QUICK, a_bits=8),
+    "4-8, ranks by worth": replace(QUICK, a_bits=8, k=8, ranks="fisher"),
     "4-16": replace(QUICK, a_bits=16, basis="none", subtract=False),
     "paper": replace(preset("paper"), k=7, a_bits=8, samples=8, sequence_length=32),
 }

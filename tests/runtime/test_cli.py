@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="the extra `cpu` is not installed")
 
+from specquant.custom_ops import compiled, library, library_cuda, library_tensorrt
 from specquant.runtime.artifact import open_artifact
 from specquant.runtime.cli import main
 from specquant.runtime.cli_common import run_cli
@@ -140,6 +141,19 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> 
         main([*command.split(), "--help"])
     assert caught.value.code == 0
     assert f"examples:\n  specquant {command}" in capsys.readouterr().out
+
+
+def test_the_version_says_what_was_compiled(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / library_tensorrt.FILE).write_bytes(b"")
+    monkeypatch.setattr(compiled.resources, "files", lambda package: tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert said.endswith(", with TensorRT plugins; without CPU kernels, CUDA kernels\n")
+    assert set(compiled.PARTS.values()) == {library.FILE, library_cuda.FILE, library_tensorrt.FILE}
 
 
 def test_a_closed_pipe_is_quiet(folder: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library import register
 from specquant.custom_ops.library_tensorrt import load_plugins
+from specquant.exporter.engine_builder import Limits
 from specquant.exporter.export import export
 from specquant.exporter.graph import save_model
 from specquant.exporter.lowering import lower
@@ -36,6 +37,7 @@ from specquant.runtime.tensorrt_engine import check_engine, checked_context, fin
 from tests.host_memory import HostMemory
 from tests.logits import typical
 from tests.model_folder import CORPUS, fresh_seed, random_llama, save_model_folder
+from tests.rtx_network import rtx_network
 
 MAX_BATCH, MAX_SEQ, BLOCK = 3, 80, 16
 # Not quantised: portable engines have a cache of the graph's floats, where a quantised export has one of float16.
@@ -63,10 +65,14 @@ def info_of(artifact: Path, **fields: Any) -> EngineInfo:
 
 
 class LoweredGraph:
-    """The lowered graph by ONNX Runtime, its tensors where the backend says; in `custom`, with our kernels."""
+    """The lowered graph by ONNX Runtime, its tensors where the backend says; in `custom`, with our kernels.
+
+    Where TensorRT-RTX is installed, every call is one that its network and the engine's profiles take.
+    """
 
     def __init__(self, artifact: Path, folder: Path, profile: str = "portable") -> None:
         save_model(lower(artifact, profile, MAX_SEQ), folder)
+        self.engine = rtx_network(folder / "model.onnx", Limits(MAX_BATCH, MAX_SEQ, BLOCK))
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -82,6 +88,13 @@ class LoweredGraph:
         assert 1 <= tokens <= most[1]
         assert 1 <= total <= MAX_SEQ
         assert 1 <= keep <= tokens
+        if self.engine:
+            self.engine.check(profile, {name: shape for name, (_, shape) in tensors.items()}, keep, self.kinds)
+        assert all(
+            place == tensors[name.replace("present", "past_key_values")][0]
+            for name, (place, _) in tensors.items()
+            if name.startswith("present")
+        )
         arrays = {name: self._at(name, *where) for name, where in tensors.items()}
         feeds = {name.name: arrays[name.name] for name in self.session.get_inputs() if name.name in arrays}
         outputs = [value.name for value in self.session.get_outputs()]

@@ -155,6 +155,7 @@ void quantize(const float* u, int64_t n, int bits, int64_t group, int64_t segmen
               int32_t* start) {
   kAvx512Vnni.quantize(u, n, bits, group, segment, clip, q, scale, start);
 }
+void turn_basis(const Problem& p, const Activations& x, int64_t from, int64_t to) { kAvx512Vnni.turn(p, x, from, to); }
 void prepare_tokens(const Problem& p, const Activations& x, int64_t row, int64_t rows) {
   kAvx512Vnni.prepare(p, x, row, rows);
 }
@@ -168,7 +169,7 @@ void attend_half_tokens(const Attention& a, const QueryTile& tile, const Partial
 
 }  // namespace
 
-const Kernels kAmx{"amx",          cpu_has_amx, quantize,      prepare_tokens, arrange_tokens,
+const Kernels kAmx{"amx",          cpu_has_amx, quantize,      turn_basis, prepare_tokens, arrange_tokens,
                    multiply_tiles, 32 << 20,    kMostTileRows, append_tokens,  attend_tokens, attend_half_tokens,
                    tile_peak};
 

@@ -26,7 +26,7 @@ struct Avx2 : Ymm {
 
 }  // namespace
 
-const Kernels kAvx2{"avx2",        cpu_has_avx2, quantize_row<Ymm>, prepare<Avx2, Ymm>,  interleave, multiply<Avx2>,
+const Kernels kAvx2{"avx2",        cpu_has_avx2, quantize_row<Ymm>, turn<Ymm>, prepare<Avx2, Ymm>,  interleave, multiply<Avx2>,
                     kTaskProducts, 4,            append<Ymm>,       attend_tile<Ymm, 4>, attend_half<Ymm, Ymm, 6, 2>,
                     peak<Avx2>};
 

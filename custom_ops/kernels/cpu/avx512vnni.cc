@@ -24,7 +24,7 @@ void attend_some_half(const Attention& attention, const QueryTile& tile, const P
 
 }  // namespace
 
-const Kernels kAvx512Vnni{"avx512vnni",  cpu_has_avx512vnni, quantize_row<Ymm>, prepare<Zmm, Ymm>, interleave,
+const Kernels kAvx512Vnni{"avx512vnni",  cpu_has_avx512vnni, quantize_row<Ymm>, turn<Ymm>, prepare<Zmm, Ymm>, interleave,
                           multiply<Zmm>, kTaskProducts,      kMostTileRows,     append<Ymm>,        attend_some,
                           attend_some_half, peak<Zmm, true>};
 

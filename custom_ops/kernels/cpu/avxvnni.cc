@@ -16,7 +16,7 @@ struct AvxVnni : Ymm {
 
 }  // namespace
 
-const Kernels kAvxVnni{"avxvnni",     cpu_has_avxvnni,   quantize_row<Ymm>, prepare<AvxVnni, Ymm>,
+const Kernels kAvxVnni{"avxvnni",     cpu_has_avxvnni,   quantize_row<Ymm>, turn<Ymm>, prepare<AvxVnni, Ymm>,
                        interleave,    multiply<AvxVnni>, kTaskProducts,     4,
                        append<Ymm>,   attend_tile<Ymm, 4>, attend_half<Ymm, Ymm, 6, 2>,
                        peak<AvxVnni, true>};

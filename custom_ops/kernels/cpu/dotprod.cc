@@ -4,7 +4,7 @@
 
 namespace specquant {
 
-const Kernels kDotProd{"dotprod",  cpu_has_dotprod,    quantize_row<Neon>, prepare<Neon, Neon>,
+const Kernels kDotProd{"dotprod",  cpu_has_dotprod,    quantize_row<Neon>, turn<Neon>, prepare<Neon, Neon>,
                        interleave, multiply<DotProd>,  kTaskProducts,      4,
                        append<Neon>, attend_tile<Neon, 4>, attend_half<Neon, Neon, 4, 2>, peak<DotProd>};
 

@@ -53,7 +53,7 @@ int64_t pair_peak(int64_t steps) {
 
 }  // namespace
 
-const Kernels kI8mm{"i8mm",     cpu_has_i8mm,    quantize_row<Neon>, prepare<Neon, Neon>,
+const Kernels kI8mm{"i8mm",     cpu_has_i8mm,    quantize_row<Neon>, turn<Neon>, prepare<Neon, Neon>,
                     interleave, multiply<I8mm>,  kTaskProducts,      4,
                     append<Neon>, attend_tile<Neon, 4>, attend_half<Neon, Neon, 4, 2>, pair_peak};
 

@@ -14,6 +14,9 @@ constexpr int64_t kTaskBytes = 96 * 1024;        // of weights a task reads: the
 constexpr int64_t kChunkBytes = 1024 * 1024;     // of quantised activations at a time, so that they stay in cache
 constexpr int64_t kChunkRows = 1024;
 constexpr int64_t kAlign = 64;
+constexpr int64_t kTurnedTokens = 16;   // from so many on the basis is turned
+constexpr int64_t kTurnedColumns = 64;  // if it has at most so many: the scratch grows with them
+constexpr int64_t kTurnedFeatures = 64;  // of a task
 
 int64_t panels_of(const Problem& p) { return (p.out_features + kPanel - 1) / kPanel; }
 
@@ -42,6 +45,8 @@ Activations lay_out(const Problem& p, char* base, char** end) {
   x.columns = round_up(p.basis ? p.rank : 0, kPanel);
   x.segments = p.qweight ? p.in_features / segment_length(p) : 0;
   Arena arena{base};
+  if (p.basis && p.subtract && rows >= kTurnedTokens && x.columns <= kTurnedColumns)
+    x.turned = arena.take<float>(x.columns * x.features);
   x.u = arena.take<float>(rows * x.features);
   x.low = arena.take<float>(rows * x.columns);
   x.a = arena.take<int8_t>(rows * x.features);
@@ -62,6 +67,12 @@ struct Work {
   int64_t rows;
   int64_t tile_rows, tile_panels, tiles_down;  // the grid of the multiplication
 };
+
+void turn_task(void* argument, size_t index) {
+  const Work& work = *static_cast<const Work*>(argument);
+  const int64_t from = int64_t(index) * kTurnedFeatures, all = round_up(work.problem.in_features, kTurnedFeatures);
+  work.kernels.turn(work.problem, work.activations, from, std::min(from + kTurnedFeatures, all));
+}
 
 void prepare_task(void* argument, size_t index) {
   const Work& work = *static_cast<const Work*>(argument);
@@ -179,6 +190,8 @@ void matmul(const Kernels& kernels, const Problem& p, const ThreadPool& pool, vo
     const int64_t rows = x.rows = std::min(chunk, p.tokens - x.first_token);
     Work work{kernels, p, x, rows, rows, 0, 0};
     cut(work);
+    if (x.turned && !x.first_token)
+      run(pool, turn_task, work, (p.in_features + kTurnedFeatures - 1) / kTurnedFeatures);
     run(pool, prepare_task, work, (rows + kTileTokens - 1) / kTileTokens);
     run(pool, multiply_task, work, work.tiles_down * ((panels_of(p) + work.tile_panels - 1) / work.tile_panels));
     if (p.low) store_low(p, x, rows);

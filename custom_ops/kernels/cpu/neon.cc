@@ -22,7 +22,7 @@ bool any_aarch64() { return true; }
 
 }  // namespace
 
-const Kernels kNeon{"neon",     any_aarch64,        quantize_row<Neon>, prepare<Neon, Neon>,
+const Kernels kNeon{"neon",     any_aarch64,        quantize_row<Neon>, turn<Neon>, prepare<Neon, Neon>,
                     interleave, multiply<AnyNeon>,  kTaskProducts,      4,
                     append<Neon>, attend_tile<Neon, 4>, attend_half<Neon, Neon, 4, 2>, peak<AnyNeon>};
 

@@ -111,7 +111,7 @@ bool any_cpu() { return true; }
 
 }  // namespace
 
-const Kernels kScalar{"scalar",   any_cpu,            quantize_row<Portable>, prepare<Portable, Portable>,
+const Kernels kScalar{"scalar",   any_cpu,            quantize_row<Portable>, turn<Portable>, prepare<Portable, Portable>,
                       interleave, multiply<Portable>, kTaskProducts,          2,
                       append<Portable>, attend_tile<Portable, 2>, attend_half<Portable, Portable, 4, 1>, peak<Portable>};
 

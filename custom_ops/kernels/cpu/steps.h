@@ -28,6 +28,7 @@ struct Activations {
   int64_t features;  // row stride of u and a: N, and padding that keeps rows out of each other's cache sets
   int64_t columns;   // row stride of low
   int64_t segments;  // row stride of the three below
+  float* turned;     // B turned, [columns, features]: many tokens take it in that order; or null
   float* u;          // what is multiplied by the INT4 weights; zeros from N on
   float* low;        // x · B[:, :rank]; zeros from rank on
   int8_t* a;         // quantised u: levels less their zero-point
@@ -66,6 +67,8 @@ struct Kernels {
   // span `clip` of every group's range. u is readable, and q writable, up to a multiple of 8, where u holds zeros.
   void (*quantize)(const float* u, int64_t n, int bits, int64_t group, int64_t segment, float clip, int8_t* q,
                    float* scale, int32_t* start);
+  // `turned`, features [from, to).
+  void (*turn)(const Problem& problem, const Activations& activations, int64_t from, int64_t to);
   // Rows [row, row + rows) of the activations, from x.
   void (*prepare)(const Problem& problem, const Activations& activations, int64_t row, int64_t rows);
   // Those rows, at most kTileTokens and all of them prepared, as `multiply` reads them: `interleave`, or its own way.

@@ -9,6 +9,7 @@
 #include "half.h"
 #include "prologue.h"
 #include "steps.h"
+#include "subtract.h"
 
 namespace specquant {
 namespace {
@@ -85,6 +86,9 @@ inline __attribute__((always_inline)) void add_product(typename V::F (&acc)[T][C
   }
 }
 
+// Elements of the basis that one token asks for before it needs them.
+constexpr int64_t kBasisAhead = 1024;
+
 // low = u · B[:, :rank] for T rows (first equation of docs/ops.md). The features are summed in two halves: one token has
 // few sums, and waits for each of its additions.
 template <class V, int T>
@@ -102,6 +106,8 @@ void project_down(const Problem& p, const Activations& x, int64_t row) {
       done = past >= 0 ? std::min(half, past / p.basis_rank + 1) : 0;
       const uint16_t *first = p.basis + column, *second = first + half * p.basis_rank;
       for (int64_t k = 0; k < done; ++k, first += p.basis_rank, second += p.basis_rank) {
+        __builtin_prefetch(first + kBasisAhead);
+        __builtin_prefetch(second + kBasisAhead);
 #pragma GCC unroll 4
         for (int v = 0; v < C; ++v) {
           sums[0][0][v] = V::fma(V::splat(u[k]), V::half(first + v * V::W), sums[0][0][v]);
@@ -121,60 +127,6 @@ void project_down(const Problem& p, const Activations& x, int64_t row) {
   }
 }
 
-// parts[t][i] += Σ low · B[feature + i], over K · 8 columns from `column` on; lanes run along the columns. Whole: they
-// lie in B, all of them.
-template <class E, int T, int K, bool kWhole>
-inline __attribute__((always_inline)) void add_columns(const Problem& p, const float* low, int64_t stride,
-                                                       int64_t feature, int64_t column, typename E::F (&parts)[T][8]) {
-  const int64_t total = p.in_features * p.basis_rank;
-  uint16_t spare[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    const int64_t index = (feature + i) * p.basis_rank + column;
-    typename E::F sums[T];
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) sums[t] = E::splat(0.0f);
-#pragma GCC unroll 4
-    for (int k = 0; k < K; ++k) {
-      const auto basis = E::half(kWhole ? p.basis + index + 8 * k : whole<8>(p.basis, index + 8 * k, total, spare));
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) sums[t] = E::fma(basis, E::load(low + t * stride + 8 * k), sums[t]);
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) parts[t][i] = parts[t][i] + sums[t];
-  }
-}
-
-// u −= low · B[:, :rank]ᵀ for T rows. B is read as it lies; products of 8 features are turned before they are summed.
-template <class E, int T>
-void subtract_branch(const Problem& p, const Activations& x, int64_t row) {
-  constexpr int K = 4;
-  const float* low = x.low + row * x.columns;  // 0 from rank on, where B holds columns that are not used, or the next row
-  const int64_t wide = round_up(p.rank, 8) / (8 * K) * (8 * K);
-  const int64_t safe = p.basis_rank < 8 * K ? 0 : p.in_features / 8 * 8;  // features whose wide columns lie in B
-  for (int64_t feature = 0; feature < p.in_features; feature += 8) {
-    typename E::F parts[T][8];
-#pragma GCC unroll 64
-    for (int i = 0; i < 8 * T; ++i) parts[i / 8][i % 8] = E::splat(0.0f);
-    for (int64_t column = 0; column < p.rank; column += column < wide ? 8 * K : 8) {
-      if (column < wide && feature < safe && wide <= p.basis_rank) {
-        add_columns<E, T, K, true>(p, low + column, x.columns, feature, column, parts);
-      } else if (column < wide) {
-        add_columns<E, T, K, false>(p, low + column, x.columns, feature, column, parts);
-      } else {
-        add_columns<E, T, 1, false>(p, low + column, x.columns, feature, column, parts);
-      }
-    }
-    for (int t = 0; t < T; ++t) {
-      auto& part = parts[t];
-      E::transpose(part);
-      float* u = x.u + (row + t) * x.features + feature;
-      E::store(u, E::load(u) - (((part[0] + part[1]) + (part[2] + part[3])) +
-                                ((part[4] + part[5]) + (part[6] + part[7]))));
-    }
-  }
-}
-
 // What the integer product needs of one row: levels, and per segment scale and −8 Σ a.
 template <class E>
 void quantize_for_product(const Problem& p, const Activations& x, int64_t row) {
@@ -184,9 +136,6 @@ void quantize_for_product(const Problem& p, const Activations& x, int64_t row) {
   const int64_t groups = p.act_group ? p.in_features / p.act_group : 1;
   for (int64_t s = x.segments - 1; s >= 0; --s) scale[s] = scale[s * groups / x.segments];  // backwards: in place
 }
-
-template <int T>
-constexpr int kAtOnce = T > 2 ? 2 : T;  // of subtract_branch: the sums of more tokens do not stay in registers
 
 template <class V, class E, int T>
 void prepare_rows(const Problem& p, const Activations& x, int64_t row) {
@@ -198,7 +147,7 @@ void prepare_rows(const Problem& p, const Activations& x, int64_t row) {
   }
   if (p.basis && p.rank) {
     project_down<V, T>(p, x, row);
-    for (int t = 0; p.subtract && t < T; t += kAtOnce<T>) subtract_branch<E, kAtOnce<T>>(p, x, row + t);
+    if (p.subtract) subtract_low<V, E, T>(p, x, row);
   }
   if (p.qweight && p.act_bits < 16)
     for (int t = 0; t < T; ++t) quantize_for_product<E>(p, x, row + t);

@@ -2,16 +2,13 @@
 
 #include <algorithm>
 
+#include "bounds.h"
+
 namespace specquant_cuda {
 namespace {
 
-constexpr int64_t kMostFeatures = int64_t(1) << 19;  // int32 sums stay exact: (15 + 8) · 128 · 2^19 < 2^31
-constexpr int64_t kMostOutputs = int64_t(1) << 22;
-constexpr int64_t kMostTokens = int64_t(1) << 22;
-constexpr int64_t kMostColumns = 4096;
 constexpr int64_t kMostHadamard = 4096;
 constexpr int64_t kChannelFeatures = 131071;  // 16 · 8 · 128 · N stays below 2^31
-constexpr int64_t kSplits = 16;
 constexpr int kClusterFeatures = 256;  // of a block that shares a token, where there are enough blocks
 constexpr int64_t kSharedLeast = 98 * 1024;  // bytes that a block may take on any GPU
 constexpr int kPromptUnits = 10;  // 64 features each that a block of `prompt` takes, where there are enough blocks
@@ -41,7 +38,7 @@ const char* check(const SpecquantCudaProblem& p) {
   if (p.hadamard && (p.hadamard < kBlock || p.hadamard > kMostHadamard || (p.hadamard & (p.hadamard - 1)) ||
                      p.in_features % p.hadamard))
     return "hadamard must be 0, or a power of two from 8 to 4096 that divides in-features";
-  if (p.basis_rank < 0 || p.basis_rank > std::min(p.in_features, kMostColumns))
+  if (p.basis_rank < 0 || p.basis_rank > std::min(p.in_features, kMostBasis))
     return "the basis must have 0 to in-features columns, at most 4096";
   if (p.rank < 0 || p.rank > p.basis_rank) return "rank must be 0 to the columns of the basis";
   if (p.basis ? p.basis_rank && !p.coef : p.basis_rank != 0) return "basis and coef must both be there, or neither";

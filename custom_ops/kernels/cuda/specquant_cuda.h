@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define SPECQUANT_CUDA_ABI 3
+#define SPECQUANT_CUDA_ABI 4
 
 /* One call of SpecQuantMatMul, or of Int4ResidualMatMul when basis is null. library_cuda.py mirrors it. */
 typedef struct SpecquantCudaProblem {
@@ -58,6 +58,21 @@ typedef struct SpecquantCudaLayout {
   float level_unit; /* 1/16 where a sum of 16 times the weights is folded in float, else 1 */
 } SpecquantCudaLayout;
 
+/* One call of SpectralBranch: low = x . B[:, :rank], y = low . C. library_cuda_branch.py mirrors it. */
+typedef struct SpecquantCudaBranch {
+  int64_t tokens;        /* T >= 0 */
+  int64_t in_features;   /* N */
+  int64_t out_features;  /* M */
+  int64_t basis_rank;    /* r, the columns stored */
+  int64_t rank;          /* columns used, 0..r */
+  int32_t half;          /* 1: x, y and low are float16; 0: float32 */
+  const void* x;         /* [T, N] */
+  const void* basis;     /* float16 [N, r], or null where r is 0, as coef and low */
+  const void* coef;      /* float16 [r, M] */
+  void* y;               /* [T, M] */
+  void* low;             /* [T, r]; zeros from column rank on */
+} SpecquantCudaBranch;
+
 /* One call of Int4KVAttention, or of HalfKVAttention where half_cache is set. Symbols: B batch, S new tokens of a row
  * (padding included), H query heads, K kv heads, d head_dim, P and T rows of the cache before and after,
  * E = d/2 + 4 bytes of a cache row, or 2 d. library_cuda_attention.py mirrors it. */
@@ -94,6 +109,7 @@ int32_t specquant_cuda_abi(void);
 int64_t specquant_cuda_problem_size(void);
 int64_t specquant_cuda_attention_size(void);
 int64_t specquant_cuda_layout_size(void);
+int64_t specquant_cuda_branch_size(void);
 
 /* Each returns null if all is well, else one line that says what is wrong, valid until this thread's next call. */
 
@@ -116,6 +132,16 @@ const char* specquant_cuda_workspace(const SpecquantCudaProblem* problem, int64_
  * "gemm_large" or "any", the slow one that takes every shape. */
 const char* specquant_cuda_matmul(const SpecquantCudaProblem* problem, void* workspace, int64_t workspace_bytes,
                                   void* stream, const char* path);
+
+/* Sizes of a call of SpectralBranch; its pointers may be null still. */
+const char* specquant_cuda_check_branch(const SpecquantCudaBranch* problem);
+
+/* Bytes of workspace that suffice on every GPU, for the problem's tokens and any fewer. Asks no device. */
+const char* specquant_cuda_branch_workspace(const SpecquantCudaBranch* problem, int64_t* bytes);
+
+/* y and low, in float32 until they are stored, as specquant_cuda_matmul does its work. */
+const char* specquant_cuda_branch(const SpecquantCudaBranch* problem, void* workspace, int64_t workspace_bytes,
+                                  void* stream);
 
 /* Sizes, attributes and pointers of a call of attention; present_key, present_value and y may be null still. What lies
  * on the GPU is not looked at: of a row whose seqlens_k does not fit the cache nothing is written and y is NaN, and a
