@@ -127,7 +127,8 @@ struct Sums90 {
       fragments_of(coef[blocks - 1], ends.coef);
     }
     const bool zeros = mode == kChannel && args.bits == 8;
-    const float2 low_scales = __half22float2(half2_of(ends.scale.x)), high_scales = __half22float2(half2_of(ends.scale.y));
+    const float2 low_scales = __half22float2(half2_of(ends.scale.x));
+    const float2 high_scales = __half22float2(half2_of(ends.scale.y));
     const float unit = zeros ? 1.0f : 0.0625f;  // sums are 16 times too large: the weights were
     const float scale[4] = {low_scales.x * unit, low_scales.y * unit, high_scales.x * unit, high_scales.y * unit};
     barrier_wait(gemm.end_full, turn & 1);
@@ -147,7 +148,8 @@ struct Sums90 {
       float branch[together][8] = {};
 #pragma unroll
       for (int i = 0; i < together * blocks * (halves ? 1 : 2); ++i) {  // float16 y does not see low's trailing bits
-        const int k = i % together, b = i / together % (blocks ? blocks : 1), part = i / (together * (blocks ? blocks : 1));
+        constexpr int each = blocks ? blocks : 1;
+        const int k = i % together, b = i / together % each, part = i / (together * each);
         const int row = 8 * (start + k) + g;
         const uint8_t* from = gemm.shared + G::kLow + ((row * 2 + part) * blocks + b) * kRankStep * 2 + 16 * t;
         const uint4 raw = *reinterpret_cast<const uint4*>(from);

@@ -91,13 +91,14 @@ __device__ __forceinline__ void fetch_basis(const Args& args, int first, int fea
     const uint4 raw = __ldg(from + i);
     int row = 8 * i / r, column = 8 * i - row * r;
     if (r % 8 == 0) {
-      *reinterpret_cast<uint4*>(row_of(row) + column) = raw;
+      if (column < args.rp) *reinterpret_cast<uint4*>(row_of(row) + column) = raw;
       continue;
     }
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      row_of(row)[column] = k % 2 ? __high2half(half2_of(words[k / 2])) : __low2half(half2_of(words[k / 2]));
+      const __half2 pair = half2_of(words[k / 2]);
+      if (column < args.rp) row_of(row)[column] = k % 2 ? __high2half(pair) : __low2half(pair);  // r may be more than rp
       if (++column == r) column = 0, ++row;
     }
   }
