@@ -102,4 +102,9 @@ def require_kernels() -> None:
         pytest.skip(f"no GPU, or no kernels for it: {missing}", allow_module_level=True)
 
 
+def capability() -> tuple[int, int]:
+    """Compute capability of the GPU, or of the one that is emulated."""
+    return (int(os.environ.get("SPECQUANT_CUDA_EMULATED_MAJOR", "9")), 0) if EMULATED else GpuArray.driver.capability()
+
+
 DeviceArray: Any = HostArray if EMULATED else GpuArray

@@ -1,9 +1,10 @@
-"""Prefill of one Transformer block on a GPU: torch in float16, and the same with our linears (the paper's Table 2).
+"""Prefill of one Transformer block on a GPU: torch in float16, and our ops as exports have them (the paper's Table 2).
 
-RMSNorm, rotary embedding, attention (torch's scaled_dot_product_attention), SiLU and residuals are torch's in both; the
-four linears (q, k and v in one, output, gate and up in one, down) are float16 matrices or INT4 weights with a branch of
---rank columns. Random weights and activations. Times are medians of replayed CUDA graphs, the two in turn. Memory is
-what torch has allocated at most during one pass, weights, input and workspaces included, each variant alone.
+The four linears (q, k and v in one, output, gate and up in one, down) are float16 matrices or INT4 weights with a
+branch of --rank columns. RMSNorm, SiLU and residuals are torch's in the first and the ops' own inputs in the second;
+rotary embedding and attention (scaled_dot_product_attention) are torch's in both. Random weights and activations. Times
+are medians of replayed CUDA graphs, the two in turn. Memory is what torch has allocated at most during one pass,
+weights, input and workspaces included, each variant alone: ours has one workspace, and takes the MLP in --parts.
 
     python -m tools.bench_block --models llama-2-7b --sequences 256 1024 --rank 16 32
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specquant.custom_ops import library_cuda
+from specquant.custom_ops.schema import PROLOGUES
 from tools.bench_cuda_kernels import Linear, graph_of, medians
 
 
@@ -65,53 +67,87 @@ def half_linears(shape: Shape) -> list[Multiply]:
     return [linear(n, m) for n, m in sizes(shape)]
 
 
-def our_linears(shape: Shape, args: argparse.Namespace) -> list[Multiply]:
-    """The four linears in INT4 with a branch; args: what Linear takes."""
-
-    def linear(n: int, m: int) -> Multiply:
-        weights = Linear(n, m, args)
-        weights.operands["scales"] *= n**-0.5 / 0.07  # outputs of about the inputs' size
-
-        def multiply(x: Tensor) -> Tensor:
-            y = torch.empty(x.shape[0], m, device="cuda", dtype=torch.float16)
-            size = library_cuda.layout(x, **weights.operands).bytes
-            weights.call((x, y, torch.empty(size, device="cuda", dtype=torch.int8)), None)
-            return y
-
-        return multiply
-
-    return [linear(n, m) for n, m in sizes(shape)]
-
-
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, heads, S, HEAD] turned by cos and sin [S, HEAD]."""
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary embedding of x [B, S, heads, HEAD] in place, by cos and sin [S, 1, HEAD / 2]."""
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    crossed = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    torch.addcmul(crossed, second, cos, out=second)
 
 
-class Block:
-    """One block of Llama: y = block(x), both [B, S, hidden]; `like` has the device and dtype of x."""
+def attention(qkv: Tensor, shape: Shape, batch: int, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Mixed values [T, heads · HEAD] of [T, (heads + 2 · kv_heads) · HEAD], whose queries and keys are turned."""
+    heads = [shape.heads, shape.kv_heads, shape.kv_heads]
+    rows = qkv.view(batch, -1, sum(heads), HEAD)
+    turn(rows[:, :, : -shape.kv_heads], *tables)
+    q, k, v = rows.transpose(1, 2).split(heads, 1)
+    grouped = shape.heads != shape.kv_heads
+    mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return mixed.transpose(1, 2).reshape(qkv.shape[0], -1)
 
-    def __init__(self, shape: Shape, linears: list[Multiply], sequence: int, like: Tensor) -> None:
-        self.shape, (self.qkv, self.output, self.gate_up, self.down) = shape, linears
+
+def rotary_tables(sequence: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, 1, HEAD / 2]."""
+    turns = torch.arange(0, HEAD, 2, device=like.device) / HEAD
+    angles = torch.outer(torch.arange(sequence, device=like.device), 10000.0**-turns)[:, None]
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+class HalfBlock:
+    """One block of Llama by torch: y = block(x), both [B, S, hidden]; `like` has the device and dtype of x."""
+
+    def __init__(self, shape: Shape, sequence: int, like: Tensor) -> None:
+        self.shape, (self.qkv, self.output, self.gate_up, self.down) = shape, half_linears(shape)
         self.norms = [like.new_ones(shape.hidden) for _ in range(2)]
-        turns = torch.arange(0, HEAD, 2, device=like.device) / HEAD
-        angles = torch.outer(torch.arange(sequence, device=like.device), 10000.0**-turns).repeat(1, 2)
-        self.cos, self.sin = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+        self.tables = rotary_tables(sequence, like)
 
     def __call__(self, x: Tensor) -> Tensor:
-        shape, (batch, sequence, hidden) = self.shape, x.shape
+        hidden = x.shape[-1]
         rows = functional.rms_norm(x, (hidden,), self.norms[0], EPSILON).view(-1, hidden)
-        heads = [shape.heads, shape.kv_heads, shape.kv_heads]
-        qkv = self.qkv(rows).view(batch, sequence, sum(heads), HEAD).transpose(1, 2)
-        q, k, v = qkv.split(heads, 1)
-        q, k = rotary(q, self.cos, self.sin), rotary(k, self.cos, self.sin)
-        grouped = shape.heads != shape.kv_heads
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        x = x + self.output(mixed.transpose(1, 2).reshape(batch * sequence, -1)).view_as(x)
+        mixed = attention(self.qkv(rows), self.shape, x.shape[0], self.tables)
+        x = x + self.output(mixed).view_as(x)
         rows = functional.rms_norm(x, (hidden,), self.norms[1], EPSILON).view(-1, hidden)
         gate, up = self.gate_up(rows).chunk(2, -1)
         return x + self.down(functional.silu(gate) * up).view_as(x)
+
+
+class OurBlock:
+    """The same in five ops: norms, gate and residuals are inputs of the linears. args: what Linear takes, and parts."""
+
+    def __init__(self, shape: Shape, args: argparse.Namespace, sequence: int, like: Tensor) -> None:
+        self.shape, self.parts = shape, args.parts
+        self.qkv, self.output, self.gate_up, self.down = (Linear(n, m, args).operands for n, m in sizes(shape))
+        for operands, (n, _) in zip((self.qkv, self.output, self.gate_up, self.down), sizes(shape), strict=True):
+            operands["scales"] *= n**-0.5 / 0.07  # outputs of about the inputs' size
+        norm = {"prologue": PROLOGUES.index("rms_norm"), "epsilon": EPSILON}
+        for operands in (self.qkv, self.gate_up):
+            operands |= norm | {"norm": torch.ones(shape.hidden, device="cuda")}
+        self.down["prologue"] = PROLOGUES.index("silu_gate")
+        self.tables = rotary_tables(sequence, like)
+        self.workspace: Tensor | None = None  # as large as the largest that was needed
+
+    def multiply(self, operands: dict[str, Any], x: Tensor, y: Tensor | None = None, **more: Tensor) -> Tensor:
+        if y is None:
+            y = x.new_empty(x.shape[0], operands["scales"].shape[1])
+        size = library_cuda.layout(x, **operands, **more).bytes
+        if self.workspace is None or len(self.workspace) < size:
+            self.workspace = None
+            self.workspace = torch.empty(size, device="cuda", dtype=torch.int8)
+        stream = torch.cuda.current_stream().cuda_stream
+        library_cuda.matmul(x, y, self.workspace, stream=stream, **operands, **more)
+        return y
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, x.shape[-1])
+        mixed = attention(self.multiply(self.qkv, rows), self.shape, x.shape[0], self.tables)
+        y = self.multiply(self.output, mixed, residual=rows)
+        del mixed
+        for part in y.chunk(self.parts):
+            self.multiply(self.down, self.multiply(self.gate_up, part), part, residual=part)
+        return y.view_as(x)
+
+
+Block = HalfBlock | OurBlock
 
 
 def peak_memory(make: Callable[[], Block], x: Tensor) -> int:
@@ -120,6 +156,9 @@ def peak_memory(make: Callable[[], Block], x: Tensor) -> int:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated() - x.nbytes
     block = make()
+    block(x)  # ours finds the size of its workspace
+    gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     block(x)
     torch.cuda.synchronize()
@@ -134,8 +173,8 @@ def measure(model: str, sequence: int, ranks: list[int], args: argparse.Namespac
     for rank in ranks:
         options = argparse.Namespace(**vars(args) | {"rank": rank})
         makers: dict[str, Callable[[], Block]] = {
-            "fp16": lambda: Block(shape, half_linears(shape), sequence, x),
-            "ours": lambda options=options: Block(shape, our_linears(shape, options), sequence, x),  # type: ignore[misc]
+            "fp16": lambda: HalfBlock(shape, sequence, x),
+            "ours": lambda options=options: OurBlock(shape, options, sequence, x),  # type: ignore[misc]
         }
         memory = {name: peak_memory(make, x) for name, make in makers.items()}
         blocks = {name: make() for name, make in makers.items()}
@@ -158,6 +197,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=0, help="features per weight scale; 0: per channel")
     parser.add_argument("--act-group", type=int, default=0, help="features per activation scale; 0: per token")
     parser.add_argument("--hadamard", type=int, default=0)
+    parser.add_argument("--parts", type=int, default=2, help="in which ours takes the tokens through the MLP")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()

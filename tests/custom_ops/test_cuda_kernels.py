@@ -12,11 +12,12 @@ from specquant.custom_ops import library_cuda, reference
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
 from specquant.custom_ops.schema import GATES, PROLOGUES
-from tests.cuda_arrays import EMULATED, POISON, DeviceArray, GpuArray, require_kernels
+from tests.cuda_arrays import EMULATED, POISON, DeviceArray, capability, require_kernels
 from tests.ops import Arrays, random_input, random_weights
 
 require_kernels()
-HOPPER = EMULATED or GpuArray.driver.capability() == (9, 0)
+HOPPER = capability() == (9, 0)
+APART = {"x": 4}  # off its alignment: x that only the kernels of several passes take
 
 # (group_size, act_group, features): segments of 64, 128 and of all features, and some that only `any` takes.
 TENSOR_GROUPS = [(64, 64, 256), (64, 64, 64), (64, 0, 192), (0, 64, 320), (128, 128, 384), (0, 0, 320), (0, 0, 72)]
@@ -157,35 +158,46 @@ def test_one_token(rng: np.random.Generator, n: int, m: int, groups: tuple[int, 
         np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=tolerance, err_msg=text)
 
 
+def assert_levels(call: Call, hat: NDArray[Any], bits: int, act_group: int, clip: float) -> None:
+    """Levels, scales and zero-points in the workspace are those of the reference, down to the last bit."""
+    q, scale, zero = reference.quantize_activation(hat, bits, act_group, clip)
+    at, (tokens, n) = call.layout, hat.shape
+    stored = call.read("levels", np.int8, (tokens, at.features_padded))[:, :n].astype(np.int32)
+    offset = np.full_like(zero, 128) if bits == 8 else zero
+    np.testing.assert_array_equal(stored, q - np.repeat(offset, act_group or n, axis=-1))
+    scales = call.read("scale", np.float32, (at.segments, at.tokens_padded))[:, :tokens].T / np.float32(at.level_unit)
+    np.testing.assert_array_equal(scales, np.repeat(scale, at.segments // scale.shape[-1], axis=-1))
+    if bits == 8:
+        zeros = call.read("zero", np.int32, (at.segments, at.tokens_padded))[:, :tokens].T + 128
+        np.testing.assert_array_equal(zeros, np.repeat(zero, at.segments // zero.shape[-1], axis=-1))
+
+
+@pytest.mark.parametrize("offsets", [{}, APART])
 @pytest.mark.parametrize("bits", [2, 4, 7, 8])
-@pytest.mark.parametrize(("group_size", "act_group", "n"), [(64, 64, 192), (0, 0, 72), (32, 16, 96), (64, 128, 256)])
-def test_levels_are_exact(rng: np.random.Generator, bits: int, group_size: int, act_group: int, n: int) -> None:
-    """Levels, scales and zero-points of any activations, down to the last bit."""
+@pytest.mark.parametrize(
+    ("group_size", "act_group", "n"), [(64, 64, 192), (0, 0, 72), (32, 16, 96), (64, 128, 256), (64, 0, 1344)]
+)
+def test_levels_are_exact(
+    rng: np.random.Generator, bits: int, group_size: int, act_group: int, n: int, offsets: dict[str, int]
+) -> None:
+    """Of any activations."""
     weights = random_weights(rng, "Int4ResidualMatMul", n, 8, 0, group_size, act_group)
-    x = (rng.standard_normal((21, n)) * 10.0 ** rng.integers(-9, 9, (21, n))).astype(np.float32)
+    x = (rng.standard_normal((37, n)) * 10.0 ** rng.integers(-9, 9, (37, n))).astype(np.float32)
     x[0], x[1], x[2], x[3] = 0, 1e-33, -np.abs(x[3]), np.abs(x[4])
     clip = float(rng.choice([1.0, 0.9, 0.3]))
     attributes: dict[str, Any] = {"group_size": group_size, "act_bits": bits, "act_group": act_group, "act_clip": clip}
-    call = Call(x, weights, "any", **attributes)
-    q, scale, zero = reference.quantize_activation(x, bits, act_group, clip)
-    at, length = call.layout, act_group or n
-    stored = call.read("levels", np.int8, (21, at.features_padded))[:, :n].astype(np.int32)
-    offset = np.full_like(zero, 128) if bits == 8 else zero
-    np.testing.assert_array_equal(stored, q - np.repeat(offset, length, axis=-1))
-    scales = call.read("scale", np.float32, (at.segments, at.tokens_padded))[:, :21].T / np.float32(at.level_unit)
-    np.testing.assert_array_equal(scales, np.repeat(scale, at.segments // scale.shape[-1], axis=-1))
-    if bits == 8:
-        zeros = call.read("zero", np.int32, (at.segments, at.tokens_padded))[:, :21].T + 128
-        np.testing.assert_array_equal(zeros, np.repeat(zero, at.segments // zero.shape[-1], axis=-1))
+    assert_levels(Call(x, weights, "any", offsets, **attributes), x, bits, act_group, clip)
 
 
 @pytest.mark.parametrize("block", [8, 16, 32, 128, 512])
 def test_rotation_is_exact(rng: np.random.Generator, block: int) -> None:
     n = block * int(rng.integers(1, 4))
     weights = random_weights(rng, "Int4ResidualMatMul", n, 8, 0, 0, 0)
-    x = rng.standard_normal((5, n)).astype(rng.choice([np.float32, np.float16]))
-    call = Call(x, weights, "any", act_bits=8, hadamard=block)
-    np.testing.assert_array_equal(call.read("rotated", np.float32, (5, n)), reference.block_hadamard(x, block))
+    x = rng.standard_normal((21, n)).astype(rng.choice([np.float32, np.float16]))
+    expected = reference.block_hadamard(x, block)
+    call = Call(x, weights, "any", APART, act_bits=8, hadamard=block)
+    np.testing.assert_array_equal(call.read("rotated", np.float32, x.shape), expected)
+    assert_levels(Call(x, weights, "any", act_bits=8, hadamard=block), expected, 8, 0, 1.0)
 
 
 @pytest.mark.parametrize("prologue", range(len(PROLOGUES)))
@@ -197,7 +209,7 @@ def test_prologue_and_residual(rng: np.random.Generator, index: int, kind: Any, 
     group_size, act_group, n = groups
     m, bits, rotated = int(rng.choice([8, 144, 19])), int(rng.choice([4, 8, 16])), 8 if n % 64 == 0 and index % 2 else 0
     weights = random_weights(rng, "SpecQuantMatMul", n, m, min(n, 9), group_size, act_group)
-    x = rng.standard_normal((tokens, 2 * n if prologue in GATES else n)).astype(kind)
+    x = random_input(rng, (tokens, 2 * n if prologue in GATES else n), kind)  # the sum of its squares is exact, too
     residual = (9 * rng.standard_normal((tokens, m))).astype(kind)
     norm = rng.uniform(-2, 2, n).astype(np.float32)
     plain: dict[str, Any] = {"group_size": group_size, "act_bits": bits, "act_group": act_group, "subtract": 1}
@@ -205,17 +217,39 @@ def test_prologue_and_residual(rng: np.random.Generator, index: int, kind: Any, 
     attributes = {**plain, "prologue": prologue, "epsilon": 0.01}
     hat = x.astype(np.float32)
     if prologue:
-        hat = Call(x, arrays, "any", **attributes).read("rotated", np.float32, (tokens, n))
+        hat = Call(x, arrays, "any", APART, **attributes).read("rotated", np.float32, (tokens, n))
     expected = reference.prologue_of(x, prologue, norm, 0.01)
     np.testing.assert_allclose(hat, expected, rtol=3e-6, atol=1e-6 * np.abs(expected).max())
+    offsets = APART if prologue and rng.integers(2) else {}
+    if offsets:  # without low, which each kernel sums up in its own order
+        plain["subtract"] = attributes["subtract"] = 0
+        for name in ("basis", "coef", "rank"):
+            del weights[name], arrays[name]
     for path in paths(tokens, groups, bits, m, min(n, 9))[1:]:
-        y = Call(x, arrays, path, **attributes, hadamard=rotated).y
+        y = Call(x, arrays, path, offsets, **attributes, hadamard=rotated).y
         wanted = Call(hat, weights, path, **plain, hadamard=rotated).y + residual.astype(np.float32)
         text = f"{path} T={tokens} M={m} {groups} bits={bits} hadamard={rotated}"
         if kind == np.float32:
             np.testing.assert_array_equal(y, wanted, text)
         else:  # the branch's trailing bits do not count
             np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max(), err_msg=text)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_residual_in_place(rng: np.random.Generator, kind: Any) -> None:
+    """y where the residual was, by every path."""
+    tokens, n, m = int(rng.choice([7, 150])), 128, 272
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, 9)
+    x, residual = random_input(rng, (tokens, n), kind), rng.standard_normal((tokens, m)).astype(kind)
+    operands = {k: DeviceArray(v) for k, v in weights.items() if k != "rank"}
+    attributes: dict[str, Any] = {"act_bits": 4, "subtract": 1}
+    for path in paths(tokens, (0, 0, n), 4, m, 9, 9):
+        wanted = Call(x, weights | {"residual": residual}, path, **attributes).y
+        y, on_gpu = DeviceArray(residual), DeviceArray(x)
+        size = library_cuda.layout(on_gpu, **operands, **attributes, residual=y).bytes
+        space = DeviceArray(np.full(size, POISON, np.uint8))
+        library_cuda.matmul(on_gpu, y, space, path=path, **operands, **attributes, residual=y)
+        np.testing.assert_array_equal(y.numpy(), wanted, str(path))
 
 
 @pytest.mark.skipif(not HOPPER, reason="clusters of 16 blocks are Hopper's")
@@ -231,22 +265,47 @@ def test_clusters_of_sixteen(rng: np.random.Generator, n: int, act_group: int, p
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize(
+    ("prologue", "act_group", "kind"), [(0, 0, np.float16), (1, 0, np.float16), (2, 64, np.float32)]
+)
+def test_many_tokens(rng: np.random.Generator, prologue: int, act_group: int, kind: Any) -> None:
+    """More than all blocks take at once: they go on to others."""
+    tokens, n, m = 230 if EMULATED else 6000, 1408, 48
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, 31, act_group, act_group)
+    x = random_input(rng, (tokens, 2 * n if prologue in GATES else n), kind)
+    x[:, 3] *= rng.choice([1, 8], tokens).astype(kind)
+    if prologue == 1:
+        weights["norm"] = rng.uniform(-2, 2, n).astype(np.float32)
+    attributes: dict[str, Any] = {"group_size": act_group, "act_group": act_group, "subtract": 1, "prologue": prologue}
+    attributes |= {"act_bits": 4 if prologue == 0 else 16, "epsilon": 0.01}
+    expected = reference.specquant_matmul(x.astype(np.float32), **weights, **attributes)
+    y = Call(x, weights, **attributes).y.astype(np.float32)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("act_group", [0, 96])  # 96: by the kernels of several passes
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
 @pytest.mark.parametrize("tokens", [2, 40])
-def test_branch_of_any_numbers(rng: np.random.Generator, kind: Any, tokens: int) -> None:
+def test_branch_of_any_numbers(rng: np.random.Generator, kind: Any, tokens: int, act_group: int) -> None:
     """low and what is left of x, on numbers that no order of summation gets exactly."""
-    n, m, r = 576, 64, 31
-    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, 64, 0)
+    n, m, r = 672 if act_group else 1344, 64, int(rng.choice([31, 32, 40]))
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, 0, act_group)
     weights["basis"] = np.linalg.qr(rng.standard_normal((n, r)))[0].astype(np.float16)
     x = rng.standard_normal((tokens, n)).astype(kind)
     x[:, ::97] *= 60
-    call = Call(x, weights, "any", group_size=64, subtract=1, act_bits=16)
+    call = Call(x, weights, "any", act_group=act_group, subtract=1, act_bits=4 if act_group else 16)
     low = x.astype(np.float64) @ weights["basis"].astype(np.float64)
     parts = call.read("low", np.float16, (tokens, 2, call.layout.rank_padded)).astype(np.float64).sum(1)
     found = parts[:, :r] * call.read("low_factor", np.float32, (tokens, 1))
     np.testing.assert_allclose(found, low, rtol=0, atol=2e-6 * np.abs(low).max())
     left = x.astype(np.float64) - low @ weights["basis"].astype(np.float64).T
-    np.testing.assert_allclose(call.read("reduced", np.float32, (tokens, n)), left, rtol=0, atol=2e-6 * np.abs(x).max())
+    if act_group:
+        u, tolerance = call.read("reduced", np.float32, (tokens, n)), 2e-6 * np.abs(x).max()
+    else:
+        at = call.layout
+        halves = call.read("levels", np.float16, (tokens, at.features_padded))[:, :n].astype(np.float32)
+        u, tolerance = halves * call.read("scale", np.float32, (at.tokens_padded,))[:tokens, None], 2e-3 * np.abs(left)
+    np.testing.assert_array_less(np.abs(u - left), tolerance + 2e-6 * np.abs(x).max())
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

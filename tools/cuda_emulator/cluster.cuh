@@ -7,6 +7,7 @@ namespace specquant_cuda {
 
 inline int cluster_rank() { return emulator::self->rank; }
 inline void cluster_arrive() { emulator::cluster_arrive(); }
+inline void cluster_release() { emulator::cluster_arrive(); }
 inline void cluster_wait() { emulator::cluster_wait(); }
 
 template <class T>
@@ -14,6 +15,8 @@ T* of_block(T* shared, int rank) {
   const ptrdiff_t at = reinterpret_cast<char*>(shared) - emulator::self->shared;
   return reinterpret_cast<T*>(const_cast<char*>(emulator::shared_of(rank)) + at);
 }
+
+inline float cluster_read(const float* shared, int rank) { return *of_block(const_cast<float*>(shared), rank); }
 
 // The box holds the bytes that are still to come.
 inline void box_open(uint64_t* box, int bytes) { *box = bytes; }

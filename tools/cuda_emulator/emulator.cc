@@ -8,7 +8,7 @@ std::vector<Meeting> warps;
 
 namespace {
 
-// A block's on Hopper, as which cudaDeviceGetAttribute below presents itself.
+// A block's on Hopper, as which cudaDeviceGetAttribute below presents itself unless it is told otherwise.
 constexpr size_t kMostShared = 227 * 1024;
 constexpr size_t kStack = 64 * 1024;
 
@@ -139,7 +139,10 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : attribute == cudaDevAttrMultiProcessorCount ? 8 : 0;
+  const char* major = std::getenv("SPECQUANT_CUDA_EMULATED_MAJOR");
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? (major ? std::atoi(major) : 9)
+           : attribute == cudaDevAttrMultiProcessorCount  ? 8
+                                                          : 0;
   return cudaSuccess;
 }
 const char* cudaGetErrorString(cudaError_t) { return "emulated"; }

@@ -75,12 +75,12 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   multiply_add<1, float>(d, a, b, double(), [](uint32_t word, int) { return tf32_of(word); });
 }
 
-// Aborts on a bank conflict, too.
-inline void load_matrices(uint32_t (&d)[4], const void* shared) {
-  emulator::together(const_cast<void*>(shared), d, [](void** in, void** out) {
+// Aborts on a bank conflict, too. read(in, i, lane): the word of matrix i that this lane gets.
+template <class Read>
+void load_matrices(uint32_t (&d)[4], const void* shared, Read read) {
+  emulator::together(const_cast<void*>(shared), d, [read](void** in, void** out) {
     for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 4; ++i)
-        static_cast<uint32_t*>(out[lane])[i] = static_cast<const uint32_t*>(in[8 * i + lane / 4])[lane % 4];
+      for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(out[lane])[i] = read(in + 8 * i, lane / 4, lane % 4);
     for (int i = 0; i < 4; ++i) {
       int banks = 0;
       for (int row = 0; row < 8; ++row)
@@ -102,6 +102,17 @@ inline uint32_t transposed(uint32_t v) {
     }
   });
   return d;
+}
+
+inline void load_matrices(uint32_t (&d)[4], const void* shared) {
+  load_matrices(d, shared, [](void** rows, int g, int t) { return static_cast<const uint32_t*>(rows[g])[t]; });
+}
+
+inline void load_transposed(uint32_t (&d)[4], const void* shared) {
+  load_matrices(d, shared, [](void** rows, int g, int t) {
+    const auto at = [rows, g](int row) { return uint32_t(static_cast<const uint16_t*>(rows[row])[g]); };
+    return at(2 * t + 1) << 16 | at(2 * t);
+  });
 }
 
 inline void copy_async(void* shared, const void* global, bool there) {
@@ -141,6 +152,9 @@ inline void prefetch_l2(const void* global, int bytes) {
 
 inline void prefetch_line(const void*) {}
 
+inline float power_of_two(float v) { return std::exp2(v); }
+inline float reciprocal_of(float v) { return 1.0f / v; }
+inline void prefetch(const void*) {}
 inline void let_next_start() {}
 inline void wait_for_previous() {}
 

@@ -78,6 +78,7 @@ template <int count>
 void leave_registers() {}
 
 inline void hold(int&) {}
+inline void hold(int64_t&) {}
 inline uint64_t wgmma_operand(const void* shared) {
   const size_t at = static_cast<const char*>(shared) - emulator::self->shared;
   if (at % 1024) emulator::fail("an operand of wgmma that is not aligned to 1024 bytes");

@@ -13,6 +13,7 @@ namespace specquant_cuda {
 constexpr int kPanel = 16;         // outputs in a panel of packed weights
 constexpr int kBlock = 8;          // features in a block of them: 64 bytes for 16 outputs
 constexpr int kStep = 64;          // features that the tensor-core kernels take at a time
+constexpr int64_t kSharedHopper = 220 * 1024;  // bytes that a block may take on compute capability 9.0
 constexpr int kTokenPad = 128;     // tokens in a row of `scale` and `zero` are padded to this
 constexpr int kRankStep = 32;      // rank is padded to this
 constexpr int kFastRank = 64;      // the largest rank of the tensor-core first stage
@@ -20,6 +21,7 @@ constexpr int kDownChunk = 256;    // features of the basis that `down` holds at
 constexpr int kDownTokens = 32;    // tokens per block of `down`
 constexpr int kReduceTokens = 128;  // tokens per block of `reduce`, at most
 constexpr int kMatvecTokens = 32;  // the most that `matvec` takes
+constexpr int kPromptWarps = 20;   // of a block of `prompt`, at most
 constexpr int kChunk = 128;        // features that `gemm90` takes at a time
 
 // How the first stage lays the levels out.
@@ -41,6 +43,7 @@ struct Args {
   int x_half, y_half, wide_sums;
   int cluster;                   // blocks that share a token in `first_stage`
   int most_shared;               // bytes of shared memory that a block may take
+  int spread, units;             // blocks that share tokens in `prompt`, and 64 features each of theirs
   bool early;                    // later kernels may start before earlier ones end
   int subtract;                  // only where there is a branch
   Order order;                   // of the levels
@@ -99,6 +102,10 @@ struct Source {  // x of the problem, and what its prologue takes
 // Bytes of shared memory of a block.
 size_t cluster_shared(const Args& args);
 cudaError_t first_stage(const Args& args, const Source& source, cudaStream_t stream);
+
+// The first stage of many tokens at once, there too.
+size_t prompt_shared(const Args& args);
+cudaError_t prompt(const Args& args, const Source& source, cudaStream_t stream);
 
 // Second stage.
 cudaError_t matvec(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream);

@@ -10,6 +10,15 @@ using namespace specquant_cuda;
 
 enum class Path { kCluster, kMatvec, kGemmSmall, kGemmLarge, kWgmmaSmall, kWgmmaLarge, kAny };
 
+// Whether gemm90's large tile takes less time, in rounds of all multiprocessors; a tile costs some tokens more than it has.
+bool wide_pays(const Plan& plan, const Device& device) {
+  const auto time = [&](int tokens) {
+    const int tiles = ceil_div(plan.args.tokens, tokens) * ceil_div(plan.args.m, 256);
+    return ceil_div(tiles, device.multiprocessors) * (tokens + 20);
+  };
+  return time(plan.mode == kChannel ? 128 : 80) <= time(64);
+}
+
 // The second stage: the one asked for, if it takes the problem, else the fastest that does.
 const char* choose(const Plan& plan, const Device& device, const char* name, Path& path) {
   const int tokens = plan.args.tokens;
@@ -18,7 +27,7 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
     const int large_tiles = ceil_div(tokens, 128) * ceil_div(plan.args.m, 256);
     const bool large = large_tiles * 4 >= device.multiprocessors * 3;
     path = matvec        ? (plan.cluster ? Path::kCluster : Path::kMatvec)
-           : plan.gemm90 ? (large ? Path::kWgmmaLarge : Path::kWgmmaSmall)
+           : plan.gemm90 ? (wide_pays(plan, device) ? Path::kWgmmaLarge : Path::kWgmmaSmall)
            : plan.gemm   ? (large ? Path::kGemmLarge : Path::kGemmSmall)
                          : Path::kAny;
     return nullptr;
@@ -43,8 +52,8 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
   return "path must be cluster, matvec, gemm_small, gemm_large, wgmma_small, wgmma_large or any, or empty";
 }
 
-// First stage: levels and scales, low.
-cudaError_t prepare(const Plan& plan, const SpecquantCudaProblem& problem, float* rotated, cudaStream_t stream) {
+// First stage: levels and scales, low; in kernels of their own.
+cudaError_t prepare_apart(const Plan& plan, const SpecquantCudaProblem& problem, float* rotated, cudaStream_t stream) {
   const Args& a = plan.args;
   cudaError_t error = cudaSuccess;
   const auto run = [&](cudaError_t result) {
@@ -134,7 +143,9 @@ SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* p
 
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const Source source{problem->x, problem->norm, problem->epsilon, problem->prologue, problem->half};
-  cudaError_t error = chosen == Path::kCluster ? first_stage(a, source, on) : prepare(plan, *problem, rotated, on);
+  cudaError_t error = chosen == Path::kCluster ? first_stage(a, source, on)
+                      : plan.prompt            ? prompt(a, source, on)
+                                               : prepare_apart(plan, *problem, rotated, on);
   if (error == cudaSuccess) {
     switch (chosen) {
       case Path::kCluster:

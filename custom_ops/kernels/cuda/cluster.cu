@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const Args args, c
   wait_async<0>();
   __syncthreads();
   if (args.hadamard) {
-    hadamard_blocks<kThreads>(at.values, count, args.hadamard);
+    hadamard_blocks(at.values, count, args.hadamard);
     const float factor = hadamard_factor(args.hadamard);
     for (int i = threadIdx.x; i < count; i += kThreads) at.values[i] *= factor;
     __syncthreads();

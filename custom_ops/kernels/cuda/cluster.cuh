@@ -1,4 +1,5 @@
-// Blocks of threads that run together and send each other numbers (compute capability 9.0 and later).
+// Blocks of threads that run together, and send each other numbers or read each other's shared memory (compute capability
+// 9.0 and later).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,10 +23,31 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
+// The same, and what was written before is seen by those who have waited.
+__device__ __forceinline__ void cluster_release() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
+}
+
+// What lies at the same place of another block's shared memory.
+__device__ __forceinline__ float cluster_read(const float* shared, int rank) {
+  float value = 0.0f;
+#if __CUDA_ARCH__ >= 900
+  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}\n"
+      : "=f"(value)
+      : "r"(own), "r"(rank)
+      : "memory");
+#endif
+  return value;
 }
 
 // A box counts what is sent to its block: as many bytes as it was opened for, once. By one thread.

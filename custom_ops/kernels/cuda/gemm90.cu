@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "gemm90.cuh"
+#include "launch.h"
 
 namespace specquant_cuda {
 namespace {
@@ -14,8 +15,7 @@ cudaError_t launch(const Args& args, int multiprocessors, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const int tiles = ceil_div(args.tokens, tokens) * ceil_div(args.m, G::kOutputs);
   const int blocks = std::min(tiles, multiprocessors);
-  kernel<<<blocks, G::kThreads, G::kShared, stream>>>(args);
-  return cudaGetLastError();
+  return launch_early(kernel, dim3(blocks), G::kThreads, G::kShared, args.early, stream, args);
 }
 
 template <Mode mode, int small, int large>

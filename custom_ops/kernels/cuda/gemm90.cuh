@@ -11,34 +11,31 @@
 // docs/cuda.md has the count.
 #pragma once
 
-#include "gemm90_ring.cuh"
-#include "levels.cuh"
-#include "unpack.cuh"
+#include "gemm90_end.cuh"
 
 namespace specquant_cuda {
 
-// What a thread of the two multiplying warpgroups holds.
+// The products of such a thread.
 template <Mode mode, int tokens, int folds>
-struct Consumer90 {
-  using G = Gemm90<mode, tokens, folds>;
+struct Consumer90 : Sums90<mode, tokens, folds> {
+  using Base = Sums90<mode, tokens, folds>;
+  using G = typename Base::G;
+  using Base::g, Base::gemm, Base::group, Base::mask, Base::release, Base::sums, Base::t, Base::totals;
 
-  const G& gemm;
-  int group, g, t, lane;
-  uint32_t mask;
-  int sums[2][G::kSums];  // [i][4 · column block + 2h + e]: output 4g + 2i + h, token 8 · block + 2t + e
-  float totals[2][G::kFolds ? G::kSums : 1];
-
-  __device__ __forceinline__ explicit Consumer90(const G& gemm_)
-      : gemm(gemm_), group((threadIdx.x / 32) - 4), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4), lane(threadIdx.x % 32),
-        mask(gemm_.args.high_nibbles) {}
+  __device__ __forceinline__ explicit Consumer90(const G& gemm_) : Base(gemm_) {}
 
   // Fragments of 64 features: [i][step of 32].
   __device__ __forceinline__ void weights(uint32_t (&a)[2][2][4], const uint8_t* slot, int half) const {
     const uint8_t* panel = slot + G::kWeights + (2 * group + g / 4) * G::kPanelBytes + g % 4 * 16;
+    // Blocks t and t + 2 share their banks: their threads read their two halves in turn.
+    const bool turned = t >= 2;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const uint4 raw = *reinterpret_cast<const uint4*>(panel + (8 * half + 4 * s + t) * 64);
-      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+      const uint8_t* from = panel + (8 * half + 4 * s + t) * 64;
+      const uint2 one = *reinterpret_cast<const uint2*>(from + turned * 8);
+      const uint2 other = *reinterpret_cast<const uint2*>(from + !turned * 8);
+      const uint32_t words[4] = {turned ? other.x : one.x, turned ? other.y : one.y, turned ? one.x : other.x,
+                                 turned ? one.y : other.y};
 #pragma unroll
       for (int w = 0; w < 4; ++w) unpack_s8(words[w], mask, a[w / 2][s][w % 2], a[w / 2][s][w % 2 + 2]);
     }
@@ -59,13 +56,8 @@ struct Consumer90 {
     for (int i = 0; i < 2 * G::kSums; ++i) hold(sums[i / G::kSums][i % G::kSums]);
   }
 
-  __device__ __forceinline__ void release(uint64_t* barrier) const {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(barrier);
-  }
-
   // All features of a tile, without groups. at: slots taken so far.
-  __device__ __forceinline__ void run_channels(int& at) {
+  __device__ __forceinline__ void run_channels(int& at, int tile) {
     for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
       const int slot = at % G::kSlots;
       const uint8_t* from = gemm.shared + slot * G::kSlot;
@@ -79,12 +71,13 @@ struct Consumer90 {
       multiply(second, from, 1, true);
       wgmma_wait<1>();
     }
+    this->load_ends(this->output_of(tile));
     wgmma_wait<0>();
     hold_sums();
     release(gemm.empty + (at - 1) % G::kSlots);
   }
 
-  __device__ __forceinline__ void run_groups(int& at) {
+  __device__ __forceinline__ void run_groups(int& at, int tile) {
 #pragma unroll
     for (int i = 0; i < 2 * G::kSums; ++i) totals[i / G::kSums][i % G::kSums] = 0.0f;
     for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
@@ -106,6 +99,7 @@ struct Consumer90 {
       }
       release(gemm.empty + slot);
     }
+    this->load_ends(this->output_of(tile));
   }
 
   // totals += sums · both scales.
@@ -139,119 +133,6 @@ struct Consumer90 {
       }
     }
   }
-
-  // y of a tile: scales where there are no groups, the branch, bias, residual.
-  __device__ __forceinline__ void finish(int tile, int turn) {
-    const Args& args = gemm.args;
-    const int token_base = gemm.first_token(tile), output = gemm.first_output(tile) + 32 * group + 4 * g;
-    const bool inside = output < args.m;
-    const int blocks = args.rank ? args.rp / kRankStep : 0;
-    uint32_t coef[kFastRank / kRankStep][2][2][4];  // C as fragments, [32 columns][i][k]: columns 8t … 8t + 7
-#pragma unroll
-    for (int b = 0; b < kFastRank / kRankStep; ++b)
-      if (b < blocks) load_coef(coef[b], output, b * kRankStep, inside);
-    float scale[4] = {}, bias[4] = {};
-    int row_sums[4] = {};
-    const bool zeros = mode == kChannel && args.bits == 8;
-    if (inside) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (args.bias) bias[i] = args.bias[output + i];
-        if constexpr (mode == kChannel) scale[i] = __half2float(args.scales[output + i]);
-        if (zeros)
-          row_sums[i] = args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output + i]
-                                       : static_cast<const int16_t*>(args.row_sums)[output + i];
-      }
-    }
-    barrier_wait(gemm.end_full, turn & 1);
-    const int parts = args.y_half ? 1 : 2;  // of low: float16 y does not see the trailing bits
-#pragma unroll
-    for (int block = 0; block < tokens / 8; ++block) {
-      float branch[8] = {};
-      if (blocks) {
-        const int row = 8 * block + g;
-        const int at = G::kFactors + (8 * block + 2 * t) * 4;
-        const float2 factor = *reinterpret_cast<const float2*>(gemm.shared + at);
-#pragma unroll
-        for (int b = 0; b < kFastRank / kRankStep; ++b) {
-          if (b >= blocks) break;
-          for (int part = 0; part < parts; ++part) {
-            const uint8_t* from = gemm.shared + G::kLow + ((row * 2 + part) * args.rp + b * kRankStep + 8 * t) * 2;
-            const uint4 raw = *reinterpret_cast<const uint4*>(from);
-            const uint32_t low[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              float(&out)[4] = *reinterpret_cast<float(*)[4]>(branch + i / 2 * 4);
-              mma_f16(out, coef[b][i / 2][i % 2], low[i % 2]);
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) branch[i] *= i % 2 ? factor.y : factor.x;
-      }
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int row = 8 * block + 2 * t + e, token = token_base + row;
-        float v[4];
-        float token_scale = 0.0f;
-        int zero = 0;
-        if constexpr (mode == kChannel) {
-          token_scale = reinterpret_cast<const float*>(gemm.shared + G::kEndScales)[row];
-          if (zeros && token < args.tokens) zero = reinterpret_cast<const int*>(gemm.shared + G::kEndZeros)[row];
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int j = 4 * block + i % 2 * 2 + e;
-          float value;
-          if constexpr (mode == kChannel) {
-            int sum = sums[i / 2][j] >> 4;  // a multiple of 16: the weights were
-            if (zeros) sum -= zero * row_sums[i];
-            value = token_scale * scale[i] * static_cast<float>(sum);
-          } else {
-            value = totals[i / 2][j];
-          }
-          v[i] = value + branch[i / 2 * 4 + i % 2 * 2 + e] + bias[i];
-        }
-        const int64_t at = static_cast<int64_t>(token) * args.m + output;
-        if (token >= args.tokens || !inside) continue;
-        if (args.residual) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) v[i] += residual_at(args, at + i);
-        }
-        store(v, at);
-      }
-    }
-    release(gemm.end_empty);
-  }
-
-  __device__ __forceinline__ void load_coef(uint32_t (&coef)[2][2][4], int output, int column, bool inside) const {
-    const __half* from = gemm.args.coef + output;
-    uint2 rows[8];  // 4 outputs of each of this thread's columns
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int at = column + 8 * t + j;
-      rows[j] = make_uint2(0, 0);
-      if (at < gemm.args.rank && inside)
-        rows[j] = __ldg(reinterpret_cast<const uint2*>(from + static_cast<int64_t>(at) * gemm.args.m));
-    }
-#pragma unroll
-    for (int w = 0; w < 4; ++w)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint2 even = rows[2 * j], odd = rows[2 * j + 1];
-        coef[w / 2][j / 2][w % 2 + j % 2 * 2] =
-            __byte_perm(w < 2 ? even.x : even.y, w < 2 ? odd.x : odd.y, w % 2 ? 0x7632 : 0x5410);
-      }
-  }
-
-  __device__ __forceinline__ void store(const float (&v)[4], int64_t at) const {
-    if (gemm.args.y_half) {
-      *reinterpret_cast<uint2*>(static_cast<__half*>(gemm.args.y) + at) =
-          make_uint2(bits_of(__floats2half2_rn(v[0], v[1])), bits_of(__floats2half2_rn(v[2], v[3])));
-    } else {
-      *reinterpret_cast<float4*>(static_cast<float*>(gemm.args.y) + at) = make_float4(v[0], v[1], v[2], v[3]);
-    }
-  }
 };
 
 template <Mode mode, int tokens, int folds>
@@ -270,6 +151,7 @@ __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
     barriers_ready();
   }
   __syncthreads();
+  wait_for_previous();
   if (threadIdx.x < 128) {
     leave_registers<40>();
     gemm.produce(threadIdx.x / 32, threadIdx.x % 32);
@@ -279,9 +161,9 @@ __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
     int at = 0, turn = 0;
     for (int tile = blockIdx.x; tile < gemm.tiles; tile += gridDim.x, ++turn) {
       if constexpr (G::kFolds) {
-        consumer.run_groups(at);
+        consumer.run_groups(at, tile);
       } else {
-        consumer.run_channels(at);
+        consumer.run_channels(at, tile);
       }
       consumer.finish(tile, turn);
     }

@@ -6,11 +6,13 @@
 namespace specquant_cuda {
 
 // `steps` butterflies, at distance d, 2d, …, on 2^steps values in registers: the order of walsh_hadamard in attention.py.
-template <int threads, int steps>
-__device__ __forceinline__ void butterflies(float* values, int count, int d) {
+template <int steps>
+__device__ __forceinline__ void butterflies(float* values, int count, int d, int rows, int stride) {
   constexpr int size = 1 << steps;
-  for (int i = threadIdx.x; i < count / size; i += threads) {
-    float* base = values + (i / d) * d * size + i % d;
+  const int each = count / size;
+  for (int all = threadIdx.x; all < rows * each; all += blockDim.x) {
+    const int row = all / each, i = all - row * each;
+    float* base = values + row * stride + (i / d) * d * size + i % d;
     float v[size];
 #pragma unroll
     for (int j = 0; j < size; ++j) v[j] = base[j * d];
@@ -29,14 +31,13 @@ __device__ __forceinline__ void butterflies(float* values, int count, int d) {
   __syncthreads();
 }
 
-// Every `block` of `count` values, by all threads of a block of threads, which have met before; the caller scales by
-// hadamard_factor.
-template <int threads>
-__device__ __forceinline__ void hadamard_blocks(float* values, int count, int block) {
+// Every `block` of `count` values in each of `rows`, `stride` apart, by all threads of a block of threads, which have met
+// before; the caller scales by hadamard_factor.
+__device__ __forceinline__ void hadamard_blocks(float* values, int count, int block, int rows = 1, int stride = 0) {
   int d = 1;
-  for (; d * 8 <= block; d *= 8) butterflies<threads, 3>(values, count, d);
-  if (d * 4 == block) butterflies<threads, 2>(values, count, d);
-  if (d * 2 == block) butterflies<threads, 1>(values, count, d);
+  for (; d * 8 <= block; d *= 8) butterflies<3>(values, count, d, rows, stride);
+  if (d * 4 == block) butterflies<2>(values, count, d, rows, stride);
+  if (d * 2 == block) butterflies<1>(values, count, d, rows, stride);
 }
 
 __device__ __forceinline__ float hadamard_factor(int block) {

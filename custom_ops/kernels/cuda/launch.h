@@ -24,23 +24,38 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, 
 }
 
 // The same, started early, with clusters of `blocks` blocks: compute capability 9.0 or later.
+struct ClusterLaunch {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(const ClusterLaunch&) = delete;  // config points to attributes
+  ClusterLaunch(dim3 grid, int threads, size_t shared, int blocks, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = static_cast<unsigned>(blocks);
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+};
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch_cluster(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int blocks,
                            cudaStream_t stream, Arguments... arguments) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = static_cast<unsigned>(blocks);
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  const ClusterLaunch launch(grid, threads, shared, blocks, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, arguments...);
+}
+
+// How many such clusters run at once: fewer than their sizes say, where groups of multiprocessors are not a multiple.
+template <class... Parameters>
+cudaError_t count_clusters(void (*kernel)(Parameters...), int threads, size_t shared, int blocks, int& clusters) {
+  const ClusterLaunch launch(dim3(blocks), threads, shared, blocks, nullptr);
+  return cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
 }
 
 }  // namespace specquant_cuda

@@ -31,11 +31,11 @@ struct Quantizer {
   // What is subtracted from a level so that it fits a signed byte: all of the zero-point where that is enough.
   __device__ __forceinline__ float centre(int bits) const { return bits == 8 ? 128.0f : zero; }
 
-  // The level less `centre`, as the low byte. A product too large to round is clipped; NaN (0 · inf) becomes level 0.
+  // The level less `centre`, as the low byte; clipped while it still has kMagic. NaN (0 · inf) becomes level 0.
   __device__ __forceinline__ uint32_t byte(float value, float centre) const {
-    const float rounded = __fsub_rn(__fadd_rn(__fmul_rn(value, inverse), kMagic), kMagic);
-    const float level = fminf(fmaxf(__fadd_rn(rounded, zero), 0.0f), qmax);
-    return __float_as_uint(__fadd_rn(__fsub_rn(level, centre), kMagic));
+    const float rounded = __fadd_rn(__fmul_rn(value, inverse), kMagic);
+    const float level = fminf(fmaxf(rounded, kMagic - zero), kMagic + (qmax - zero));
+    return __float_as_uint(__fadd_rn(level, zero - centre));
   }
 };
 
@@ -47,6 +47,60 @@ __device__ __forceinline__ void store_scale(const Args& args, int token, int seg
 // The low bytes of four words.
 __device__ __forceinline__ uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// A token's smallest and largest value, 0 included.
+struct Range {
+  float lowest = 0.0f, highest = 0.0f;
+  __device__ __forceinline__ void add(float low, float high) {
+    lowest = min_nan(lowest, low);
+    highest = max_nan(highest, high);
+  }
+  // Of the four threads that share a token.
+  __device__ __forceinline__ void meet() {
+#pragma unroll
+    for (int d = 1; d < 4; d *= 2) add(__shfl_xor_sync(~0u, lowest, d), __shfl_xor_sync(~0u, highest, d));
+  }
+};
+
+// Levels of 16 of a token's features, from unit · 64 + 16t on; of what lies past the last feature, zeros.
+__device__ __forceinline__ void store_levels(const Args& args, int token, int unit, int t, const float (&u)[16],
+                                             const Quantizer& q) {
+  const float centre = q.centre(args.bits);
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    words[i] = pack_bytes(q.byte(u[4 * i], centre), q.byte(u[4 * i + 1], centre), q.byte(u[4 * i + 2], centre),
+                          q.byte(u[4 * i + 3], centre));
+  if (token >= args.tokens) return;
+  int8_t* to = static_cast<int8_t*>(args.levels);
+  const int feature = unit * kStep + 16 * t;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (feature + 4 * i >= args.n) words[i] = 0;
+  if (args.order == kRows) {
+    const uint4 all = make_uint4(words[0], words[1], words[2], words[3]);
+    *reinterpret_cast<uint4*>(to + level_place(args, token, feature)) = all;
+  } else {
+    *reinterpret_cast<uint2*>(to + level_place(args, token, feature)) = make_uint2(words[0], words[2]);
+    *reinterpret_cast<uint2*>(to + level_place(args, token, feature + 4)) = make_uint2(words[1], words[3]);
+  }
+}
+
+// float16 of 16 of a token's features over a power of two, as store_levels puts levels.
+__device__ __forceinline__ void store_halves(const Args& args, int token, int unit, int t, const float (&u)[16],
+                                             float inverse) {
+  if (token >= args.tokens) return;
+  uint32_t pairs[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float2 pair = make_float2(u[2 * i] * inverse, u[2 * i + 1] * inverse);
+    pairs[i] = unit * kStep + 16 * t + 2 * i < args.n ? bits_of(__floats2half2_rn(pair.x, pair.y)) : 0u;
+  }
+  __half* to = static_cast<__half*>(args.levels);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    *reinterpret_cast<uint32_t*>(to + level_place(args, token, unit * kStep + 16 * t + 2 * i)) = pairs[i];
 }
 
 // A power of two f with `largest` / f below 2^15, so that float16 holds it, and 1 / f. NaN if largest is not finite.

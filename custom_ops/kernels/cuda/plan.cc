@@ -10,7 +10,8 @@ namespace {
 constexpr int64_t kMostHadamard = 4096;
 constexpr int64_t kChannelFeatures = 131071;  // 16 · 8 · 128 · N stays below 2^31
 constexpr int kClusterFeatures = 256;  // of a block that shares a token, where there are enough blocks
-constexpr int kSharedHopper = 220 * 1024, kSharedLeast = 98 * 1024;  // bytes that a block may take there, anywhere
+constexpr int64_t kSharedLeast = 98 * 1024;  // bytes that a block may take on any GPU
+constexpr int kPromptUnits = 10;  // 64 features each that a block of `prompt` takes, where there are enough blocks
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -96,15 +97,26 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
                 a.m % kPanel == 0 && a.rp <= kFastRank;
   plan.matvec_tokens = !plan.gemm ? 0 : plan.mode == kChannel ? kMatvecTokens / 2 : kMatvecTokens;
 
-  plan.tensor_prepare = a.n % kBlock == 0 && a.r <= kFastRank && (moved || aligned(p.x)) && aligned(p.basis);
+  const bool hopper = device.major == 9;
+  const int64_t shared = hopper ? kSharedHopper : kSharedLeast;
+  const int units = a.kp / kStep;
+  a.spread = 1;
+  while (a.spread * kPromptUnits < units && a.spread < (hopper ? 16 : 8)) a.spread *= 2;
+  a.units = int(round_up(ceil_div(units, a.spread), std::max(1, a.hadamard / kStep)));
+  plan.prompt = device.major >= 9 && a.n % kBlock == 0 && a.r <= kFastRank && aligned(p.x) && aligned(p.basis) &&
+                (p.prologue != 1 || aligned(p.norm)) && a.units <= kPromptWarps &&
+                (halves || a.act_group == a.n || (a.act_group == kStep && a.segment == kStep)) &&
+                int64_t(prompt_shared(a)) <= shared;
+
+  plan.tensor_prepare =
+      !plan.prompt && a.n % kBlock == 0 && a.r <= kFastRank && (moved || aligned(p.x)) && aligned(p.basis);
   plan.direct = plan.tensor_prepare && !halves && a.segment == kStep && a.act_group == kStep;
   // 16 blocks are more than other GPUs than Hopper take.
-  const bool hopper = device.major == 9;
-  a.most_shared = hopper ? kSharedHopper : kSharedLeast;
+  a.most_shared = int(shared);
   a.cluster = 1;
   while (a.cluster * kClusterFeatures < a.n && a.cluster < (hopper ? 16 : 8)) a.cluster *= 2;
   plan.cluster = device.major >= 9 && plan.matvec_tokens && a.r <= kFastRank && (!a.rank || aligned(p.basis)) &&
-                 cluster_shared(a) <= size_t(a.most_shared);
+                 int64_t(cluster_shared(a)) <= shared;
   plan.two_pass = plan.tensor_prepare && !halves && a.act_group == a.n && !plan.direct;
   const int tiles = ceil_div(std::max(a.tokens, 1), kDownTokens), chunks = ceil_div(a.n, kDownChunk);
   a.splits = int(std::clamp<int64_t>(3 * device.multiprocessors / tiles, 1, std::min<int64_t>(chunks, kSplits)));
@@ -115,8 +127,8 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   SpecquantCudaLayout& at = plan.layout;
   const int64_t elements = p.tokens * a.n, rows = halves ? 1 : a.segments;
   Arena arena;
-  at.rotated = arena.take(moved, elements * 4);
-  at.reduced = arena.take(a.subtract && !plan.direct && !plan.two_pass, elements * 4);
+  at.rotated = arena.take(moved && !plan.prompt, elements * 4);
+  at.reduced = arena.take(a.subtract && !plan.direct && !plan.two_pass && !plan.prompt, elements * 4);
   at.partial = arena.take(a.rank && plan.tensor_prepare, int64_t(a.splits) * a.tokens * a.rp * 4);
   at.low = arena.take(a.rank, p.tokens * 2 * a.rp * 2);
   at.low_factor = arena.take(a.rank, int64_t(a.tp) * 4);

@@ -14,6 +14,7 @@ struct Plan {
   bool tensor_prepare;  // down and reduce, else branch_any
   bool direct, two_pass;  // reduce writes the levels itself: of groups of 64, of whole tokens
   bool cluster;         // `first_stage` takes what matvec does
+  bool prompt;          // `prompt` takes the first stage of any number of tokens
   int matvec_tokens;    // the most tokens that `matvec` takes, 0: none
   bool gemm, gemm90;    // whether they take it
 };

@@ -54,6 +54,15 @@ __device__ __forceinline__ uint32_t transposed(uint32_t v) {
   return d;
 }
 
+// The same, but a thread gets rows 2t and 2t + 1, column g of each.
+__device__ __forceinline__ void load_transposed(uint32_t (&d)[4], const void* shared) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(from)
+               : "memory");
+}
+
 // 16 bytes from global to shared memory in the background; zeros if `there` is false, when nothing is read.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool there) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -101,6 +110,24 @@ __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Approximate, to some 2^-22, in one instruction; what is less than any normal float becomes 0.
+__device__ __forceinline__ float power_of_two(float v) {
+  float d;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));
+  return d;
+}
+
+__device__ __forceinline__ float reciprocal_of(float v) {
+  float d;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(v));
+  return d;
+}
+
+// The line that holds it, to the second-level cache.
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 // Minimum and maximum that keep a NaN.

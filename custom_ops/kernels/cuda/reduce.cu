@@ -121,44 +121,6 @@ __device__ __forceinline__ void multiply_low(float (&part)[4], const uint4& low0
   mma_f16(part, second, b[1]);
 }
 
-// A token's smallest and largest value, 0 included.
-struct Range {
-  float lowest = 0.0f, highest = 0.0f;
-  __device__ __forceinline__ void add(float low, float high) {
-    lowest = min_nan(lowest, low);
-    highest = max_nan(highest, high);
-  }
-  // Of the four threads that share a token.
-  __device__ __forceinline__ void meet() {
-#pragma unroll
-    for (int d = 1; d < 4; d *= 2) add(__shfl_xor_sync(~0u, lowest, d), __shfl_xor_sync(~0u, highest, d));
-  }
-};
-
-// Levels of 16 of a token's features, from unit · 64 + 16t on; of what lies past the last feature, zeros.
-__device__ __forceinline__ void store_levels(const Args& args, int token, int unit, int t, const float (&u)[16],
-                                             const Quantizer& q) {
-  const float centre = q.centre(args.bits);
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    words[i] = pack_bytes(q.byte(u[4 * i], centre), q.byte(u[4 * i + 1], centre), q.byte(u[4 * i + 2], centre),
-                          q.byte(u[4 * i + 3], centre));
-  if (token >= args.tokens) return;
-  int8_t* to = static_cast<int8_t*>(args.levels);
-  const int feature = unit * kUnit + 16 * t;
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (feature + 4 * i >= args.n) words[i] = 0;
-  if (args.order == kRows) {
-    const uint4 all = make_uint4(words[0], words[1], words[2], words[3]);
-    *reinterpret_cast<uint4*>(to + level_place(args, token, feature)) = all;
-  } else {
-    *reinterpret_cast<uint2*>(to + level_place(args, token, feature)) = make_uint2(words[0], words[2]);
-    *reinterpret_cast<uint2*>(to + level_place(args, token, feature + 4)) = make_uint2(words[1], words[3]);
-  }
-}
-
 // rank_blocks: rank_padded / 32, 0 without a branch.
 template <class X, int rank_blocks, Reduce what>
 __global__ void __launch_bounds__(kMostWarps * 32) reduce_kernel(const Args args, int units) {

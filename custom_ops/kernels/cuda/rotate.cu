@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(const X* x, float* out
   const int64_t at = static_cast<int64_t>(blockIdx.x) * n + first;
   for (int i = threadIdx.x; i < count; i += kThreads) values[i] = to_float(x[at + i]);
   __syncthreads();
-  hadamard_blocks<kThreads>(values, count, block);
+  hadamard_blocks(values, count, block);
   const float factor = hadamard_factor(block);
   for (int i = threadIdx.x; i < count; i += kThreads) out[at + i] = values[i] * factor;
 }

@@ -39,7 +39,7 @@ typedef struct SpecquantCudaProblem {
   const void* row_sums;  /* [S, M] */
   const float* bias;     /* [M], or null */
   const float* norm;     /* [N], of rms_norm */
-  const void* residual;  /* [T, M], added to y, which it may not overlap; or null */
+  const void* residual;  /* [T, M], added to y, which it may be but not overlap otherwise; or null */
   void* y;               /* [T, M] */
 } SpecquantCudaProblem;
 

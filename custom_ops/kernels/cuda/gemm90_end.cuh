@@ -1,0 +1,226 @@
+// The end of a tile of gemm90.cuh: scales where there are no groups, the branch, bias and residual, from sums to y.
+#pragma once
+
+#include "gemm90_ring.cuh"
+#include "levels.cuh"
+#include "unpack.cuh"
+
+namespace specquant_cuda {
+
+// What a thread of the two multiplying warpgroups holds, and what it does at the end of a tile.
+template <Mode mode, int tokens, int folds>
+struct Sums90 {
+  using G = Gemm90<mode, tokens, folds>;
+
+  const G& gemm;
+  int group, g, t, lane;
+  uint32_t mask;
+  int sums[2][G::kSums];  // [i][4 · column block + 2h + e]: output 4g + 2i + h, token 8 · block + 2t + e
+  float totals[2][G::kFolds ? G::kSums : 1];
+
+  // What a thread's four outputs need at the end of a tile, on its way while the last product is.
+  struct Ends {
+    uint2 coef[8];  // of columns 8t …, of the first 32
+    uint2 scale;
+    float bias[4];
+  } ends;
+
+  __device__ __forceinline__ explicit Sums90(const G& gemm_)
+      : gemm(gemm_), group((threadIdx.x / 32) - 4), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4), lane(threadIdx.x % 32),
+        mask(gemm_.args.high_nibbles) {}
+
+  __device__ __forceinline__ void release(uint64_t* barrier) const {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barrier);
+  }
+
+  __device__ __forceinline__ int output_of(int tile) const { return gemm.first_output(tile) + 32 * group + 4 * g; }
+
+  __device__ __forceinline__ void load_coef(uint2 (&coef)[8], int output, int column) const {
+    const __half* from = gemm.args.coef + output;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int at = column + 8 * t + j;
+      coef[j] = at < gemm.args.rank && output < gemm.args.m
+                    ? __ldg(reinterpret_cast<const uint2*>(from + static_cast<int64_t>(at) * gemm.args.m))
+                    : make_uint2(0, 0);
+    }
+  }
+
+  __device__ __forceinline__ void load_ends(int output) {
+    const Args& args = gemm.args;
+    load_coef(ends.coef, output, 0);
+    ends.scale = make_uint2(0, 0);
+    if (mode == kChannel && output < args.m) ends.scale = __ldg(reinterpret_cast<const uint2*>(args.scales + output));
+    const bool there = args.bias && output < args.m;
+    const float4 bias =
+        there ? __ldg(reinterpret_cast<const float4*>(args.bias + output)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    ends.bias[0] = bias.x, ends.bias[1] = bias.y, ends.bias[2] = bias.z, ends.bias[3] = bias.w;
+  }
+
+  // C as fragments: [i][k], columns 8t … 8t + 7.
+  __device__ __forceinline__ static void fragments_of(uint32_t (&coef)[2][2][4], const uint2 (&rows)[8]) {
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint2 even = rows[2 * j], odd = rows[2 * j + 1];
+        coef[w / 2][j / 2][w % 2 + j % 2 * 2] =
+            __byte_perm(w < 2 ? even.x : even.y, w < 2 ? odd.x : odd.y, w % 2 ? 0x7632 : 0x5410);
+      }
+  }
+
+  // y of a tile: scales where there are no groups, the branch, bias, residual.
+  __device__ __forceinline__ void finish(int tile, int turn) {
+    gemm.args.y_half ? finish_rank<true>(tile, turn) : finish_rank<false>(tile, turn);
+  }
+
+  // halves: y and the residual are float16.
+  template <bool halves>
+  __device__ __forceinline__ void finish_rank(int tile, int turn) {
+    switch (gemm.args.rank ? gemm.args.rp / kRankStep : 0) {
+      case 0: finish_added<0, halves>(tile, turn); break;
+      case 1: finish_added<1, halves>(tile, turn); break;
+      default: finish_as<2, halves, true>(tile, turn);
+    }
+  }
+
+  template <int blocks, bool halves>
+  __device__ __forceinline__ void finish_added(int tile, int turn) {
+    if (mode == kChannel && halves && !gemm.args.residual) {
+      finish_as<blocks, halves, false>(tile, turn);
+    } else {
+      finish_as<blocks, halves, true>(tile, turn);
+    }
+  }
+
+  // With 8 bits: sums less zero-points.
+  __device__ __forceinline__ void subtract_zeros(int output) {
+    const Args& args = gemm.args;
+    int row_sums[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (output < args.m)
+        row_sums[i] = args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output + i]
+                                     : static_cast<const int16_t*>(args.row_sums)[output + i];
+#pragma unroll
+    for (int i = 0; i < 2 * G::kSums; ++i) {
+      const int w = i / G::kSums, j = i % G::kSums, row = j / 4 * 8 + 2 * t + j % 2;
+      // Unsigned: the zero-points of rows past the last token are anything.
+      const uint32_t zero = reinterpret_cast<const int*>(gemm.shared + G::kEndZeros)[row];
+      sums[w][j] = (sums[w][j] >> 4) - zero * row_sums[2 * w + j / 2 % 2];
+    }
+  }
+
+  // blocks: of 32 columns of the branch. added: there may be a residual. Few jumps: while 8 tokens wait for something,
+  // others go on.
+  template <int blocks, bool halves, bool added>
+  __device__ __forceinline__ void finish_as(int tile, int turn) {
+    const Args& args = gemm.args;
+    constexpr int together = blocks > 1 ? 1 : 2;  // times 8 tokens
+    const int first_token = gemm.first_token(tile) + 2 * t, output = output_of(tile);
+    const int tokens_left = output < args.m ? args.tokens - first_token : 0;  // from this thread's first on
+    uint32_t coef[blocks ? blocks : 1][2][2][4];
+    if constexpr (blocks > 0) fragments_of(coef[0], ends.coef);
+    if constexpr (blocks > 1) {
+      load_coef(ends.coef, output, kRankStep);
+      fragments_of(coef[blocks - 1], ends.coef);
+    }
+    const bool zeros = mode == kChannel && args.bits == 8;
+    const float2 low_scales = __half22float2(half2_of(ends.scale.x));
+    const float2 high_scales = __half22float2(half2_of(ends.scale.y));
+    const float unit = zeros ? 1.0f : 0.0625f;  // sums are 16 times too large: the weights were
+    const float scale[4] = {low_scales.x * unit, low_scales.y * unit, high_scales.x * unit, high_scales.y * unit};
+    barrier_wait(gemm.end_full, turn & 1);
+    if (zeros) subtract_zeros(output);
+    constexpr int size = halves ? 2 : 4;
+    const int64_t step = static_cast<int64_t>(args.m) * size;
+    int64_t at = first_token * step + static_cast<int64_t>(output) * size;  // of this thread's outputs, in bytes
+#pragma unroll
+    for (int start = 0; start < tokens / 8; start += together) {
+      uint4 residual[together][2];
+      if (added && args.residual) {
+#pragma unroll
+        for (int i = 0; i < 2 * together; ++i)
+          residual[i / 2][i % 2] =
+              residual_of<halves>(at + (i / 2 * 8 + i % 2) * step, 8 * (start + i / 2) + i % 2 < tokens_left);
+      }
+      float branch[together][8] = {};
+#pragma unroll
+      for (int i = 0; i < together * blocks * (halves ? 1 : 2); ++i) {  // float16 y does not see low's trailing bits
+        constexpr int each = blocks ? blocks : 1;
+        const int k = i % together, b = i / together % each, part = i / (together * each);
+        const int row = 8 * (start + k) + g;
+        const uint8_t* from = gemm.shared + G::kLow + ((row * 2 + part) * blocks + b) * kRankStep * 2 + 16 * t;
+        const uint4 raw = *reinterpret_cast<const uint4*>(from);
+        const uint32_t low[2][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float(&out)[4] = *reinterpret_cast<float(*)[4]>(branch[k] + j / 2 * 4);
+          mma_f16(out, coef[b][j / 2][j % 2], low[j % 2]);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < together; ++k, at += 8 * step) {
+        const int place = (8 * (start + k) + 2 * t) * 4;
+        float2 factor = make_float2(0.0f, 0.0f), token_scale = make_float2(0.0f, 0.0f);
+        if constexpr (blocks > 0) factor = *reinterpret_cast<const float2*>(gemm.shared + G::kFactors + place);
+        if constexpr (mode == kChannel)
+          token_scale = *reinterpret_cast<const float2*>(gemm.shared + G::kEndScales + place);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float v[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int j = 4 * (start + k) + i % 2 * 2 + e;
+            float rest = ends.bias[i];
+            if constexpr (blocks > 0) rest = fmaf(branch[k][i / 2 * 4 + i % 2 * 2 + e], e ? factor.y : factor.x, rest);
+            if constexpr (mode == kChannel) {
+              v[i] = fmaf(static_cast<float>(sums[i / 2][j]), (e ? token_scale.y : token_scale.x) * scale[i], rest);
+            } else {
+              v[i] = totals[i / 2][j] + rest;
+            }
+          }
+          if (added && args.residual) add_residual<halves>(v, residual[k][e]);
+          if (8 * (start + k) + e < tokens_left) store<halves>(v, at + e * step);
+        }
+      }
+      hold(at);  // or the places of all tokens are worked out at once, and take registers
+    }
+    release(gemm.end_empty);
+  }
+
+  // Four outputs of it, as they lie. at: in bytes.
+  template <bool halves>
+  __device__ __forceinline__ uint4 residual_of(int64_t at, bool there) const {
+    if (!there) return make_uint4(0, 0, 0, 0);
+    const uint8_t* from = static_cast<const uint8_t*>(gemm.args.residual) + at;
+    if constexpr (!halves) return *reinterpret_cast<const uint4*>(from);
+    const uint2 raw = *reinterpret_cast<const uint2*>(from);
+    return make_uint4(raw.x, raw.y, 0, 0);
+  }
+
+  template <bool halves>
+  __device__ __forceinline__ static void add_residual(float (&v)[4], const uint4& raw) {
+    if constexpr (halves) {
+      const float2 first = __half22float2(half2_of(raw.x)), second = __half22float2(half2_of(raw.y));
+      v[0] += first.x, v[1] += first.y, v[2] += second.x, v[3] += second.y;
+    } else {
+      v[0] += __uint_as_float(raw.x), v[1] += __uint_as_float(raw.y);
+      v[2] += __uint_as_float(raw.z), v[3] += __uint_as_float(raw.w);
+    }
+  }
+
+  template <bool halves>
+  __device__ __forceinline__ void store(const float (&v)[4], int64_t at) const {
+    uint8_t* to = static_cast<uint8_t*>(gemm.args.y) + at;
+    if constexpr (halves) {
+      *reinterpret_cast<uint2*>(to) =
+          make_uint2(bits_of(__floats2half2_rn(v[0], v[1])), bits_of(__floats2half2_rn(v[2], v[3])));
+    } else {
+      *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
+    }
+  }
+};
+
+}  // namespace specquant_cuda

@@ -1,0 +1,264 @@
+// Shared memory of a block of `prompt`, and what a warp does with its 64 features of 16 tokens, which stay in registers.
+//
+// With g = lane / 4 and t = lane % 4 a thread holds, of tokens g and g + 8, features 16t … 16t + 15: column 2t + e of
+// fragment c is feature 16t + 2c + e. The basis lies in the order of the columns, so that ldmatrix reads neighbours.
+#pragma once
+
+#include "cluster.cuh"
+#include "hadamard.cuh"
+#include "prologue.cuh"
+#include "ptx90.cuh"
+#include "unpack.cuh"
+
+namespace specquant_cuda {
+
+constexpr int kPromptTokens = 16;
+
+// How x is read: float16 that is x̂ already, whose products are exact in float16; any x̂ but one with a gate; that.
+enum Reads { kExact, kValues, kGates };
+
+// Halves in a row of the basis and of low: padded, so that rows start in different banks.
+__host__ __device__ constexpr int prompt_stride(int rp) { return rp + 8; }
+
+// What a token is divided by: as __fdiv_rn would, in three instructions (its reciprocal is rounded correctly, and so then is
+// the quotient, unless it is smaller than any that matters).
+struct Root {
+  float root, inverse;
+  __device__ __forceinline__ static Root of(float squares, int n, float epsilon) {
+    const float root = __fsqrt_rn(squares / static_cast<float>(n) + epsilon), inverse = __fdiv_rn(1.0f, root);
+    return {inverse == 0.0f ? 1.0f : root, inverse};  // all over infinity is 0
+  }
+  __device__ __forceinline__ float divide(float x) const {
+    const float quotient = x * inverse;
+    return fmaf(fmaf(-quotient, root, x), inverse, quotient);
+  }
+};
+
+struct PromptPlaces {
+  __half *basis, *low;  // [features], [2 parts, tokens]
+  float* sums;          // [warps, tokens] of a block; before that, with a Hadamard transform, x̂
+  float *shares, *squares, *lowest, *highest;  // what other blocks read: [2], of tiles in turn
+  float* warps_found;   // [3, warps, tokens]: squares, lowest, highest
+  float* factor;
+  Root* roots;
+  Quantizer* quantizer;
+  int values_stride;    // floats from a token's x̂ to the next
+
+  // rp: 0 without a branch.
+  __host__ __device__ static size_t take(PromptPlaces* at, uint8_t* memory, int warps, int rp, bool rotates) {
+    const int stride = prompt_stride(rp), values = warps * kStep + 8;
+    size_t end = 0;
+    const auto next = [&](size_t bytes) {
+      uint8_t* place = memory + end;
+      end += (bytes + 15) / 16 * 16;
+      return place;
+    };
+    uint8_t* basis = next(rp ? warps * kStep * stride * sizeof(__half) : 0);
+    uint8_t* low = next(rp ? 2 * kPromptTokens * stride * sizeof(__half) : 0);
+    const size_t sums = warps * kPromptTokens * rp * sizeof(float);
+    const size_t rotated = rotates ? kPromptTokens * values * sizeof(float) : 0;
+    uint8_t* all_sums = next(sums > rotated ? sums : rotated);
+    uint8_t* shares = next(2 * kPromptTokens * rp * sizeof(float));
+    uint8_t* few = next((6 + 3 * warps + 3) * kPromptTokens * sizeof(float));
+    uint8_t* quantizers = next(kPromptTokens * sizeof(Quantizer));
+    if (at) {
+      at->basis = reinterpret_cast<__half*>(basis), at->low = reinterpret_cast<__half*>(low);
+      at->sums = reinterpret_cast<float*>(all_sums), at->shares = reinterpret_cast<float*>(shares);
+      at->squares = reinterpret_cast<float*>(few), at->lowest = at->squares + 2 * kPromptTokens;
+      at->highest = at->lowest + 2 * kPromptTokens, at->warps_found = at->highest + 2 * kPromptTokens;
+      at->factor = at->warps_found + 3 * warps * kPromptTokens, at->roots = reinterpret_cast<Root*>(at->factor + kPromptTokens);
+      at->quantizer = reinterpret_cast<Quantizer*>(quantizers), at->values_stride = values;
+    }
+    return end;
+  }
+};
+
+// Where a feature of 64 has its row of the basis.
+__device__ __forceinline__ int basis_row_of(int feature) { return feature % 16 / 2 * 8 + feature / 16 * 2 + feature % 2; }
+
+// The block's rows of the basis, zeros in what pads rows and columns. They lie one after another, from a multiple of 16
+// bytes on.
+__device__ __forceinline__ void fetch_basis(const Args& args, int first, int features, __half* basis) {
+  const int stride = prompt_stride(args.rp), threads = blockDim.x, r = args.r;
+  const int pieces = max(0, min(features, args.n - first)) * r / 8;
+  const uint4* from = reinterpret_cast<const uint4*>(args.basis + static_cast<int64_t>(first) * r);
+  for (int i = threadIdx.x; i < features * stride / 8; i += threads)
+    reinterpret_cast<uint4*>(basis)[i] = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+  const auto row_of = [&](int i) { return basis + (i / kStep * kStep + basis_row_of(i % kStep)) * stride; };
+#pragma unroll 4
+  for (int i = threadIdx.x; i < pieces; i += threads) {
+    const uint4 raw = __ldg(from + i);
+    int row = 8 * i / r, column = 8 * i - row * r;
+    if (r % 8 == 0) {
+      if (column < args.rp) *reinterpret_cast<uint4*>(row_of(row) + column) = raw;
+      continue;
+    }
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const __half2 pair = half2_of(words[k / 2]);
+      if (column < args.rp) row_of(row)[column] = k % 2 ? __high2half(pair) : __low2half(pair);  // r may be more than rp
+      if (++column == r) column = 0, ++row;
+    }
+  }
+}
+
+// x as it lies in memory: of a thread's two tokens, its 16 features, and with a gate what it gates.
+template <class X, Reads reads>
+struct Raw {
+  static constexpr int kPieces = 16 * sizeof(X) / 16, kEach = 16 / sizeof(X), kParts = reads == kGates ? 2 : 1;
+  uint4 v[kParts][2][kPieces];
+
+  __device__ __forceinline__ void load(const Args& args, const Source& source, int token, int feature) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const X* row = static_cast<const X*>(source.x) + (static_cast<int64_t>(token + 8 * h) * kParts + part) * args.n;
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          const int at = feature + i * kEach;
+          // Not __ldg: it may have been written while this kernel was already starting.
+          v[part][h][i] = token + 8 * h < args.tokens && at < args.n ? *reinterpret_cast<const uint4*>(row + at)
+                                                                     : make_uint4(0, 0, 0, 0);
+        }
+      }
+  }
+
+  // The same of later tokens, a line a thread, on its way to the second-level cache.
+  __device__ __forceinline__ static void prefetch_ahead(const Args& args, const Source& source, int token, int feature) {
+#pragma unroll
+    for (int i = 0; i < kParts * 2; ++i)
+      if (token + i % 2 * 8 < args.tokens && feature < args.n)
+        prefetch(static_cast<const X*>(source.x) +
+                 (static_cast<int64_t>(token + i % 2 * 8) * kParts + i / 2) * args.n + feature);
+  }
+
+  __device__ __forceinline__ void floats(int part, int h, float (&to)[16]) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const uint4 raw = v[part][h][i];
+      if constexpr (sizeof(X) == 2) {
+        widen(raw, *reinterpret_cast<float(*)[8]>(to + 8 * i));
+      } else {
+        to[4 * i] = __uint_as_float(raw.x), to[4 * i + 1] = __uint_as_float(raw.y);
+        to[4 * i + 2] = __uint_as_float(raw.z), to[4 * i + 3] = __uint_as_float(raw.w);
+      }
+    }
+  }
+
+  // Of both tokens, added up by the four threads that share them.
+  __device__ __forceinline__ void squares(float (&sum)[2]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float x[16];
+      floats(0, h, x);
+      sum[h] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) sum[h] = fmaf(x[i], x[i], sum[h]);
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+    }
+  }
+
+  // x̂ before its rotation. roots: of tokens g and g + 8.
+  __device__ __forceinline__ void values(const Args& args, const Source& source, int feature, const Root (&roots)[2],
+                                         float (&u)[2][16]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) floats(0, h, u[h]);
+    if constexpr (reads == kGates) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float up[16];
+        floats(1, h, up);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) u[h][i] = gated(u[h][i], up[i], source.prologue == kGeluGate);
+      }
+    } else if (reads == kValues && source.prologue == kRmsNorm) {
+#pragma unroll
+      for (int i = 0; i < 16; i += 4) {
+        const float4 norm = feature + i < args.n ? __ldg(reinterpret_cast<const float4*>(source.norm + feature + i))
+                                                 : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        const float of[4] = {norm.x, norm.y, norm.z, norm.w};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) u[j / 4][i + j % 4] = roots[j / 4].divide(u[j / 4][i + j % 4]) * of[j % 4];
+      }
+    }
+  }
+};
+
+// The warp's share of low: [8 columns][2h + e] of tokens g + 8h. rows: those of the basis that this lane names.
+template <int rank_blocks, bool exact>
+__device__ __forceinline__ void project(const float (&u)[2][16], const __half* rows, float (&sum)[rank_blocks * 4][4]) {
+  constexpr int stride = prompt_stride(rank_blocks * kRankStep);
+#pragma unroll
+  for (int i = 0; i < rank_blocks * 16; ++i) sum[i / 4][i % 4] = 0.0f;
+#pragma unroll
+  for (int c = 0; c < 8; c += exact ? 2 : 1)
+#pragma unroll
+    for (int b = 0; b < rank_blocks; ++b) {
+      uint32_t basis[2][4];
+      load_transposed(basis[0], rows + 8 * c * stride + 32 * b);
+      if constexpr (exact) {
+        load_transposed(basis[1], rows + 8 * (c + 1) * stride + 32 * b);
+        uint32_t a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = &u[i % 2][2 * (c + i / 2)];
+          a[i] = bits_of(__floats2half2_rn(pair[0], pair[1]));
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const uint32_t both[2] = {basis[0][k], basis[1][k]};
+          mma_f16(sum[4 * b + k], a, both);
+        }
+      } else {
+        uint32_t lead[4], trail[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) split_tf32(u[i % 2][2 * c + i / 2], lead[i], trail[i]);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float2 pair = __half22float2(half2_of(basis[0][k]));
+          const uint32_t both[2] = {__float_as_uint(pair.x), __float_as_uint(pair.y)};
+          mma_tf32(sum[4 * b + k], trail, both);
+          mma_tf32(sum[4 * b + k], lead, both);
+        }
+      }
+    }
+}
+
+// u = x̂ − low · Bᵀ. low: [2 parts, tokens] as float16, less `factor`.
+template <int rank_blocks>
+__device__ __forceinline__ void subtract_low(float (&u)[2][16], const __half* rows, const __half* low,
+                                             const float (&factor)[2], int g, int t) {
+  constexpr int stride = prompt_stride(rank_blocks * kRankStep), steps = rank_blocks * 2;
+  uint32_t parts[2][steps][4];  // as fragments of the first operand
+#pragma unroll
+  for (int i = 0; i < 2 * steps * 4; ++i) {
+    const int part = i / (steps * 4), step = i / 4 % steps, h = i % 2, j = i / 2 % 2;
+    const __half* from = low + (part * kPromptTokens + g + 8 * h) * stride + 16 * step + 8 * j + 2 * t;
+    parts[part][step][i % 4] = *reinterpret_cast<const uint32_t*>(from);
+  }
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    float part[4] = {};
+#pragma unroll
+    for (int b = 0; b < rank_blocks; ++b) {
+      uint32_t basis[4];
+      load_matrices(basis, rows + 8 * c * stride + 32 * b);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // both parts of low, the small one first
+        const uint32_t columns[2] = {basis[i % 2 * 2], basis[i % 2 * 2 + 1]};
+        mma_f16(part, parts[1 - i / 2][2 * b + i % 2], columns);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float& value = u[i / 2][2 * c + i % 2];
+      value = __fsub_rn(value, __fmul_rn(part[i], factor[i / 2]));  // factor is a power of two
+    }
+  }
+}
+
+}  // namespace specquant_cuda
