@@ -46,7 +46,8 @@ class Step:
 
 def steps(architecture: str, source: str = "", text: str = "") -> list[Step]:
     """In the order in which they are worth most. source: options that name a model; text: one to measure it on."""
-    kernels = "tests/custom_ops/test_cuda_kernels.py tests/custom_ops/test_cuda_attention.py"
+    files = ("kernels", "attention", "branch")
+    kernels = " ".join(f"tests/custom_ops/test_cuda_{file}.py" for file in files)
     pytest = f"{PYTHON} -m pytest -q -p no:cacheprovider"
     sanitizer = "compute-sanitizer --error-exitcode 9 --target-processes all --tool"
     cmake = f"cmake -S . -B {WORK}/cmake -DCMAKE_BUILD_TYPE=Release -DSPECQUANT_CUDA=ON"
