@@ -96,8 +96,8 @@ def rotary_tables(sequence: int, like: Tensor) -> tuple[Tensor, Tensor]:
 class HalfBlock:
     """One block of Llama by torch: y = block(x), both [B, S, hidden]; `like` has the device and dtype of x."""
 
-    def __init__(self, shape: Shape, sequence: int, like: Tensor) -> None:
-        self.shape, (self.qkv, self.output, self.gate_up, self.down) = shape, half_linears(shape)
+    def __init__(self, shape: Shape, linears: list[Multiply], sequence: int, like: Tensor) -> None:
+        self.shape, (self.qkv, self.output, self.gate_up, self.down) = shape, linears
         self.norms = [like.new_ones(shape.hidden) for _ in range(2)]
         self.tables = rotary_tables(sequence, like)
 
@@ -173,7 +173,7 @@ def measure(model: str, sequence: int, ranks: list[int], args: argparse.Namespac
     for rank in ranks:
         options = argparse.Namespace(**vars(args) | {"rank": rank})
         makers: dict[str, Callable[[], Block]] = {
-            "fp16": lambda: HalfBlock(shape, sequence, x),
+            "fp16": lambda: HalfBlock(shape, half_linears(shape), sequence, x),
             "ours": lambda options=options: OurBlock(shape, options, sequence, x),  # type: ignore[misc]
         }
         memory = {name: peak_memory(make, x) for name, make in makers.items()}

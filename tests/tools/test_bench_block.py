@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tools.bench_block import EPSILON, HEAD, Block, Shape, sizes
+from tools.bench_block import EPSILON, HEAD, HalfBlock, Shape, sizes
 
 llama = pytest.importorskip("transformers.models.llama.modeling_llama", reason="transformers is not installed")
 
@@ -42,7 +42,7 @@ def test_block_is_llamas(kv_heads: int) -> None:
     x = torch.randn(3, sequence, shape.hidden)
     places = torch.arange(sequence)[None]
     with torch.no_grad():
-        block = Block(shape, [linear(weight) for weight in weights], sequence, x)
+        block = HalfBlock(shape, [linear(weight) for weight in weights], sequence, x)
         expected = model(inputs_embeds=x, position_ids=places.expand(3, -1)).last_hidden_state
         found = block(x)
         found = found * torch.rsqrt(found.square().mean(-1, keepdim=True) + EPSILON)  # the model's last norm
