@@ -60,7 +60,7 @@ def quantize(
     if calibrated and tokens is None:
         raise ValueError("a quantising recipe needs calibration tokens")
     ranks: dict[tuple[int, str], int] = {}
-    if recipe.ranks == "fisher" and tokens is not None:
+    if recipe.ranks == "fisher" and calibrated and tokens is not None:
         if progress:
             progress(0, len(layers), "ranks")
         ranks = spread_ranks(model, family, recipe, tokens)
