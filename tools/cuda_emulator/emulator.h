@@ -32,6 +32,8 @@ struct Copy {
   bool there;
 };
 
+enum class Form { kBytes, kHalfShared, kHalfRegisters };  // of wgmma: operands, and where the left one lies
+
 // A thread's part of a warpgroup's product that is under way.
 struct Product {
   int* d;
@@ -39,6 +41,8 @@ struct Product {
   uint64_t b;  // where operand B lies in shared memory, / 16
   bool add;
   int columns;
+  Form form = Form::kBytes;
+  uint64_t left = 0;  // operand A, where it lies in shared memory
 };
 
 struct Fiber {
@@ -46,6 +50,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> groups;
   std::vector<Product> uncommitted;
   std::vector<std::vector<Product>> products;
+  void (*multiply_halves)(Product* const (&lanes)[32], int warp) = nullptr;  // of the forms that are not kBytes
   ucontext_t context;
   std::vector<char> stack;
   bool done;

@@ -125,7 +125,11 @@ void wgmma_wait() {
       for (size_t i = 0; i < fiber(0).products.front().size(); ++i) {
         emulator::Product* lanes[32];
         for (int lane = 0; lane < 32; ++lane) lanes[lane] = &fiber(lane).products.front()[i];
-        multiply_product(lanes);
+        if (lanes[0]->form == emulator::Form::kBytes) {
+          multiply_product(lanes);
+        } else {
+          fiber(0).multiply_halves(lanes, fiber(0).thread.x / 32 % 4);
+        }
       }
       for (int lane = 0; lane < 32; ++lane) fiber(lane).products.erase(fiber(lane).products.begin());
     }

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention_args.h"
+#include "prompt_attention.h"
 
 namespace specquant_cuda {
 namespace {
@@ -11,6 +11,7 @@ constexpr int64_t kMostSize = int64_t(1) << 22;  // of lengths and heads
 constexpr int64_t kMostRows = 65535;             // of a grid's second axis
 constexpr int64_t kBlocks = 4;                   // of a multiprocessor that splits are made for
 constexpr int kMultiprocessors = 256;            // the most that they are made for
+constexpr int64_t kLeastPrompt = 64;             // new tokens that a prompt has: fewer leave a block's rows empty
 
 int64_t query_bytes(const SpecquantCudaAttention& p) {
   return round_up(p.batch * p.sequence * p.num_heads * p.head_dim * 4, 256);
@@ -19,6 +20,25 @@ int64_t query_bytes(const SpecquantCudaAttention& p) {
 // Most splits that the cache's rows allow.
 int64_t most_splits(int64_t present_rows) {
   return std::clamp<int64_t>(ceil_div(int(present_rows), kTileTokens), 1, kMostSplits);
+}
+
+// Whether prompt_attend.cuh takes the call on Hopper.
+bool takes_prompt(const SpecquantCudaAttention& p) {
+  return p.half && p.sequence >= kLeastPrompt && (p.head_dim == 64 || p.head_dim == 128) &&
+         unpacked_bytes(p.present_rows, p.head_dim) <= kPromptSpace;
+}
+
+int64_t turned_bytes(const SpecquantCudaAttention& p) {
+  return p.batch * p.num_heads * padded_rows(p.sequence) * p.head_dim * 2;
+}
+int64_t factor_bytes(const SpecquantCudaAttention& p) {
+  return round_up(p.batch * p.num_heads * padded_rows(p.sequence) * 4, 256);
+}
+
+// Of what a prompt takes there.
+int64_t prompt_bytes(const SpecquantCudaAttention& p) {
+  const int64_t all = p.batch * p.kv_num_heads * unpacked_bytes(p.present_rows, p.head_dim);
+  return turned_bytes(p) + factor_bytes(p) + std::min(all, kPromptSpace);
 }
 
 }  // namespace
@@ -81,12 +101,27 @@ AttentionArgs plan_attention(const SpecquantCudaAttention& p, const Device& devi
     a.cluster = 1;
     while (a.cluster < most && a.cluster * heads < device.multiprocessors) a.cluster *= 2;
   }
+  a.chunk = 0;
+  if (device.major == 9 && takes_prompt(p) && heads > 0) {
+    a.splits = 1;
+    a.chunk = int(std::min(heads, kPromptSpace / unpacked_bytes(p.present_rows, a.d)));
+    a.turned_rows = padded_rows(a.sequence);
+    bytes = prompt_bytes(p);
+    return a;
+  }
   bytes = query_bytes(p);
   if (a.splits > 1) bytes += heads * rows * a.splits * (a.d + 2) * 4;
   return a;
 }
 
 void place_workspace(AttentionArgs& a, void* workspace) {
+  if (a.chunk) {
+    const int64_t rows = int64_t(a.batch) * a.heads * a.turned_rows;
+    a.turned = workspace;
+    a.turned_factors = reinterpret_cast<float*>(static_cast<char*>(workspace) + rows * a.d * 2);
+    a.unpacked = reinterpret_cast<char*>(a.turned_factors) + round_up(rows * 4, 256);
+    return;
+  }
   a.queries = static_cast<float*>(workspace);
   a.partials = a.queries + round_up(int64_t(a.batch) * a.sequence * a.heads * a.d * 4, 256) / 4;
 }
@@ -95,7 +130,11 @@ static int64_t bound(const SpecquantCudaAttention& p) {
   const int64_t rows = std::min<int64_t>(p.sequence * p.num_heads / p.kv_num_heads, kDecodeRows);
   const int64_t by_cache = p.batch * p.kv_num_heads * rows * most_splits(p.present_rows);
   const int64_t by_blocks = kBlocks * kMultiprocessors * kTileRows;  // splits times blocks, where there are several
-  return query_bytes(p) + std::min(by_cache, by_blocks) * (p.head_dim + 2) * 4;
+  const int64_t elsewhere = query_bytes(p) + std::min(by_cache, by_blocks) * (p.head_dim + 2) * 4;
+  // A smaller call may be one that Hopper takes.
+  return p.half && p.sequence >= kLeastPrompt && (p.head_dim == 64 || p.head_dim == 128)
+             ? std::max(elsewhere, prompt_bytes(p))
+             : elsewhere;
 }
 
 }  // namespace specquant_cuda
@@ -149,6 +188,13 @@ SPECQUANT_EXPORT const char* specquant_cuda_attention(const SpecquantCudaAttenti
   cudaError_t error = moves && a.past_rows ? copy_past(a, on) : cudaSuccess;
   if (a.cluster) {
     if (error == cudaSuccess) error = decode(a, on);
+  } else if (a.chunk) {
+    if (error == cudaSuccess) error = prompt_append(a, on);
+    for (int first = 0, all = a.batch * a.kv_heads; first < all && error == cudaSuccess; first += a.chunk) {
+      const int items = std::min(a.chunk, all - first);
+      error = prompt_unpack(a, first, items, on);
+      if (error == cudaSuccess) error = prompt_attend(a, first, items, on);
+    }
   } else if (a.sequence > 0) {
     if (error == cudaSuccess) error = append(a, on);
     if (error == cudaSuccess) error = attend(a, on);

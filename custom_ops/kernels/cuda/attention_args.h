@@ -35,6 +35,11 @@ struct AttentionArgs {
   void* present_value;
   void* y;
   float* queries;   // [B, S, H, d]: turned, transformed and times `factor`
+  int chunk;             // kv heads that are unpacked at a time for a prompt on Hopper; 0: `attend` takes it
+  int64_t turned_rows;   // S, padded
+  void* turned;          // then instead of `queries`, and with them keys and values: see prompt_attention.h
+  float* turned_factors;
+  void* unpacked;
   float* partials;  // [B · K, rows, splits, d + 2]: y, then largest score and sum of weights; rows: group · S
 };
 
@@ -77,6 +82,11 @@ cudaError_t append(const AttentionArgs& args, cudaStream_t stream);
 cudaError_t attend(const AttentionArgs& args, cudaStream_t stream);
 // All of it in one kernel: one new token a row, packed cache, compute capability 9.0 or later.
 cudaError_t decode(const AttentionArgs& args, cudaStream_t stream);
+// The same as `append` and `attend` for prompts on Hopper, float16 models, heads of 64 or 128; between them, of so many
+// kv heads of the batch, the cache as float16.
+cudaError_t prompt_append(const AttentionArgs& args, cudaStream_t stream);
+cudaError_t prompt_unpack(const AttentionArgs& args, int first_item, int items, cudaStream_t stream);
+cudaError_t prompt_attend(const AttentionArgs& args, int first_item, int items, cudaStream_t stream);
 // y of the splits.
 cudaError_t merge(const AttentionArgs& args, cudaStream_t stream);
 
