@@ -191,7 +191,9 @@ struct PromptConsumer {
         if (wide) {
           *reinterpret_cast<uint4*>(place) = make_uint4(words[0], words[1], words[2], words[3]);
         } else {
-          for (int i = 0; i < 4; ++i) place[2 * i] = __low2half(half2_of(words[i])), place[2 * i + 1] = __high2half(half2_of(words[i]));
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            place[2 * i] = __low2half(half2_of(words[i])), place[2 * i + 1] = __high2half(half2_of(words[i]));
         }
       }
     }
@@ -199,7 +201,7 @@ struct PromptConsumer {
 };
 
 template <int d>
-__global__ void __launch_bounds__(Prompt90<d>::kThreads, 1) prompt_kernel(const AttentionArgs a, int first_item) {
+__global__ void __launch_bounds__(Prompt90<d>::kThreads, 1) prompt_attend_kernel(const AttentionArgs a, int first_item) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
   using P = Prompt90<d>;
   extern __shared__ __align__(1024) uint8_t memory[];

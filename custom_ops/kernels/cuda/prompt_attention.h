@@ -21,6 +21,8 @@ __host__ __device__ constexpr int64_t piece_place(int64_t row, int piece, int ro
 // Queries: turned, over a power of two that `turned_factors` has, [B · H, padded S, d] in tiles of 64 rows.
 inline int64_t padded_rows(int64_t sequence) { return round_up(sequence, kPromptRows); }
 // Keys, then values of a kv head: [2, padded tokens, d] in tiles of kPromptTokens.
-__host__ __device__ constexpr int64_t unpacked_bytes(int64_t present_rows, int64_t d) { return round_up(present_rows, kPromptTokens) * d * 4; }
+__host__ __device__ constexpr int64_t unpacked_bytes(int64_t present_rows, int64_t d) {
+  return round_up(present_rows, kPromptTokens) * d * 4;
+}
 
 }  // namespace specquant_cuda
