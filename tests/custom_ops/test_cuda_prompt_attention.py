@@ -35,7 +35,7 @@ CALLS: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {
     "window over all": ([100], [140], {"window": 239}),
     "little rotary": ([9], [70], {"rotary": 9}),
     "no rotary": ([9], [70], {"rotary": 0, "head_dim": 128}),
-    "scale": ([9], [70], {"scale": 0.9}),
+    "scale": ([9], [70], {"scale": 0.05}),
 }
 
 
