@@ -8,6 +8,23 @@ namespace specquant_cuda {
 
 inline void hold(float&) {}
 
+struct NamedBarrier {
+  int arrived = 0;
+  long generation = 0;
+};
+inline NamedBarrier named_barriers[16];  // a block leaves them as it found them
+
+inline void named_arrive(int barrier, int threads) {
+  if (++named_barriers[barrier].arrived < threads) return;
+  named_barriers[barrier].arrived = 0;
+  ++named_barriers[barrier].generation;
+}
+inline void named_wait(int barrier, int threads) {
+  const long before = named_barriers[barrier].generation;
+  named_arrive(barrier, threads);
+  while (named_barriers[barrier].generation == before) emulator::yield();
+}
+
 inline uint64_t wgmma_across(const void* shared, int stride) {
   if (stride % 1024) emulator::fail("pieces of an operand of wgmma that are not aligned to 1024 bytes");
   return wgmma_operand(shared) | uint64_t(stride >> 4) << 16;
@@ -48,7 +65,8 @@ inline void multiply_halves(emulator::Product* const (&lanes)[32], int warp) {
 
 template <int sums>
 void wgmma_f16(float (&d)[sums], uint64_t a, uint64_t b, bool add) {
-  emulator::self->uncommitted.push_back({reinterpret_cast<int*>(d), {}, b, add, 2 * sums, emulator::Form::kHalfShared, a});
+  emulator::self->uncommitted.push_back(
+      {reinterpret_cast<int*>(d), {}, b, add, 2 * sums, emulator::Form::kHalfShared, a});
   emulator::self->multiply_halves = multiply_halves;
 }
 

@@ -7,8 +7,8 @@ namespace {
 
 template <int d>
 cudaError_t start(const AttentionArgs& a, int first_item, int items, cudaStream_t stream) {
-  using P = Prompt90<d>;
-  const auto kernel = prompt_attend_kernel<d>;
+  using P = Prompt90<d, 2, true>;
+  const auto kernel = prompt_attend_kernel<P>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kShared);
   if (error != cudaSuccess) return error;
   const dim3 grid(items * a.group, ceil_div(a.sequence, kPromptRows));

@@ -9,13 +9,12 @@
 
 namespace specquant_cuda {
 
-#ifndef SPECQUANT_PROMPT_SLOTS
-#define SPECQUANT_PROMPT_SLOTS 2
-#endif
-
-template <int d>
+// turns: the warpgroups ask for products by turns, so that one's weights are made while the other multiplies.
+template <int d_, int slots, bool turns>
 struct Prompt90 {
-  static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * 128, kSlots = SPECQUANT_PROMPT_SLOTS;
+  static constexpr int d = d_;
+  static constexpr bool kTurns = turns;
+  static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * 128, kSlots = slots;
   static constexpr int kRowBytes = kPromptPiece * 2, kPieces = d / kPromptPiece;
   static constexpr int kQueryPiece = 64 * kRowBytes, kQueries = kPieces * kQueryPiece;  // of a warpgroup
   static constexpr int kTilePiece = kPromptTokens * kRowBytes, kTile = kPieces * kTilePiece;
@@ -30,10 +29,9 @@ struct Prompt90 {
         empty_keys(full_keys + kSlots), full_values(empty_keys + kSlots), empty_values(full_values + kSlots) {}
 };
 
-template <int d>
+template <class P>
 struct PromptConsumer {
-  using P = Prompt90<d>;
-  static constexpr int kScores = kPromptTokens / 2, kOutputs = d / 2, kSteps = kPromptTokens / 16;
+  static constexpr int d = P::d, kScores = kPromptTokens / 2, kOutputs = d / 2, kSteps = kPromptTokens / 16;
 
   const P& block;
   const int group, lane, g, t;
@@ -48,6 +46,14 @@ struct PromptConsumer {
   __device__ __forceinline__ void release(uint64_t* barrier) const {
     __syncwarp();
     if (lane == 0) barrier_arrive(barrier);
+  }
+
+  // The warpgroups' turns, from the first one's on; of the last tile nobody waits for the second one.
+  __device__ __forceinline__ void my_turn() const {
+    if (P::kTurns) named_wait(1 + group, 256);
+  }
+  __device__ __forceinline__ void your_turn(bool again) const {
+    if (P::kTurns && (group == 0 || again)) named_arrive(2 - group, 256);
   }
 
   __device__ __forceinline__ void multiply_keys(int at) {
@@ -133,15 +139,20 @@ struct PromptConsumer {
       soften(correction);
     };
     float correction[2];
+    if (P::kTurns && group == 1) named_arrive(1, 256);
+    my_turn();
     multiply_keys(0);
+    your_turn(tiles > 1);
     wgmma_wait<0>();
     hold_scores();
     release(block.empty_keys);
     soften_tile(0, correction);
     narrow();
     for (int at = 1; at < tiles; ++at) {
+      my_turn();
       multiply_keys(at);
       multiply_values(at - 1);
+      your_turn(at + 1 < tiles);
       wgmma_wait<1>();
       hold_scores();
       release(block.empty_keys + at % P::kSlots);
@@ -200,10 +211,10 @@ struct PromptConsumer {
   }
 };
 
-template <int d>
-__global__ void __launch_bounds__(Prompt90<d>::kThreads, 1) prompt_attend_kernel(const AttentionArgs a, int first_item) {
+template <class P>
+__global__ void __launch_bounds__(P::kThreads, 1) prompt_attend_kernel(const AttentionArgs a, int first_item) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
-  using P = Prompt90<d>;
+  constexpr int d = P::d;
   extern __shared__ __align__(1024) uint8_t memory[];
   const P block(memory);
   let_next_start();
@@ -256,7 +267,7 @@ __global__ void __launch_bounds__(Prompt90<d>::kThreads, 1) prompt_attend_kernel
     return;
   }
   take_registers<240>();
-  PromptConsumer<d> consumer(block);
+  PromptConsumer<P> consumer(block);
   const int own = 64 * consumer.group + threadIdx.x % 128 / 32 * 16;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {

@@ -7,6 +7,14 @@ namespace specquant_cuda {
 
 __device__ __forceinline__ void hold(float& value) { asm volatile("" : "+f"(value)::"memory"); }
 
+// Barriers of `threads` threads of a block: 1 to 15, 0 is __syncthreads'. Who arrives does not wait.
+__device__ __forceinline__ void named_wait(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // Tiles of rows of 128 bytes, 8 rows 1024 bytes apart, 16-byte columns swizzled by row % 8. As operand A, or B with a row
 // for each column of d: k along a row (wgmma_operand). As operand B with a row for each k (columns of d along the rows,
 // every 64 of them `stride` bytes apart):
