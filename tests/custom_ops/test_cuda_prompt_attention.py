@@ -1,5 +1,7 @@
-"""Attention of prompts on Hopper (prompt_attend.cuh) against the reference; SPECQUANT_CUDA_EMULATED_MAJOR=8 has `attend`
-take the same calls."""
+"""Attention of prompts on Hopper (prompt_attend.cuh) against the reference.
+
+Elsewhere, and with SPECQUANT_CUDA_EMULATED_MAJOR=8, `attend` takes the same calls.
+"""
 
 from __future__ import annotations
 

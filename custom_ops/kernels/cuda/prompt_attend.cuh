@@ -1,6 +1,6 @@
-// softmax(q k̂ᵀ) v̂ of prompts on Hopper. A block takes kPromptRows tokens of one head: a warp copies tiles of keys and
-// values to a ring, two warpgroups of 64 tokens multiply. While a warpgroup turns scores into weights, the product of the
-// weights before with their values is under way; the next tile's scores are asked for before that one.
+// softmax(q k̂ᵀ) v̂ of prompts on Hopper. A block takes kPromptRows tokens of one head: a thread copies tiles of keys and
+// values to a ring, two warpgroups of 64 tokens multiply. While a warpgroup turns scores into weights, the product of
+// the weights before with their values is under way.
 #pragma once
 
 #include "prompt_attention.h"
@@ -131,7 +131,7 @@ struct PromptConsumer {
         weights[s][i] = bits_of(__floats2half2_rn(scores[8 * s + 2 * i], scores[8 * s + 2 * i + 1]));
   }
 
-  // All tiles, the last one first. seen_by_all: tokens (…] that no row of the block misses.
+  // All tiles, the last one first. No row of the block misses a token of (all_first, all_last].
   __device__ __forceinline__ void run(int first_tile, int tiles, int all_first, int all_last) {
     const auto soften_tile = [&](int at, float(&correction)[2]) {
       const int start = (first_tile + tiles - 1 - at) * kPromptTokens;
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) prompt_attend_kernel(const Att
   const Lengths lengths = lengths_of(a, b);
   const int count = lengths.after - lengths.before, used = min(kPromptRows, count - row);
   const int64_t stride = static_cast<int64_t>(a.heads) * d;
-  __half* y = static_cast<__half*>(a.y) + static_cast<int64_t>(b) * a.sequence * stride + static_cast<int64_t>(head) * d;
+  __half* y = static_cast<__half*>(a.y) + b * a.sequence * stride + static_cast<int64_t>(head) * d;
   if (used <= 0) {  // padding, or lengths that do not fit
     const __half value = __float2half_rn(lengths.sound ? 0.0f : __int_as_float(0x7FC00000));
     for (int i = threadIdx.x; i < kPromptRows * d; i += P::kThreads)

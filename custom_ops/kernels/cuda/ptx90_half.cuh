@@ -1,4 +1,5 @@
-// wgmma of float16 on Hopper (sm_90a): 64 rows, k = 16, sums in float32 as d[4 · i + 2h + e]: row g + 8h, column 8i + 2t + e.
+// wgmma of float16 on Hopper (sm_90a): 64 rows, k = 16, sums in float32; d[4 · i + 2h + e] is row g + 8h, column
+// 8i + 2t + e of the warp's 16 rows.
 #pragma once
 
 #include "ptx90.cuh"
@@ -15,9 +16,9 @@ __device__ __forceinline__ void named_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// Tiles of rows of 128 bytes, 8 rows 1024 bytes apart, 16-byte columns swizzled by row % 8. As operand A, or B with a row
-// for each column of d: k along a row (wgmma_operand). As operand B with a row for each k (columns of d along the rows,
-// every 64 of them `stride` bytes apart):
+// Operands are rows of 128 bytes, 8 of them 1024 bytes apart, 16-byte columns swizzled by row % 8. k along the rows:
+// wgmma_operand (ptx90.cuh). Operand B with a row for each k, columns of d along the rows, 64 of them after others
+// `stride` bytes on:
 __device__ __forceinline__ uint64_t wgmma_across(const void* shared, int stride) {
   return (wgmma_operand(shared) & ~(uint64_t(0x3FFF) << 16)) | uint64_t(stride >> 4) << 16;
 }
