@@ -57,6 +57,12 @@ def test_prompt_in_place(rng: np.random.Generator, op: str) -> None:
     compare(call, run(call.inputs, call.attributes, in_place=True))
 
 
+def test_prompt_some_heads_at_a_time(rng: np.random.Generator) -> None:
+    """Two heads of this cache do not fit what is unpacked at once."""
+    call = random_call(rng, [3, 9], [70, 70], heads=2, kv_heads=1, spare=270_000, float_type=np.float16, hadamard=1)
+    compare(call, run(call.inputs, call.attributes, in_place=True))
+
+
 @pytest.mark.parametrize("hadamard", [0, 1])
 @pytest.mark.parametrize("hostile", ["huge", "tiny", "constant", "zero", "mixed"])
 def test_prompt_extremes(rng: np.random.Generator, hostile: str, hadamard: int) -> None:
