@@ -45,7 +45,7 @@ CALLS: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", CALLS)
 def test_prompt_equals_reference(rng: np.random.Generator, kind: str, op: str) -> None:
     past, new, options = CALLS[kind]
-    defaults = {"heads": 2, "kv_heads": 1, "float_type": np.float16}
+    defaults: dict[str, Any] = {"heads": 2, "kv_heads": 1, "float_type": np.float16}
     clip = float(rng.choice([1.0, 0.93, 0.5]))
     call = random_call(rng, past, new, op=op, hadamard=int(rng.integers(2)), clip=clip, **(defaults | options))
     compare(call, run(call.inputs, call.attributes))
