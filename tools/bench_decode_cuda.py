@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from specquant.custom_ops import library_cuda
-from tools.bench_block import EPSILON, HEAD, MODELS, Shape, half_linears, rotary, sizes
+from tools.bench_block import EPSILON, HEAD, MODELS, Shape, half_linears, sizes, turn
 from tools.bench_cuda_attention import Ours as Attention
 from tools.bench_cuda_kernels import Linear, graph_of, kernel_times, medians
 
@@ -106,7 +106,7 @@ class Theirs:
         cache = (layers, 2, 1, shape.kv_heads, past + 1, HEAD)
         self.cache = torch.randn(cache, **options)
         self.norm = torch.ones(shape.hidden, **options)
-        self.cos, self.sin = (torch.rand(1, HEAD, **options) for _ in range(2))
+        self.cos, self.sin = (torch.rand(1, 1, HEAD // 2, **options) for _ in range(2))
         self.head = torch.randn(args.vocabulary, shape.hidden, **options) * shape.hidden**-0.5
 
     def run(self) -> Tensor:
@@ -115,8 +115,9 @@ class Theirs:
         grouped = shape.heads != shape.kv_heads
         for (qkv, output, gate_up, down), (keys, values) in zip(self.layers, self.cache, strict=True):
             rows = functional.rms_norm(x, (shape.hidden,), self.norm, EPSILON)
-            q, k, v = qkv(rows).view(1, 1, sum(heads), HEAD).transpose(1, 2).split(heads, 1)
-            q, k = rotary(q, self.cos, self.sin), rotary(k, self.cos, self.sin)
+            turned = qkv(rows).view(1, 1, sum(heads), HEAD)
+            turn(turned[:, :, : -shape.kv_heads], self.cos, self.sin)
+            q, k, v = turned.transpose(1, 2).split(heads, 1)
             keys[:, :, self.past :] = k
             values[:, :, self.past :] = v
             mixed = functional.scaled_dot_product_attention(q, keys, values, enable_gqa=grouped)

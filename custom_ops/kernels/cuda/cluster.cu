@@ -22,17 +22,17 @@ constexpr int kRange = 2;  // floats of a block that the others take: lowest and
 // Rows of the basis in shared memory: 16 bytes more than its columns, so that no two rows' start meets in a bank.
 __host__ __device__ constexpr int basis_stride(int r) { return (r + 7) / 8 * 8 + 8; }
 
-// Shared memory of one block, in floats: what other blocks send, sums of warps, values, basis.
+// Shared memory of one block, in floats: what other blocks send, sums of warps, each warp's low, values, basis.
 struct Places {
   uint64_t *low_box, *range_box;
-  float *lows, *ranges, *sums, *values;  // lows: [kMostBlocks, kFastRank], ranges: [kMostBlocks, kRange]
+  float *lows, *ranges, *sums, *low, *values;  // lows: [kMostBlocks, kFastRank], ranges: [kMostBlocks, kRange]
   __half* basis;
   __device__ __forceinline__ Places(float* shared, int span)
       : low_box(reinterpret_cast<uint64_t*>(shared)), range_box(low_box + 1), lows(shared + 4),
         ranges(lows + kMostBlocks * kFastRank), sums(ranges + kMostBlocks * kRange),
-        values(sums + kWarps * kFastRank), basis(reinterpret_cast<__half*>(values + span)) {}
+        low(sums + kWarps * kFastRank), values(low + kWarps * kFastRank), basis(reinterpret_cast<__half*>(values + span)) {}
   static size_t bytes(int span, int r) {
-    const size_t floats = 4 + kMostBlocks * (kFastRank + kRange) + kWarps * kFastRank + span;
+    const size_t floats = 4 + kMostBlocks * (kFastRank + kRange) + 2 * kWarps * kFastRank + span;
     return floats * sizeof(float) + (r ? (static_cast<size_t>(span) * basis_stride(r) + kFastRank) * sizeof(__half) : 0);
   }
 };
@@ -122,7 +122,7 @@ __device__ __forceinline__ void branch(const Args& args, const Places& at, int t
   }
   float factor, inverse;
   half_factor(over_warp(max_nan(fabsf(value[0]), fabsf(value[1])), Largest()), factor, inverse);
-  float* low = at.sums + warp * kFastRank;
+  float* low = at.low + warp * kFastRank;  // not in place of sums: a warp that sends late still reads those
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     __half lead, trail;
