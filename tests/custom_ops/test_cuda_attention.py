@@ -6,19 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.kv_rows import unpack_rows
 from specquant.custom_ops.library_cuda import Attention
 from specquant.custom_ops.library_cuda_attention import (
-    attention,
     attention_bound,
-    attention_problem,
     attention_workspace,
 )
-from tests.attention import HALF, INT4, Call, random_call
-from tests.cuda_arrays import POISON, DeviceArray, require_kernels
+from tests.attention import HALF, INT4, random_call
+from tests.cuda_arrays import POISON, require_kernels
+from tests.cuda_attention import compare, run
 
 require_kernels()
 # past and new tokens of each row, and what differs from 6 heads on 2 of 64. Up to 64 rows of a kv head (new tokens
@@ -48,44 +46,6 @@ CALLS: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {
     "float16": ([50], [13], {"float_type": np.float16}),
     "float16 prefill": ([20], [100], {"float_type": np.float16, "heads": 2, "head_dim": 128}),
 }
-INPUTS = ("qkv", "past_key", "past_value", "seqlens_k", "position_ids", "cos", "sin", "key_offset")
-
-
-def run(inputs: dict[str, Any], attributes: dict[str, Any], in_place: bool = False) -> list[NDArray[Any]]:
-    """y, present_key and present_value of the kernels. What nobody may write is poison, and looked at afterwards."""
-    arrays = {name: None if inputs.get(name) is None else DeviceArray(inputs[name]) for name in INPUTS}
-    batch, sequence, _ = inputs["qkv"].shape
-    heads, kv_heads = attributes["num_heads"], attributes["kv_num_heads"]
-    d = inputs["qkv"].shape[2] // (heads + 2 * kv_heads)
-    past = inputs["past_key"]
-    rows = max(past.shape[2], int(inputs["total_sequence_length"]))
-    if in_place:
-        present = [arrays["past_key"], arrays["past_value"]]
-    else:
-        empty = np.full((batch, kv_heads, rows, past.shape[3] * past.itemsize), POISON, np.uint8).view(past.dtype)
-        present = [DeviceArray(empty), DeviceArray(empty)]
-    y = DeviceArray(np.full((batch, sequence, heads * d), np.nan, inputs["qkv"].dtype))
-    problem = attention_problem(**arrays, present_key=present[0], present_value=present[1], y=y, **attributes)
-    size = attention_workspace(problem)
-    space = DeviceArray(np.full(size + 256, POISON, np.uint8))
-    attention(problem, space)
-    assert (space.numpy()[size:] == POISON).all(), "wrote past the end of the workspace"
-    return [y.numpy(), present[0].numpy(), present[1].numpy()]
-
-
-def compare(call: Call, outputs: list[NDArray[Any]]) -> None:
-    """y close, cache rows equal, padding 0."""
-    y, *caches = outputs
-    expected, *expected_caches = call.expected()
-    assert (y.dtype, y.shape) == (expected.dtype, expected.shape)
-    # Queries and weights go through the tensor cores as float16, in two parts where y is float32.
-    tolerance = 1e-5 if y.dtype == np.float32 else 5e-3
-    np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance * np.abs(expected.astype(np.float32)).max())
-    for b, count in enumerate(call.inputs["seqlens_k"] + 1 - call.past):
-        assert not y[b, count:].any()
-    for cache, expected_cache in zip(caches, expected_caches, strict=True):
-        assert cache.shape == expected_cache.shape
-        np.testing.assert_array_equal(call.rows(cache), call.rows(expected_cache))
 
 
 @pytest.mark.parametrize("op", [INT4, HALF])

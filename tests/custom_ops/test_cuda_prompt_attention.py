@@ -15,7 +15,7 @@ from specquant.custom_ops.library_cuda import Attention
 from specquant.custom_ops.library_cuda_attention import attention_bound, attention_workspace
 from tests.attention import HALF, INT4, random_call
 from tests.cuda_arrays import POISON, require_kernels
-from tests.custom_ops.test_cuda_attention import compare, run
+from tests.cuda_attention import compare, run
 
 require_kernels()
 # past and new tokens of each row, and what differs from 2 heads on 1 of 64 in float16. 64 new tokens make a prompt.
