@@ -1,10 +1,12 @@
 """Prefill of one Transformer block on a GPU: torch in float16, and our ops as exports have them (the paper's Table 2).
 
 The four linears (q, k and v in one, output, gate and up in one, down) are float16 matrices or INT4 weights with a
-branch of --rank columns. RMSNorm, SiLU and residuals are torch's in the first and the ops' own inputs in the second;
-rotary embedding and attention (scaled_dot_product_attention) are torch's in both. Random weights and activations. Times
-are medians of replayed CUDA graphs, the two in turn. Memory is what torch has allocated at most during one pass,
-weights, input and workspaces included, each variant alone: ours has one workspace, and takes the MLP in --parts.
+branch of --rank columns. RMSNorm, SiLU, residuals, rotary embedding and attention (scaled_dot_product_attention, the
+fastest torch has) are torch's in the first. In the second norms, gates and residuals are the ops' own inputs, and
+attention is Int4KVAttention, which turns queries and keys and writes the 4-bit cache besides; with --attention torch it
+is that of the first. Random weights and activations. Times are medians of replayed CUDA graphs, the two in turn. Memory
+is what torch has allocated at most during one pass, weights, input, cache and workspaces included, each variant alone:
+ours has one workspace, and takes the MLP in --parts.
 
     python -m tools.bench_block --models llama-2-7b --sequences 256 1024 --rank 16 32
 """
@@ -21,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specquant.custom_ops import library_cuda
+from specquant.custom_ops import library_cuda, library_cuda_attention
+from specquant.custom_ops.kv_rows import row_bytes
 from specquant.custom_ops.schema import PROLOGUES
-from tools.bench_cuda_kernels import Linear, graph_of, medians
+from tools.bench_cuda_kernels import Linear, graph_of, kernel_times, medians
 
 
 class Shape(NamedTuple):
@@ -75,7 +78,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     torch.addcmul(crossed, second, cos, out=second)
 
 
-def attention(qkv: Tensor, shape: Shape, batch: int, tables: tuple[Tensor, Tensor]) -> Tensor:
+def torch_attention(qkv: Tensor, shape: Shape, batch: int, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Mixed values [T, heads · HEAD] of [T, (heads + 2 · kv_heads) · HEAD], whose queries and keys are turned."""
     heads = [shape.heads, shape.kv_heads, shape.kv_heads]
     rows = qkv.view(batch, -1, sum(heads), HEAD)
@@ -104,15 +107,38 @@ class HalfBlock:
     def __call__(self, x: Tensor) -> Tensor:
         hidden = x.shape[-1]
         rows = functional.rms_norm(x, (hidden,), self.norms[0], EPSILON).view(-1, hidden)
-        mixed = attention(self.qkv(rows), self.shape, x.shape[0], self.tables)
+        mixed = torch_attention(self.qkv(rows), self.shape, x.shape[0], self.tables)
         x = x + self.output(mixed).view_as(x)
         rows = functional.rms_norm(x, (hidden,), self.norms[1], EPSILON).view(-1, hidden)
         gate, up = self.gate_up(rows).chunk(2, -1)
         return x + self.down(functional.silu(gate) * up).view_as(x)
 
 
+class OurAttention:
+    """Int4KVAttention of a prompt from an empty cache, which it fills in place."""
+
+    def __init__(self, shape: Shape, batch: int, sequence: int) -> None:
+        options: dict[str, Any] = {"device": "cuda"}
+        cache = (batch, shape.kv_heads, sequence, row_bytes(HEAD))
+        self.caches = [torch.zeros(cache, dtype=torch.int8, **options) for _ in range(2)]
+        self.lengths = torch.full((batch,), sequence - 1, dtype=torch.int32, **options)
+        self.positions = torch.arange(sequence, **options).expand(batch, -1).contiguous()
+        cos, sin = rotary_tables(sequence, torch.empty(0, **options))
+        self.tables = cos[:, 0].contiguous(), sin[:, 0].contiguous()
+        self.offset = torch.zeros(shape.kv_heads, HEAD, **options)
+        self.heads = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads, "hadamard": 1}
+
+    def problem(self, qkv: Tensor, y: Tensor) -> library_cuda.Attention:
+        """The call for qkv [T, (heads + 2 · kv_heads) · HEAD] and y [T, heads · HEAD]."""
+        qkv, y = (rows.view(*self.positions.shape, -1) for rows in (qkv, y))
+        return library_cuda_attention.attention_problem(
+            qkv, *self.caches, self.lengths, self.positions, *self.tables, self.offset, *self.caches, y, **self.heads
+        )
+
+
 class OurBlock:
-    """The same in five ops: norms, gate and residuals are inputs of the linears. args: what Linear takes, and parts."""
+    """The same in five ops: norms, gate and residuals are inputs of the linears. args: what Linear takes, batch, parts
+    and attention."""
 
     def __init__(self, shape: Shape, args: argparse.Namespace, sequence: int, like: Tensor) -> None:
         self.shape, self.parts = shape, args.parts
@@ -123,23 +149,37 @@ class OurBlock:
         for operands in (self.qkv, self.gate_up):
             operands |= norm | {"norm": torch.ones(shape.hidden, device="cuda")}
         self.down["prologue"] = PROLOGUES.index("silu_gate")
-        self.tables = rotary_tables(sequence, like)
+        self.own = OurAttention(shape, args.batch, sequence) if args.attention == "ours" else None
+        self.tables = rotary_tables(sequence, like) if self.own is None else None
         self.workspace: Tensor | None = None  # as large as the largest that was needed
+
+    def space(self, size: int) -> Tensor:
+        if self.workspace is None or len(self.workspace) < size:
+            self.workspace = None
+            self.workspace = torch.empty(size, device="cuda", dtype=torch.int8)
+        return self.workspace
 
     def multiply(self, operands: dict[str, Any], x: Tensor, y: Tensor | None = None, **more: Tensor) -> Tensor:
         if y is None:
             y = x.new_empty(x.shape[0], operands["scales"].shape[1])
-        size = library_cuda.layout(x, **operands, **more).bytes
-        if self.workspace is None or len(self.workspace) < size:
-            self.workspace = None
-            self.workspace = torch.empty(size, device="cuda", dtype=torch.int8)
+        space = self.space(library_cuda.layout(x, **operands, **more).bytes)
         stream = torch.cuda.current_stream().cuda_stream
-        library_cuda.matmul(x, y, self.workspace, stream=stream, **operands, **more)
+        library_cuda.matmul(x, y, space, stream=stream, **operands, **more)
+        return y
+
+    def attend(self, qkv: Tensor, batch: int) -> Tensor:
+        if self.own is None:
+            assert self.tables is not None
+            return torch_attention(qkv, self.shape, batch, self.tables)
+        y = qkv.new_empty(qkv.shape[0], self.shape.heads * HEAD)
+        problem = self.own.problem(qkv, y)
+        space = self.space(library_cuda_attention.attention_workspace(problem))
+        library_cuda_attention.attention(problem, space, stream=torch.cuda.current_stream().cuda_stream)
         return y
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.view(-1, x.shape[-1])
-        mixed = attention(self.multiply(self.qkv, rows), self.shape, x.shape[0], self.tables)
+        mixed = self.attend(self.multiply(self.qkv, rows), x.shape[0])
         y = self.multiply(self.output, mixed, residual=rows)
         del mixed
         for part in y.chunk(self.parts):
@@ -183,7 +223,10 @@ def measure(model: str, sequence: int, ranks: list[int], args: argparse.Namespac
                 raise SystemExit(f"{model}, {name}: the output is not finite")
         graphs = {name: (graph_of([lambda block=block: block(x)]), 1) for name, block in blocks.items()}  # type: ignore[misc]
         seconds = medians(graphs, args.turns)
-        lines.append({"model": model, "sequence": sequence, "rank": rank, "seconds": seconds, "bytes": memory})
+        line: dict[str, Any] = {"model": model, "sequence": sequence, "rank": rank, "seconds": seconds, "bytes": memory}
+        if args.kernels:
+            line["kernels"] = {name: kernel_times(lambda block=block: block(x)) for name, block in blocks.items()}  # type: ignore[misc]
+        lines.append(line)
     return lines
 
 
@@ -198,7 +241,9 @@ def main() -> None:
     parser.add_argument("--act-group", type=int, default=0, help="features per activation scale; 0: per token")
     parser.add_argument("--hadamard", type=int, default=0)
     parser.add_argument("--parts", type=int, default=2, help="in which ours takes the tokens through the MLP")
+    parser.add_argument("--attention", choices=["ours", "torch"], default="ours", help="of our block")
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--kernels", action="store_true", help="the time of every kernel")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     library_cuda.check_device()
@@ -217,6 +262,9 @@ def main() -> None:
                 text = f"{model:>12} {sequence:>5} {line['rank']:>4} {half:>8.3f} {ours:>8.3f} {half / ours:>6.2f}"
                 half, ours = (line["bytes"][name] / 2**30 for name in ("fp16", "ours"))
                 print(f"{text} {half:>8.2f} {ours:>8.2f} {half / ours:>6.2f}", flush=True)
+                for name, kernels in line.get("kernels", {}).items():
+                    for kernel, value in sorted(kernels.items()):
+                        print(f"{name:>18} {value:>9.1f}  {kernel}")
 
 
 if __name__ == "__main__":

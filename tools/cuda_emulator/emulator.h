@@ -140,6 +140,20 @@ T __shfl_xor_sync(unsigned, T value, int distance) {
   return result;
 }
 
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  struct Asked {
+    T value;
+    int lane;
+  } asked{value, lane};
+  T result;
+  emulator::together(&asked, &result, [](void** in, void** out) {
+    for (int i = 0; i < 32; ++i)
+      *static_cast<T*>(out[i]) = static_cast<Asked*>(in[static_cast<Asked*>(in[i])->lane % 32])->value;
+  });
+  return result;
+}
+
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }

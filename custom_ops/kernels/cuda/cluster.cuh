@@ -1,5 +1,4 @@
-// Blocks of threads that run together, and send each other numbers or read each other's shared memory (compute capability
-// 9.0 and later).
+// Blocks of threads that run together and send each other numbers (compute capability 9.0 and later).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,34 +22,13 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
-// The same, and what was written before is seen by those who have waited.
-__device__ __forceinline__ void cluster_release() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
-// What lies at the same place of another block's shared memory.
-__device__ __forceinline__ float cluster_read(const float* shared, int rank) {
-  float value = 0.0f;
-#if __CUDA_ARCH__ >= 900
-  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile(
-      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}\n"
-      : "=f"(value)
-      : "r"(own), "r"(rank)
-      : "memory");
-#endif
-  return value;
-}
-
-// A box counts what is sent to its block: as many bytes as it was opened for, once. By one thread.
+// A box counts what is sent to its block: as many bytes as it was opened for. By one thread.
 __device__ __forceinline__ void box_open(uint64_t* box, int bytes) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(box));
@@ -59,6 +37,16 @@ __device__ __forceinline__ void box_open(uint64_t* box, int bytes) {
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(at),
       "r"(bytes)
       : "memory");
+#endif
+}
+
+// For so many bytes once more, when they were waited for. Some may have come already.
+__device__ __forceinline__ void box_again(uint64_t* box, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(box))),
+               "r"(bytes)
+               : "memory");
 #endif
 }
 
@@ -98,16 +86,17 @@ __device__ __forceinline__ void box_send(float4* shared, int rank, float4 value,
 #endif
 }
 
-// Until all of it is there; by all threads.
-__device__ __forceinline__ void box_wait(uint64_t* box, int blocks) {
+// Until all of it is there; by all threads. parity: 0 the first time, 1 the second, and so on.
+__device__ __forceinline__ void box_wait(uint64_t* box, int blocks, int parity = 0) {
   if (blocks == 1) {
     __syncthreads();
     return;
   }
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n@p bra done;\n"
-      "bra again;\ndone:\n}\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(box)))
+      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@p bra done;\n"
+      "bra again;\ndone:\n}\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(box))),
+      "r"(parity)
       : "memory");
 #endif
 }

@@ -57,7 +57,7 @@ struct Consumer90 : Sums90<mode, tokens, folds> {
   }
 
   // All features of a tile, without groups. at: slots taken so far.
-  __device__ __forceinline__ void run_channels(int& at, int tile) {
+  __device__ __forceinline__ void run_channels(int& at, int output) {
     for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
       const int slot = at % G::kSlots;
       const uint8_t* from = gemm.shared + slot * G::kSlot;
@@ -71,13 +71,13 @@ struct Consumer90 : Sums90<mode, tokens, folds> {
       multiply(second, from, 1, true);
       wgmma_wait<1>();
     }
-    this->load_ends(this->output_of(tile));
+    this->load_ends(this->output_of(output));
     wgmma_wait<0>();
     hold_sums();
     release(gemm.empty + (at - 1) % G::kSlots);
   }
 
-  __device__ __forceinline__ void run_groups(int& at, int tile) {
+  __device__ __forceinline__ void run_groups(int& at, int output) {
 #pragma unroll
     for (int i = 0; i < 2 * G::kSums; ++i) totals[i / G::kSums][i % G::kSums] = 0.0f;
     for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
@@ -99,7 +99,7 @@ struct Consumer90 : Sums90<mode, tokens, folds> {
       }
       release(gemm.empty + slot);
     }
-    this->load_ends(this->output_of(tile));
+    this->load_ends(this->output_of(output));
   }
 
   // totals += sums · both scales.
@@ -160,12 +160,13 @@ __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
     Consumer90<mode, tokens, folds> consumer(gemm);
     int at = 0, turn = 0;
     for (int tile = blockIdx.x; tile < gemm.tiles; tile += gridDim.x, ++turn) {
+      const int2 corner = gemm.corner(tile);
       if constexpr (G::kFolds) {
-        consumer.run_groups(at, tile);
+        consumer.run_groups(at, corner.y);
       } else {
-        consumer.run_channels(at, tile);
+        consumer.run_channels(at, corner.y);
       }
-      consumer.finish(tile, turn);
+      consumer.finish(corner, turn);
     }
   }
 #endif

@@ -34,7 +34,7 @@ struct Sums90 {
     if (lane == 0) barrier_arrive(barrier);
   }
 
-  __device__ __forceinline__ int output_of(int tile) const { return gemm.first_output(tile) + 32 * group + 4 * g; }
+  __device__ __forceinline__ int output_of(int first) const { return first + 32 * group + 4 * g; }
 
   __device__ __forceinline__ void load_coef(uint2 (&coef)[8], int output, int column) const {
     const __half* from = gemm.args.coef + output;
@@ -71,26 +71,26 @@ struct Sums90 {
   }
 
   // y of a tile: scales where there are no groups, the branch, bias, residual.
-  __device__ __forceinline__ void finish(int tile, int turn) {
-    gemm.args.y_half ? finish_rank<true>(tile, turn) : finish_rank<false>(tile, turn);
+  __device__ __forceinline__ void finish(int2 corner, int turn) {
+    gemm.args.y_half ? finish_rank<true>(corner, turn) : finish_rank<false>(corner, turn);
   }
 
   // halves: y and the residual are float16.
   template <bool halves>
-  __device__ __forceinline__ void finish_rank(int tile, int turn) {
+  __device__ __forceinline__ void finish_rank(int2 corner, int turn) {
     switch (gemm.args.rank ? gemm.args.rp / kRankStep : 0) {
-      case 0: finish_added<0, halves>(tile, turn); break;
-      case 1: finish_added<1, halves>(tile, turn); break;
-      default: finish_as<2, halves, true>(tile, turn);
+      case 0: finish_added<0, halves>(corner, turn); break;
+      case 1: finish_added<1, halves>(corner, turn); break;
+      default: finish_as<2, halves, true>(corner, turn);
     }
   }
 
   template <int blocks, bool halves>
-  __device__ __forceinline__ void finish_added(int tile, int turn) {
+  __device__ __forceinline__ void finish_added(int2 corner, int turn) {
     if (mode == kChannel && halves && !gemm.args.residual) {
-      finish_as<blocks, halves, false>(tile, turn);
+      finish_as<blocks, halves, false>(corner, turn);
     } else {
-      finish_as<blocks, halves, true>(tile, turn);
+      finish_as<blocks, halves, true>(corner, turn);
     }
   }
 
@@ -115,10 +115,10 @@ struct Sums90 {
   // blocks: of 32 columns of the branch. added: there may be a residual. Few jumps: while 8 tokens wait for something,
   // others go on.
   template <int blocks, bool halves, bool added>
-  __device__ __forceinline__ void finish_as(int tile, int turn) {
+  __device__ __forceinline__ void finish_as(int2 corner, int turn) {
     const Args& args = gemm.args;
     constexpr int together = blocks > 1 ? 1 : 2;  // times 8 tokens
-    const int first_token = gemm.first_token(tile) + 2 * t, output = output_of(tile);
+    const int first_token = corner.x + 2 * t, output = output_of(corner.y);
     const int tokens_left = output < args.m ? args.tokens - first_token : 0;  // from this thread's first on
     uint32_t coef[blocks ? blocks : 1][2][2][4];
     if constexpr (blocks > 0) fragments_of(coef[0], ends.coef);

@@ -13,6 +13,7 @@ struct Gemm90 {
   static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * 128;
   static constexpr int kOutputs = kConsumers * 128, kPanels = kOutputs / kPanel, kSlots = 6;
   static constexpr int kSums = tokens / 2;  // of a fragment, in each thread
+  static constexpr int kBandBytes = 12 << 20, kLeastBand = 8;  // of activations; tiles of tokens
 
   // A slot.
   static constexpr int kPanelBytes = kChunk * kPanel / 2;
@@ -33,15 +34,24 @@ struct Gemm90 {
   const Args& args;
   uint8_t* shared;
   uint64_t *full, *empty, *end_full, *end_empty;
-  int chunks, tiles_t, tiles;
+  int chunks, tiles_t, tiles, band;
 
   __device__ __forceinline__ Gemm90(const Args& a, uint8_t* memory)
       : args(a), shared(memory), full(reinterpret_cast<uint64_t*>(memory + kBarriers)), empty(full + kSlots),
         end_full(empty + kSlots), end_empty(end_full + 1), chunks(a.n / kChunk),
-        tiles_t(ceil_div(a.tokens, tokens)), tiles(tiles_t * ceil_div(a.m, kOutputs)) {}
+        tiles_t(ceil_div(a.tokens, tokens)), tiles(tiles_t * ceil_div(a.m, kOutputs)),
+        band(min(tiles_t, max(kLeastBand, kBandBytes / (tokens * a.n)))) {}
 
-  __device__ __forceinline__ int first_token(int tile) const { return tile % tiles_t * tokens; }
-  __device__ __forceinline__ int first_output(int tile) const { return tile / tiles_t * kOutputs; }
+  // Tiles of a band of tokens, whose activations the second-level cache holds, for all outputs, then the next band: all
+  // tokens for the first outputs would read the activations of a long prompt from memory again for every 256 outputs.
+  // Tiles with fewer outputs are the last.
+  __device__ __forceinline__ int2 corner(int tile) const {
+    const int strips = args.m / kOutputs, inside = tiles_t * strips;
+    if (tile >= inside) return make_int2((tile - inside) * tokens, strips * kOutputs);
+    const int which = tile / (band * strips), rest = tile - which * band * strips;
+    const int rows = min(band, tiles_t - which * band), strip = rest / rows;
+    return make_int2((which * band + rest - strip * rows) * tokens, strip * kOutputs);
+  }
 
   // One of the copies that fill a slot: a lane's, from tile to tile the same kind.
   struct Job {
@@ -93,7 +103,8 @@ struct Gemm90 {
     int slot = 0, turn = 0;
     uint32_t parity = 1;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++turn) {
-      const int token = first_token(tile), output = first_output(tile);
+      const int2 first = corner(tile);
+      const int token = first.x, output = first.y;
       const int rows = min(tokens, args.tp - token), outputs = min(kOutputs, args.m - output);
       const int fold_bytes = outputs * 2 + rows * 4 + (kZeros ? rows * 4 + outputs * (args.wide_sums ? 4 : 2) : 0);
       const int bytes = rows * kChunk + outputs / kPanel * kPanelBytes + (kFolds ? folds * fold_bytes : 0);

@@ -1,77 +1,18 @@
-// Shared memory of a block of `prompt`, and what a warp does with its 64 features of 16 tokens, which stay in registers.
+// What a warp of `prompt` does with its 64 features of 16 tokens, which stay in registers.
 //
 // With g = lane / 4 and t = lane % 4 a thread holds, of tokens g and g + 8, features 16t … 16t + 15: column 2t + e of
 // fragment c is feature 16t + 2c + e. The basis lies in the order of the columns, so that ldmatrix reads neighbours.
 #pragma once
 
-#include "cluster.cuh"
 #include "hadamard.cuh"
-#include "prologue.cuh"
+#include "prompt_exchange.cuh"
 #include "ptx90.cuh"
 #include "unpack.cuh"
 
 namespace specquant_cuda {
 
-constexpr int kPromptTokens = 16;
-
 // How x is read: float16 that is x̂ already, whose products are exact in float16; any x̂ but one with a gate; that.
 enum Reads { kExact, kValues, kGates };
-
-// Halves in a row of the basis and of low: padded, so that rows start in different banks.
-__host__ __device__ constexpr int prompt_stride(int rp) { return rp + 8; }
-
-// What a token is divided by: as __fdiv_rn would, in three instructions (its reciprocal is rounded correctly, and so then is
-// the quotient, unless it is smaller than any that matters).
-struct Root {
-  float root, inverse;
-  __device__ __forceinline__ static Root of(float squares, int n, float epsilon) {
-    const float root = __fsqrt_rn(squares / static_cast<float>(n) + epsilon), inverse = __fdiv_rn(1.0f, root);
-    return {inverse == 0.0f ? 1.0f : root, inverse};  // all over infinity is 0
-  }
-  __device__ __forceinline__ float divide(float x) const {
-    const float quotient = x * inverse;
-    return fmaf(fmaf(-quotient, root, x), inverse, quotient);
-  }
-};
-
-struct PromptPlaces {
-  __half *basis, *low;  // [features], [2 parts, tokens]
-  float* sums;          // [warps, tokens] of a block; before that, with a Hadamard transform, x̂
-  float *shares, *squares, *lowest, *highest;  // what other blocks read: [2], of tiles in turn
-  float* warps_found;   // [3, warps, tokens]: squares, lowest, highest
-  float* factor;
-  Root* roots;
-  Quantizer* quantizer;
-  int values_stride;    // floats from a token's x̂ to the next
-
-  // rp: 0 without a branch.
-  __host__ __device__ static size_t take(PromptPlaces* at, uint8_t* memory, int warps, int rp, bool rotates) {
-    const int stride = prompt_stride(rp), values = warps * kStep + 8;
-    size_t end = 0;
-    const auto next = [&](size_t bytes) {
-      uint8_t* place = memory + end;
-      end += (bytes + 15) / 16 * 16;
-      return place;
-    };
-    uint8_t* basis = next(rp ? warps * kStep * stride * sizeof(__half) : 0);
-    uint8_t* low = next(rp ? 2 * kPromptTokens * stride * sizeof(__half) : 0);
-    const size_t sums = warps * kPromptTokens * rp * sizeof(float);
-    const size_t rotated = rotates ? kPromptTokens * values * sizeof(float) : 0;
-    uint8_t* all_sums = next(sums > rotated ? sums : rotated);
-    uint8_t* shares = next(2 * kPromptTokens * rp * sizeof(float));
-    uint8_t* few = next((6 + 3 * warps + 3) * kPromptTokens * sizeof(float));
-    uint8_t* quantizers = next(kPromptTokens * sizeof(Quantizer));
-    if (at) {
-      at->basis = reinterpret_cast<__half*>(basis), at->low = reinterpret_cast<__half*>(low);
-      at->sums = reinterpret_cast<float*>(all_sums), at->shares = reinterpret_cast<float*>(shares);
-      at->squares = reinterpret_cast<float*>(few), at->lowest = at->squares + 2 * kPromptTokens;
-      at->highest = at->lowest + 2 * kPromptTokens, at->warps_found = at->highest + 2 * kPromptTokens;
-      at->factor = at->warps_found + 3 * warps * kPromptTokens, at->roots = reinterpret_cast<Root*>(at->factor + kPromptTokens);
-      at->quantizer = reinterpret_cast<Quantizer*>(quantizers), at->values_stride = values;
-    }
-    return end;
-  }
-};
 
 // Where a feature of 64 has its row of the basis.
 __device__ __forceinline__ int basis_row_of(int feature) { return feature % 16 / 2 * 8 + feature / 16 * 2 + feature % 2; }
