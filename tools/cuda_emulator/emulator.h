@@ -154,6 +154,7 @@ T __shfl_sync(unsigned, T value, int lane) {
   return result;
 }
 
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }

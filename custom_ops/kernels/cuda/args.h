@@ -119,15 +119,15 @@ cudaError_t multiply_any(const Args& args, cudaStream_t stream);
 
 // Where a feature's level lies in its row for `gemm`, which takes 32 features at a time: ldmatrix gives thread t of four
 // the t-th words of 16 bytes, and the thread needs features 8t … 8t + 7.
-__host__ __device__ constexpr int place_of(int feature, bool halves) {
-  const int within = feature % 32, t = within / 8;
+__host__ __device__ constexpr uint32_t place_of(uint32_t feature, bool halves) {
+  const uint32_t within = feature % 32, t = within / 8;
   return feature - within + (halves ? within % 8 / 2 * 8 + 2 * t + within % 2 : within % 8 / 4 * 16 + 4 * t + within % 4);
 }
 
 // Where the level of a token's feature lies in kTiles: rows of 128 bytes whose 16-byte columns are swizzled.
-__host__ __device__ constexpr int64_t tile_place(int token, int feature, int tp) {
-  const int place = place_of(feature % kChunk, false);
-  return (static_cast<int64_t>(feature / kChunk) * tp + token) * kChunk + (place / 16 ^ token % 8) * 16 + place % 16;
+__host__ __device__ constexpr int64_t tile_place(uint32_t token, uint32_t feature, int tp) {
+  const uint32_t place = place_of(feature % kChunk, false);
+  return (static_cast<int64_t>(feature / kChunk) * tp + token) * kChunk + ((place / 16 ^ token % 8) * 16 + place % 16);
 }
 
 __host__ __device__ constexpr int64_t level_place(const Args& args, int token, int feature) {

@@ -94,7 +94,7 @@ __device__ __forceinline__ void box_wait(uint64_t* box, int blocks, int parity =
   }
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@p bra done;\n"
+      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\n"
       "bra again;\ndone:\n}\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(box))),
       "r"(parity)
       : "memory");

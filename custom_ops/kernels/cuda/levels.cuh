@@ -75,15 +75,17 @@ __device__ __forceinline__ void store_levels(const Args& args, int token, int un
   if (token >= args.tokens) return;
   int8_t* to = static_cast<int8_t*>(args.levels);
   const int feature = unit * kStep + 16 * t;
+  if (feature + 16 > args.n) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (feature + 4 * i >= args.n) words[i] = 0;
+    for (int i = 0; i < 4; ++i)
+      if (feature + 4 * i >= args.n) words[i] = 0;
+  }
+  const int64_t place = level_place(args, token, feature);
   if (args.order == kRows) {
-    const uint4 all = make_uint4(words[0], words[1], words[2], words[3]);
-    *reinterpret_cast<uint4*>(to + level_place(args, token, feature)) = all;
-  } else {
-    *reinterpret_cast<uint2*>(to + level_place(args, token, feature)) = make_uint2(words[0], words[2]);
-    *reinterpret_cast<uint2*>(to + level_place(args, token, feature + 4)) = make_uint2(words[1], words[3]);
+    *reinterpret_cast<uint4*>(to + place) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else {  // of feature + 4 the place is the other half of 32 bytes
+    *reinterpret_cast<uint2*>(to + place) = make_uint2(words[0], words[2]);
+    *reinterpret_cast<uint2*>(to + (place ^ 16)) = make_uint2(words[1], words[3]);
   }
 }
 

@@ -51,29 +51,30 @@ struct Raw {
   static constexpr int kPieces = 16 * sizeof(X) / 16, kEach = 16 / sizeof(X), kParts = reads == kGates ? 2 : 1;
   uint4 v[kParts][2][kPieces];
 
+  // A token's row; past the last one that of the last, of which nothing is kept.
+  __device__ __forceinline__ static const X* row_of(const Args& args, const Source& source, int token, int part) {
+    const int64_t row = static_cast<int64_t>(min(token, args.tokens - 1)) * kParts + part;
+    return static_cast<const X*>(source.x) + row * args.n;
+  }
+
   __device__ __forceinline__ void load(const Args& args, const Source& source, int token, int feature) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const X* row = static_cast<const X*>(source.x) + (static_cast<int64_t>(token + 8 * h) * kParts + part) * args.n;
+        const X* from = row_of(args, source, token + 8 * h, part) + feature;
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          const int at = feature + i * kEach;
-          // Not __ldg: it may have been written while this kernel was already starting.
-          v[part][h][i] = token + 8 * h < args.tokens && at < args.n ? *reinterpret_cast<const uint4*>(row + at)
-                                                                     : make_uint4(0, 0, 0, 0);
-        }
+        for (int i = 0; i < kPieces; ++i)  // not __ldg: x may have been written while this kernel was already starting
+          v[part][h][i] = feature + i * kEach < args.n ? *reinterpret_cast<const uint4*>(from + i * kEach)
+                                                       : make_uint4(0, 0, 0, 0);
       }
   }
 
   // The same of later tokens, a line a thread, on its way to the second-level cache.
   __device__ __forceinline__ static void prefetch_ahead(const Args& args, const Source& source, int token, int feature) {
+    if (feature >= args.n) return;
 #pragma unroll
-    for (int i = 0; i < kParts * 2; ++i)
-      if (token + i % 2 * 8 < args.tokens && feature < args.n)
-        prefetch(static_cast<const X*>(source.x) +
-                 (static_cast<int64_t>(token + i % 2 * 8) * kParts + i / 2) * args.n + feature);
+    for (int i = 0; i < kParts * 2; ++i) prefetch(row_of(args, source, token + i % 2 * 8, i / 2) + feature);
   }
 
   __device__ __forceinline__ void floats(int part, int h, float (&to)[16]) const {
@@ -182,22 +183,24 @@ __device__ __forceinline__ void subtract_low(float (&u)[2][16], const __half* ro
     parts[part][step][i % 4] = *reinterpret_cast<const uint32_t*>(from);
   }
 #pragma unroll
-  for (int c = 0; c < 8; ++c) {
-    float part[4] = {};
+  for (int c = 0; c < 8; c += 2) {
+    float part[2][4] = {};
 #pragma unroll
     for (int b = 0; b < rank_blocks; ++b) {
-      uint32_t basis[4];
-      load_matrices(basis, rows + 8 * c * stride + 32 * b);
+      uint32_t basis[2][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // both parts of low, the small one first
-        const uint32_t columns[2] = {basis[i % 2 * 2], basis[i % 2 * 2 + 1]};
-        mma_f16(part, parts[1 - i / 2][2 * b + i % 2], columns);
+      for (int k = 0; k < 2; ++k) load_matrices(basis[k], rows + 8 * (c + k) * stride + 32 * b);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {  // both parts of low, the small one first; two sums, since one waits for itself
+        const int k = i % 2, j = i / 2 % 2;
+        const uint32_t columns[2] = {basis[k][j * 2], basis[k][j * 2 + 1]};
+        mma_f16(part[k], parts[1 - i / 4][2 * b + j], columns);
       }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float& value = u[i / 2][2 * c + i % 2];
-      value = __fsub_rn(value, __fmul_rn(part[i], factor[i / 2]));  // factor is a power of two
+    for (int i = 0; i < 8; ++i) {
+      float& value = u[i / 2 % 2][2 * (c + i / 4) + i % 2];
+      value = __fsub_rn(value, __fmul_rn(part[i / 4][i % 4], factor[i / 2 % 2]));  // factor is a power of two
     }
   }
 }

@@ -11,8 +11,8 @@
 namespace specquant_cuda {
 
 constexpr int kPromptTokens = 16;
-constexpr int kPromptBlocks = 16;                // of a cluster, at the most
-constexpr int kPromptSent = kPromptBlocks + 4;   // floats from a token's numbers to the next one's: other banks
+constexpr int kPromptSent = 20;  // floats from a token's numbers to the next one's, of blocks or of warps: other banks
+static_assert(kPromptSent >= kPromptWarps && kPromptSent % 4 == 0);
 
 // Halves in a row of the basis and of low: padded, so that rows start in different banks.
 __host__ __device__ constexpr int prompt_stride(int rp) { return rp + 8; }
@@ -37,14 +37,14 @@ struct PromptPlaces {
   float* shares;        // sent: [tokens of this block, blocks] of low
   __half* finished;     // [tokens of this block, 2 parts] of low, to be sent
   float *squares, *ranges;  // sent: [buffers, tokens, kPromptSent], [buffers, 2, tokens, kPromptSent]
-  float* found;         // [buffers, 3, warps, tokens]: squares, −lowest, highest
+  float* found;         // of warps: [buffers, 3, tokens, kPromptSent]: squares, −lowest, highest
   float* factor;        // sent, with low
   uint64_t* boxes;      // of shares, of low; of squares and of ranges, for each buffer
   int values_stride;    // floats from a token's x̂ to the next
 
   static constexpr int kBoxes = 6;
   __host__ __device__ static constexpr int buffers(int rp) { return rp ? 1 : 2; }
-  // Floats of squares and ranges.
+  // Floats of squares and ranges, and as many of `found`.
   __host__ __device__ static constexpr int sent(int rp) { return buffers(rp) * 3 * kPromptTokens * kPromptSent; }
 
   // rp: 0 without a branch.
@@ -64,7 +64,7 @@ struct PromptPlaces {
     uint8_t* shares = next(kPromptTokens * rp * sizeof(float));
     uint8_t* finished = next(kPromptTokens / spread * 2 * rp * sizeof(__half));
     uint8_t* squares = next(sent(rp) * sizeof(float));
-    uint8_t* found = next(buffers(rp) * 3 * warps * kPromptTokens * sizeof(float));
+    uint8_t* found = next(sent(rp) * sizeof(float));
     uint8_t* factor = next(kPromptTokens * sizeof(float));
     uint8_t* boxes = next(kBoxes * sizeof(uint64_t));
     if (at) {
@@ -98,8 +98,10 @@ struct PromptExchange {
 
   // Before all others' `cluster_wait`.
   __device__ __forceinline__ void open() const {
-    for (int i = threadIdx.x; i < PromptPlaces::sent(kColumns); i += blockDim.x)
-      if (i % kPromptSent >= args.spread) at.squares[i] = 0.0f;  // read, sent by nobody
+    for (int i = threadIdx.x; i < PromptPlaces::sent(kColumns); i += blockDim.x) {  // read, written by nobody
+      if (i % kPromptSent >= args.spread) at.squares[i] = 0.0f;
+      if (i % kPromptSent >= warps) at.found[i] = 0.0f;
+    }
     if (threadIdx.x == 0) {
       box_open(at.boxes, kShareBytes);
       box_open(at.boxes + 1, kLowBytes);
@@ -123,33 +125,32 @@ struct PromptExchange {
     receive(box + buffer(), bytes, threadIdx.x == 0, round / kBuffers);
   }
 
-  __device__ __forceinline__ float* found_by(int which, int of_warp) const {
-    return at.found + ((buffer() * 3 + which) * warps + of_warp) * kPromptTokens;
+  // What the warps found of a token.
+  __device__ __forceinline__ float* found(int which, int token) const {
+    return at.found + ((buffer() * 3 + which) * kPromptTokens + token) * kPromptSent;
   }
 
   // A value of tokens g and g + 8, the same in the four threads that share them, for the block to combine.
   __device__ __forceinline__ void tell(int which, const float (&value)[2]) const {
     const int g = lane / 4;
-    if (lane % 4 == 0) found_by(which, warp)[g] = value[0], found_by(which, warp)[g + 8] = value[1];
+    if (lane % 4 == 0) found(which, g)[warp] = value[0], found(which, g + 8)[warp] = value[1];
   }
 
   // What the warps told of a token as one, to all blocks: a warp for each of them. `to` is the token's.
   template <class F>
   __device__ __forceinline__ void send(int which, int token, float* to, uint64_t* box, F combine) const {
     if (warp >= args.spread) return;
-    float value = found_by(which, 0)[token];
-#pragma unroll 4
-    for (int w = 1; w < warps; ++w) value = combine(value, found_by(which, w)[token]);
+    const float value = together(found(which, token), warps, combine);
     for (int b = warp; b < args.spread; b += warps) box_send(to + rank, b, value, box, args.spread);
   }
 
-  // What all blocks sent of a token, as one, in their order. 0 must not matter.
+  // `count` numbers of a token, of warps or blocks, as one, in their order. 0 must not matter.
   template <class F>
-  __device__ __forceinline__ float of_blocks(const float* from, F combine) const {
+  __device__ __forceinline__ static float together(const float* from, int count, F combine) {
     float all = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kPromptBlocks; i += 4) {
-      if (i >= args.spread) break;
+    for (int i = 0; i < kPromptSent; i += 4) {
+      if (i >= count) break;
       const float4 four = *reinterpret_cast<const float4*>(from + i);
       all = combine(combine(combine(combine(all, four.x), four.y), four.z), four.w);
     }
@@ -163,7 +164,7 @@ struct PromptExchange {
     float* mine = at.squares + (buffer() * kPromptTokens + lane % 16) * kPromptSent;
     if (lane < kPromptTokens) send(0, lane, mine, at.boxes + 2 + buffer(), Sum());
     receive_numbers(at.boxes + 2, square_bytes());
-    return of_blocks(mine, Sum());
+    return together(mine, args.spread, Sum());
   }
 
   // Lowest and highest of a token's features, of all blocks, as `square`.
@@ -175,7 +176,7 @@ struct PromptExchange {
     float* mine = at.ranges + (buffer() * 2 * kPromptTokens + lane) * kPromptSent;
     send(1 + lane / 16, lane % 16, mine, at.boxes + 4 + buffer(), Largest());
     receive_numbers(at.boxes + 4, 2 * square_bytes());
-    const float one = of_blocks(mine, Largest()), other = __shfl_xor_sync(~0u, one, 16);
+    const float one = together(mine, args.spread, Largest()), other = __shfl_xor_sync(~0u, one, 16);
     return lane < 16 ? make_float2(-one, other) : make_float2(-other, one);
   }
 
@@ -188,7 +189,7 @@ struct PromptExchange {
       *reinterpret_cast<float2*>(at.sums + warp * kPromptTokens * kColumns + place(g + i % 2 * 8, i / 2 * 8 + 2 * t)) =
           make_float2(sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
     __syncthreads();
-    const int spread = args.spread, owned = kPromptTokens / spread;
+    const int spread = args.spread, owned = kPromptTokens / spread, shift = __popc(owned - 1);  // a power of two
     for (int i = threadIdx.x; i < kPromptTokens * kColumns / 4; i += warps * 32) {
       const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
       const float* from = at.sums + place(row, column);
@@ -198,8 +199,8 @@ struct PromptExchange {
         const float4 more = *reinterpret_cast<const float4*>(from + w * kPromptTokens * kColumns);
         all = make_float4(all.x + more.x, all.y + more.y, all.z + more.z, all.w + more.w);
       }
-      float* to = at.shares + (row % owned * spread + rank) * kColumns + column;
-      box_send(reinterpret_cast<float4*>(to), row / owned, all, at.boxes, spread);
+      float* to = at.shares + ((row & (owned - 1)) * spread + rank) * kColumns + column;
+      box_send(reinterpret_cast<float4*>(to), row >> shift, all, at.boxes, spread);
     }
     if (warp < owned || spread == 1) {
       receive(at.boxes, kShareBytes, threadIdx.x == 0, round);
