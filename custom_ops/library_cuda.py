@@ -39,6 +39,7 @@ _POINTERS = ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias", "nor
 _OFFSETS = ("rotated", "reduced", "partial", "low", "low_factor", "levels", "scale", "zero", "bytes")
 _LENGTHS = ("batch", "sequence", "past_rows", "present_rows", "num_heads", "kv_num_heads", "head_dim")
 _CACHE_INPUTS = ("qkv", "past_key", "past_value", "seqlens_k", "position_ids", "cos", "sin", "key_offset")
+_STEP = ("logits", "uniforms", "ids", "position_ids", "attention_mask", "results")
 _PADDED = ("tokens_padded", "features_padded", "rank_padded", "segments", "splits")
 
 
@@ -85,8 +86,9 @@ class Sample(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("rows", "vocab", "stride", "top_k", "width")]
-        + [("half", ctypes.c_int32), ("temperature", ctypes.c_float)]
-        + [(name, ctypes.c_void_p) for name in ("logits", "uniforms", "ids", "position_ids", "attention_mask", "results")]
+        + [("half", ctypes.c_int32)]
+        + [("temperature", ctypes.c_float)]
+        + [(name, ctypes.c_void_p) for name in _STEP]
     )
 
 

@@ -73,9 +73,7 @@ def check_draw(logits: NDArray[Any], tokens: NDArray[np.int64], uniforms: Any, t
 
 @pytest.mark.parametrize("float_type", [np.float32, np.float16])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_greedy_is_the_first_of_the_largest(
-    rng: np.random.Generator, sizes: tuple[int, int], float_type: Any
-) -> None:
+def test_greedy_is_the_first_of_the_largest(rng: np.random.Generator, sizes: tuple[int, int], float_type: Any) -> None:
     logits = rng.standard_normal(sizes).astype(float_type)
     np.testing.assert_array_equal(Step(logits).run(), logits.argmax(-1))
     for value in (0.0, 5.0):  # ties, here of all and of some
