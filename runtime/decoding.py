@@ -162,13 +162,10 @@ class Decoding:
 
     def _give(self, tokens: NDArray[np.int64]) -> Pieces:
         """A token to each answer that is not done, and what text that makes ready."""
-        pieces = []
-        for answer, token in zip(self._active, tokens, strict=True):
-            if answer.finish_reason:
-                continue
-            if token < 0:
-                raise not_finite()
-            pieces.append((answer.index, answer.add(int(token), self._ends)))
+        given = [pair for pair in zip(self._active, tokens.tolist(), strict=True) if not pair[0].finish_reason]
+        if any(token < 0 for _, token in given):
+            raise not_finite()
+        pieces = [(answer.index, answer.add(token, self._ends)) for answer, token in given]
         self._clock.step()
         yield from (piece for piece in pieces if piece[1])
         self._clock.start()

@@ -41,8 +41,8 @@ class Sequences(Protocol):
 
 @runtime_checkable
 class Choosing(Protocol):
-    """What Sequences may offer besides: steps of decoding whose tokens are chosen on the device (Sampling.plain), several
-    under way at a time. The caller takes what is under way before it calls anything else.
+    """What Sequences may offer besides: steps of decoding whose tokens are chosen on the device (Sampling.plain),
+    several under way at a time. The caller takes what is under way before it calls anything else.
 
     ahead: steps that may be under way.
     """
@@ -60,8 +60,8 @@ class Choosing(Protocol):
         """Whether the oldest step under way is done."""
 
     def take(self) -> tuple[NDArray[np.int64], float]:
-        """Of the oldest step under way, for which this waits: the tokens int64 [rows] that it chose, −1 where logits were
-        not finite, and the seconds that it took on the device."""
+        """Of the oldest step under way, for which this waits: the tokens int64 [rows] that it chose, −1 where logits
+        were not finite, and the seconds that it took on the device."""
 
 
 class Backend(Protocol):

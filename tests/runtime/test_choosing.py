@@ -104,34 +104,26 @@ def test_artifacts_of_other_kinds(request: pytest.FixtureRequest, prompts: Any, 
 @pytest.mark.parametrize("slow", [False, True])
 def test_an_end_of_text_that_is_found_late(float_folder: Path, prompts: Any, sampler: Any, slow: bool) -> None:
     """In one row of several, whose steps go on until then, and in a row alone, whose later steps nobody sees."""
-    host = opened(float_folder)
-    texts: list[list[int]] = []
+    texts = []
     for prompt in prompts[:2]:
-        sequences = host.sequences()
+        sequences = opened(float_folder).sequences()
         tokens = [int(sequences.prefill_last(0, np.array(prompt)).argmax())]
-        tokens += [
-            int(ids[0]) for ids, _ in Ahead(opened_sequences(float_folder, prompt), tokens[:1], Sampling(), (), 24)
-        ]
+        while len(tokens) < 24:
+            tokens.append(int(sequences.decode(np.array(tokens[-1:])).argmax()))
         texts.append(tokens)
-    for own in texts:
-        end = next(token for token in own[5:] if token not in own[:5])
+    for own, prompt in zip(texts, prompts[:2], strict=True):
+        end = next((token for token in own[5:] if token not in own[:5]), own[5])
         model, host = (opened(float_folder, how, slow=slow, ends=(end,)) for how in (sampler, None))
         steps = steps_of(model)
-        for asked in (prompts[:2], [*prompts, *prompts], [prompts[texts.index(own)]]):
+        for asked in (prompts[:2], [*prompts, *prompts], [prompt]):
             steps.clear()
             assert model.generate_batch(asked, max_new_tokens=24) == host.generate_batch(asked, max_new_tokens=24)
             assert model.stats is not None
             assert host.stats is not None
             assert model.stats.new_tokens == host.stats.new_tokens
             assert model.stats.finish_reason == host.stats.finish_reason
-        ended = own.index(end)
+        ended = own.index(end)  # the first token is of no step
         assert ended <= len(steps) < ended + AHEAD
-
-
-def opened_sequences(folder: Path, prompt: Any) -> Any:
-    sequences = opened(folder, HostSampler()).sequences()
-    sequences.prefill_last(0, np.array(prompt))
-    return sequences
 
 
 def test_stop_strings(float_folder: Path, prompts: Any, sampler: Any) -> None:
