@@ -69,6 +69,30 @@ def steps_of(model: Model) -> list[Tensors]:
     return seen
 
 
+def tokens_of(model: Model, prompt: list[int], count: int) -> list[int]:
+    """What a prompt is continued with, greedily, step by step."""
+    sequences = model.sequences()
+    tokens = [int(sequences.prefill_last(0, np.array(prompt)).argmax())]
+    while len(tokens) < count:
+        tokens.append(int(sequences.decode(np.array(tokens[-1:])).argmax()))
+    return tokens
+
+
+def damage(model: Model, step: int) -> None:
+    """The last row of a step of decoding gets a logit that is NaN."""
+    graph: Any = model._backend.graph  # type: ignore[attr-defined]
+    run, kinds = graph.run, []
+
+    def damaged(kind: int, tensors: Tensors, keep: int) -> None:
+        run(kind, tensors, keep)
+        kinds.append(kind)
+        if kinds.count(DECODE) == step:
+            place, (rows, _, vocab) = tensors["logits"]
+            view(place, (rows, vocab), np.float32)[-1, 7] = np.nan
+
+    graph.run = damaged
+
+
 @pytest.fixture
 def prompts(rng: np.random.Generator) -> list[list[int]]:
     """Of unequal length; the last one fills the context before the others end."""
@@ -104,13 +128,7 @@ def test_artifacts_of_other_kinds(request: pytest.FixtureRequest, prompts: Any, 
 @pytest.mark.parametrize("slow", [False, True])
 def test_an_end_of_text_that_is_found_late(float_folder: Path, prompts: Any, sampler: Any, slow: bool) -> None:
     """In one row of several, whose steps go on until then, and in a row alone, whose later steps nobody sees."""
-    texts = []
-    for prompt in prompts[:2]:
-        sequences = opened(float_folder).sequences()
-        tokens = [int(sequences.prefill_last(0, np.array(prompt)).argmax())]
-        while len(tokens) < 24:
-            tokens.append(int(sequences.decode(np.array(tokens[-1:])).argmax()))
-        texts.append(tokens)
+    texts = [tokens_of(opened(float_folder), prompt, 24) for prompt in prompts[:2]]
     for own, prompt in zip(texts, prompts[:2], strict=True):
         end = next((token for token in own[5:] if token not in own[:5]), own[5])
         model, host = (opened(float_folder, how, slow=slow, ends=(end,)) for how in (sampler, None))
@@ -183,27 +201,26 @@ def test_what_the_host_must_choose(float_folder: Path, prompts: Any) -> None:
 
 
 def test_logits_that_are_not_finite(float_folder: Path, prompts: Any, sampler: Any) -> None:
-    """The error of `choose`, after the tokens before; not for a row that has ended already."""
+    """The error of `choose`, after the tokens before."""
     model = opened(float_folder, sampler, slow=True)
-    graph: Any = model._backend.graph  # type: ignore[attr-defined]
-    run, steps = graph.run, []
-
-    def damaged(kind: int, tensors: Tensors, keep: int) -> None:
-        run(kind, tensors, keep)
-        steps.append(kind)
-        if steps.count(DECODE) == 5:
-            place, (rows, _, vocab) = tensors["logits"]
-            view(place, (rows, vocab), np.float32)[-1, 7] = np.nan
-
-    graph.run = damaged
+    damage(model, 5)
     with pytest.raises(SpecQuantError, match="NaN or infinite logits: its files may be damaged"):
         model.generate_batch(prompts[:2], max_new_tokens=20)
     assert model.stats is not None
     assert (model.stats.new_tokens, model.stats.finish_reason) == (2 * 5, "cancelled")
-    steps.clear()
-    text = "".join(opened(float_folder).generate(prompts[0], max_new_tokens=4))
-    steps.clear()
-    assert "".join(model.generate(prompts[0], max_new_tokens=30, stop=text[:1])) == ""
+
+
+def test_what_comes_after_the_end_is_no_error(float_folder: Path, rng: np.random.Generator, sampler: Any) -> None:
+    """NaN in a row whose text ended in a step before, while the other goes on."""
+    host = opened(float_folder)
+    for _ in range(50):
+        prompts = rng.integers(3, 300, (2, 5)).tolist()
+        other, own = (tokens_of(host, prompt, 12) for prompt in prompts)
+        if own[3] not in own[:3] + other:
+            break
+    model, host = (opened(float_folder, how, slow=True, ends=(own[3],)) for how in (sampler, None))
+    damage(model, 5)
+    assert model.generate_batch(prompts, max_new_tokens=12) == host.generate_batch(prompts, max_new_tokens=12)
 
 
 def test_calls_that_overlap_or_stop_early(float_folder: Path, prompts: Any, sampler: Any) -> None:
