@@ -1,8 +1,8 @@
 """Times of sampling on the GPU (custom_ops/kernels/cuda/sample.cu), beside torch's own operations, in one process.
 
-A line is one call: a token id for each of --rows rows of random logits, and what the next step is given. Ours and torch's
-are replayed in turn from CUDA graphs, and times are medians. torch's greedy is argmax; else it takes softmax, of all or
-of topk, and draws by exponential noise, in float32.
+A line is one call: a token id for each of --rows rows of random logits, and what the next step is given. Ours and
+torch's are replayed in turn from CUDA graphs, and times are medians. torch's greedy is argmax; else it takes softmax,
+of all or of topk, and draws by exponential noise, in float32.
 
     python -m tools.bench_sample_cuda --vocab 49152 128256 --rows 1 8
 """
@@ -86,9 +86,8 @@ def main() -> None:
     args = parser.parse_args()
     library_cuda.check_device()
     if not args.json:
-        print(
-            f"{torch.cuda.get_device_name()}\n{'vocab':>7} {'rows':>4} {'type':8} {'temp':>4} {'top_k':>5} ours, torch us"
-        )
+        print(torch.cuda.get_device_name())
+        print(f"{'vocab':>7} {'rows':>4} {'type':8} {'temp':>4} {'top_k':>5} {'ours us':>8} {'torch us':>8}")
     for vocab in args.vocab:
         for rows in args.rows:
             for name in args.types:
