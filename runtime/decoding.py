@@ -134,9 +134,10 @@ class Decoding:
         sequences = backend.sequences(len(self._active))
         logits = np.stack([sequences.prefill_last(row, answer.ids) for row, answer in enumerate(self._active)])
         yield from self._give(self._chosen(logits))
+        choosing = sequences if isinstance(sequences, Choosing) and self._sampling.plain else None
         while self._drop(sequences):
-            if isinstance(sequences, Choosing) and self._sampling.plain:
-                yield from self._on_device(sequences)
+            if choosing:
+                yield from self._on_device(choosing)
             else:
                 yield from self._give(self._chosen(sequences.decode(self._last())))
 
