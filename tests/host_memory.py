@@ -17,10 +17,12 @@ from specquant.runtime.sampling import Sampling, choose
 class HostMemory:
     """Memory with addresses, never zeroed unless asked. slow: steps are done only when they are waited for."""
 
+    stream = 0
+
     def __init__(self, slow: bool = False) -> None:
         self.arrays: dict[int, NDArray[np.uint8]] = {}
         self.events: dict[int, float] = {}
-        self.stream, self.slow = 0, slow
+        self.slow = slow
 
     def allocate(self, size: int) -> int:
         whole = np.full(size + 256, 0xFF, np.uint8)  # NaN as floats
