@@ -6,7 +6,7 @@ fastest torch has) are torch's in the first. In the second norms, gates and resi
 attention is Int4KVAttention, which turns queries and keys and writes the 4-bit cache besides; with --attention torch it
 is that of the first. Random weights and activations. Times are medians of replayed CUDA graphs, the two in turn. Memory
 is what torch has allocated at most during one pass, weights, input, cache and workspaces included, each variant alone:
-ours has one workspace, and takes the MLP in --parts.
+ours has one workspace, and takes MLP and attention in --parts.
 
     python -m tools.bench_block --models llama-2-7b --sequences 256 1024 --rank 16 32
 """
@@ -115,7 +115,7 @@ class HalfBlock:
 
 
 class OurAttention:
-    """Int4KVAttention of a prompt from an empty cache, which it fills in place."""
+    """Int4KVAttention of a prompt of `batch` rows from an empty cache, which it fills in place."""
 
     def __init__(self, shape: Shape, batch: int, sequence: int) -> None:
         options: dict[str, Any] = {"device": "cuda"}
@@ -149,8 +149,10 @@ class OurBlock:
         for operands in (self.qkv, self.gate_up):
             operands |= norm | {"norm": torch.ones(shape.hidden, device="cuda")}
         self.down["prologue"] = PROLOGUES.index("silu_gate")
-        self.own = OurAttention(shape, args.batch, sequence) if args.attention == "ours" else None
-        self.tables = rotary_tables(sequence, like) if self.own is None else None
+        own, rows = args.attention == "ours", -(-args.batch // args.parts)
+        counts = [min(rows, args.batch - first) for first in range(0, args.batch, rows)]
+        self.attentions = [OurAttention(shape, count, sequence) for count in counts] if own else []
+        self.tables = rotary_tables(sequence, like) if not own else None
         self.workspace: Tensor | None = None  # as large as the largest that was needed
 
     def space(self, size: int) -> Tensor:
@@ -168,13 +170,14 @@ class OurBlock:
         return y
 
     def attend(self, qkv: Tensor, batch: int) -> Tensor:
-        if self.own is None:
-            assert self.tables is not None
+        if self.tables is not None:
             return torch_attention(qkv, self.shape, batch, self.tables)
         y = qkv.new_empty(qkv.shape[0], self.shape.heads * HEAD)
-        problem = self.own.problem(qkv, y)
-        space = self.space(library_cuda_attention.attention_workspace(problem))
-        library_cuda_attention.attention(problem, space, stream=torch.cuda.current_stream().cuda_stream)
+        sizes = [attention.positions.numel() for attention in self.attentions]
+        for attention, *rows in zip(self.attentions, qkv.split(sizes), y.split(sizes), strict=True):
+            problem = attention.problem(*rows)
+            space = self.space(library_cuda_attention.attention_workspace(problem))
+            library_cuda_attention.attention(problem, space, stream=torch.cuda.current_stream().cuda_stream)
         return y
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -240,7 +243,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=0, help="features per weight scale; 0: per channel")
     parser.add_argument("--act-group", type=int, default=0, help="features per activation scale; 0: per token")
     parser.add_argument("--hadamard", type=int, default=0)
-    parser.add_argument("--parts", type=int, default=2, help="in which ours takes the tokens through the MLP")
+    parser.add_argument("--parts", type=int, default=2, help="in which ours takes the tokens")
     parser.add_argument("--attention", choices=["ours", "torch"], default="ours", help="of our block")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--kernels", action="store_true", help="the time of every kernel")

@@ -25,7 +25,7 @@ int64_t most_splits(int64_t present_rows) {
 // Whether prompt_attend.cuh takes the call on Hopper.
 bool takes_prompt(const SpecquantCudaAttention& p) {
   return p.half && p.sequence >= kLeastPrompt && (p.head_dim == 64 || p.head_dim == 128) &&
-         unpacked_bytes(p.present_rows, p.head_dim) <= kPromptSpace;
+         unpacked_bytes(p.present_rows, p.head_dim) <= kPromptMost;
 }
 
 int64_t turned_bytes(const SpecquantCudaAttention& p) {
@@ -37,8 +37,8 @@ int64_t factor_bytes(const SpecquantCudaAttention& p) {
 
 // Of what a prompt takes there.
 int64_t prompt_bytes(const SpecquantCudaAttention& p) {
-  const int64_t all = p.batch * p.kv_num_heads * unpacked_bytes(p.present_rows, p.head_dim);
-  return turned_bytes(p) + factor_bytes(p) + std::min(all, kPromptSpace);
+  const int64_t one = unpacked_bytes(p.present_rows, p.head_dim), all = p.batch * p.kv_num_heads * one;
+  return turned_bytes(p) + factor_bytes(p) + std::min(all, std::max(one, kPromptSpace));
 }
 
 }  // namespace
@@ -104,7 +104,7 @@ AttentionArgs plan_attention(const SpecquantCudaAttention& p, const Device& devi
   a.chunk = 0;
   if (device.major == 9 && takes_prompt(p) && heads > 0) {
     a.splits = 1;
-    a.chunk = int(std::min(heads, kPromptSpace / unpacked_bytes(p.present_rows, a.d)));
+    a.chunk = int(std::clamp<int64_t>(kPromptSpace / unpacked_bytes(p.present_rows, a.d), 1, heads));
     a.turned_rows = padded_rows(a.sequence);
     bytes = prompt_bytes(p);
     return a;
@@ -189,10 +189,10 @@ SPECQUANT_EXPORT const char* specquant_cuda_attention(const SpecquantCudaAttenti
   if (a.cluster) {
     if (error == cudaSuccess) error = decode(a, on);
   } else if (a.chunk) {
-    if (error == cudaSuccess) error = prompt_append(a, on);
     for (int first = 0, all = a.batch * a.kv_heads; first < all && error == cudaSuccess; first += a.chunk) {
       const int items = std::min(a.chunk, all - first);
-      error = prompt_unpack(a, first, items, on);
+      error = prompt_append(a, first, items, on);
+      if (error == cudaSuccess) error = prompt_unpack(a, first, items, on);
       if (error == cudaSuccess) error = prompt_attend(a, first, items, on);
     }
   } else if (a.sequence > 0) {

@@ -8,7 +8,8 @@ namespace specquant_cuda {
 constexpr int kPromptRows = 128;    // tokens of one head that a block takes
 constexpr int kPromptTokens = 128;  // cached tokens of a tile
 constexpr int kPromptPiece = 64;    // features in a row of 128 bytes
-constexpr int64_t kPromptSpace = int64_t(128) << 20;  // bytes of unpacked keys and values at a time
+constexpr int64_t kPromptSpace = int64_t(32) << 20;   // bytes of unpacked keys and values at a time, if one head takes less
+constexpr int64_t kPromptMost = int64_t(128) << 20;   // of one head
 
 // Where 8 features of a row lie in tiles of `rows` rows by 64 features, the next 64 features of these rows after them: in
 // units of 16 bytes, which are swizzled as wgmma reads them. Queries: [B · H, padded S, d] in tiles of 64 rows; of a kv
