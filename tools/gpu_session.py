@@ -32,7 +32,7 @@ WORK = ROOT / "build" / "gpu"
 TAIL = 4000  # characters of a step's output that session.json keeps
 PYTHON = sys.executable
 LEAST = 20  # seconds that a step is started with
-SANITIZED = "rotary or (reference and (window or step)) or extreme or levels_are_exact or refused or seed or share"
+SANITIZED = "rotary or (reference and (window or step)) or extreme or levels_are_exact or refused or seed or finite"
 
 
 @dataclass(frozen=True)
