@@ -154,6 +154,18 @@ T __shfl_sync(unsigned, T value, int lane) {
   return result;
 }
 
+// Blocks run one after another, and of their threads one at a time.
+inline int atomicAdd(int* to, int value) {
+  const int before = *to;
+  *to += value;
+  return before;
+}
+inline void __threadfence() {}
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
+}
+
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
