@@ -46,7 +46,7 @@ class Step:
 
 def steps(architecture: str, source: str = "", text: str = "") -> list[Step]:
     """In the order in which they are worth most. source: options that name a model; text: one to measure it on."""
-    files = ("kernels", "attention", "prompt_attention", "branch", "sample")
+    files = ("kernels", "first_stage", "attention", "prompt_attention", "branch", "sample")
     kernels = " ".join(f"tests/custom_ops/test_cuda_{file}.py" for file in files)
     pytest = f"{PYTHON} -m pytest -q -p no:cacheprovider"
     sanitizer = "compute-sanitizer --error-exitcode 9 --target-processes all --tool"

@@ -47,11 +47,23 @@ __device__ __forceinline__ void fetch(const Args& args, int first, int count, __
     commit_async();
     return;
   }
-  const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < count; row += kWarps)
-    for (int column = lane; column < stride - 8; column += 32)
-      basis[row * stride + column] =
-          column < args.r ? args.basis[static_cast<int64_t>(first + row) * args.r + column] : __half(0.0f);
+  // Rows lie one after another, from a multiple of 16 bytes on: eight numbers at a time, wherever a row begins.
+  const int numbers = count * args.r;
+  const __half* from = args.basis + static_cast<int64_t>(first) * args.r;
+#pragma unroll 4
+  for (int i = 8 * threadIdx.x; i < numbers; i += 8 * kThreads) {
+    __half piece[8];
+    if (i + 8 <= numbers) *reinterpret_cast<uint4*>(piece) = __ldg(reinterpret_cast<const uint4*>(from + i));
+    int row = i / args.r, column = i - row * args.r;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      if (i + k >= numbers) break;
+      basis[row * stride + column] = i + 8 <= numbers ? piece[k] : from[i + k];
+      if (++column < args.r) continue;
+      for (; column < stride - 8; ++column) basis[row * stride + column] = __half(0.0f);
+      column = 0, ++row;
+    }
+  }
 }
 
 // x̂ before its rotation, of features [first, first + count). norm: the thread's first of source.norm.
