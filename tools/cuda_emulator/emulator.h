@@ -118,6 +118,8 @@ To bits_as(From value) {
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#undef __noinline__
+#define __noinline__
 #define __launch_bounds__(...)
 #define __shared__ static
 #define threadIdx (emulator::self->thread)

@@ -308,10 +308,8 @@ template <class X, Ends ends>
 cudaError_t start(const Args& args, const Source& source, cudaStream_t stream) {
   const auto kernel = cluster_kernel<X, ends>;
   const size_t shared = cluster_shared(args);
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error == cudaSuccess && args.cluster > 8)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  static Known known;
+  const cudaError_t error = allow(kernel, shared, args.cluster > 8, known);
   if (error != cudaSuccess) return error;
   const dim3 grid(args.tokens * args.cluster);
   return launch_cluster(kernel, grid, kThreads, shared, args.cluster, stream, args, source, span_of(args));

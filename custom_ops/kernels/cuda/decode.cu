@@ -216,10 +216,8 @@ template <class X, int most, bool whole>
 cudaError_t start(const AttentionArgs& a, cudaStream_t stream) {
   const auto kernel = decode_kernel<X, most, whole>;
   const size_t shared = Room::bytes(a.group, a.d, a.cluster);
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error == cudaSuccess && a.cluster > 8)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  static Known known;
+  const cudaError_t error = allow(kernel, shared, a.cluster > 8, known);
   if (error != cudaSuccess) return error;
   const dim3 grid(a.cluster, a.batch * a.kv_heads);
   return launch_cluster(kernel, grid, kDecodeThreads, shared, a.cluster, stream, a);
