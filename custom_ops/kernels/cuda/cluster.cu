@@ -43,16 +43,23 @@ struct Places {
 __device__ __noinline__ void fetch_any(const __half* from, int count, int r, __half* basis) {
   const int numbers = count * r, stride = basis_stride(r);
 #pragma unroll 1
-  for (int i = 8 * threadIdx.x; i < numbers; i += 8 * kThreads) {
-    __half piece[8];
-    const bool whole = i + 8 <= numbers;
-    if (whole) *reinterpret_cast<uint4*>(piece) = __ldg(reinterpret_cast<const uint4*>(from + i));
-    int row = i / r, column = i - row * r;
+  for (int i = 8 * threadIdx.x; i < numbers; i += 32 * kThreads) {
+    uint4 pieces[4];  // under way together
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      if (i + k >= numbers) break;
-      basis[row * stride + column] = whole ? piece[k] : from[i + k];
-      if (++column == r) column = 0, ++row;
+    for (int j = 0; j < 4; ++j)
+      if (i + 8 * (j * kThreads + 1) <= numbers) pieces[j] = __ldg(reinterpret_cast<const uint4*>(from + i) + j * kThreads);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int at = i + 8 * j * kThreads;
+      const bool whole = at + 8 <= numbers;
+      const __half* piece = reinterpret_cast<const __half*>(pieces + j);
+      int row = at / r, column = at - row * r;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        if (at + k >= numbers) break;
+        basis[row * stride + column] = whole ? piece[k] : from[at + k];
+        if (++column == r) column = 0, ++row;
+      }
     }
   }
   const int pad = stride - 8 - r;
