@@ -1,6 +1,8 @@
 // One op call: checks, the scratch, and how the work is cut into tasks. Needs no instruction set.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <thread>
 
 #include "half.h"
 #include "steps.h"
@@ -111,6 +113,61 @@ void cut(Work& work) {
   work.tiles_down = (work.rows + work.tile_rows - 1) / work.tile_rows;
 }
 
+// Few tokens: one thread prepares, while the others bring their weights nearer; then all multiply. Whoever comes first
+// prepares, so that nobody waits for a thread that has not come.
+struct Together {
+  Work& work;
+  const int64_t tasks;
+  std::atomic<bool> claimed{false}, prepared{false};
+  // Tasks of the one who prepared, from the first on, and of the others, from the middle on: each reads a stream, and helps
+  // with the other half when its own is done.
+  std::atomic<int64_t> next[2] = {0, tasks / 2};
+
+  void multiply(int half) {
+    const int64_t ends[2] = {tasks / 2, tasks};
+    for (const int h : {half, 1 - half})
+      for (int64_t i; (i = next[h].fetch_add(1, std::memory_order_relaxed)) < ends[h];) multiply_task(&work, size_t(i));
+  }
+
+  // Asks for lines of memory until all is prepared: false.
+  bool fetch(const void* from, int64_t bytes) const {
+    for (int64_t i = 0; i < bytes; i += 64) {
+      if (i % 512 == 0 && prepared.load(std::memory_order_relaxed)) return false;
+      __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+    }
+    return true;
+  }
+
+  // What the tasks from the middle on read, in their order.
+  void fetch_tasks() const {
+    const Problem& p = work.problem;
+    const int64_t panel_bytes = (p.in_features + 7) / 8 * kPanel * 4, groups = p.group_size ? p.in_features / p.group_size : 1;
+    for (int64_t i = tasks / 2; i < tasks; i += work.tiles_down) {
+      const int64_t panel = i / work.tiles_down * work.tile_panels, column = panel * kPanel;
+      const int64_t panels = std::min(work.tile_panels, panels_of(p) - panel);
+      const int64_t row = std::min(panels * kPanel, p.out_features - column) * int64_t(sizeof(uint16_t));
+      for (int64_t g = 0; p.qweight && g < groups; ++g)
+        if (!fetch(p.scales + g * p.out_features + column, row)) return;
+      for (int64_t k = 0; p.basis && k < p.rank; ++k)
+        if (!fetch(p.coef + k * p.out_features + column, row)) return;
+      if (p.qweight && !fetch(p.qweight + panel * panel_bytes, panels * panel_bytes)) return;
+    }
+  }
+
+  static void run(void* argument, size_t) {
+    auto& together = *static_cast<Together*>(argument);
+    if (!together.claimed.exchange(true)) {
+      prepare_task(&together.work, 0);
+      together.prepared.store(true, std::memory_order_release);
+      return together.multiply(0);
+    }
+    if (together.next[1].load(std::memory_order_relaxed) >= together.tasks) return;
+    together.fetch_tasks();
+    while (!together.prepared.load(std::memory_order_acquire)) std::this_thread::yield();
+    together.multiply(1);
+  }
+};
+
 void store_low(const Problem& p, const Activations& x, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t j = 0; j < p.basis_rank; ++j) {
@@ -192,8 +249,14 @@ void matmul(const Kernels& kernels, const Problem& p, const ThreadPool& pool, vo
     cut(work);
     if (x.turned && !x.first_token)
       run(pool, turn_task, work, (p.in_features + kTurnedFeatures - 1) / kTurnedFeatures);
-    run(pool, prepare_task, work, (rows + kTileTokens - 1) / kTileTokens);
-    run(pool, multiply_task, work, work.tiles_down * ((panels_of(p) + work.tile_panels - 1) / work.tile_panels));
+    const int64_t tasks = work.tiles_down * ((panels_of(p) + work.tile_panels - 1) / work.tile_panels);
+    if (pool.run && rows <= kTileTokens && tasks > 1) {
+      Together together{work, tasks};
+      pool.run(pool.context, Together::run, &together, size_t(tasks));
+    } else {
+      run(pool, prepare_task, work, (rows + kTileTokens - 1) / kTileTokens);
+      run(pool, multiply_task, work, tasks);
+    }
     if (p.low) store_low(p, x, rows);
   }
 }
