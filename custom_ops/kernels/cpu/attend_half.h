@@ -204,23 +204,26 @@ struct HalfTile {
   // y of N rows and 16 features, over tokens whose values lie from `values` on.
   template <int N>
   void add_tokens(int64_t row, int64_t feature, const uint16_t* values, const Seen& tokens) {
-    typename E::F sums[N][2];
+    constexpr int P = 16 / V::W;
+    F sums[N][P];
     float* const y = out.y + row * d + feature;
 #pragma GCC unroll 8
-    for (int i = 0; i < 2 * N; ++i)
-      sums[i / 2][i % 2] = E::load(y + i / 2 * d + i % 2 * 8) * E::splat(corrections[row + i / 2]);
+    for (int i = 0; i < P * N; ++i)
+      sums[i / P][i % P] = V::load(y + i / P * d + i % P * V::W) * V::splat(corrections[row + i / P]);
     const float* weights = scores + row * kHalfBlock;
     for (int64_t j = tokens.from; j < tokens.to; ++j) {
-      const auto first = E::half(values + j * d + feature), second = E::half(values + j * d + feature + 8);
+      F value[P];
+#pragma GCC unroll 4
+      for (int i = 0; i < P; ++i) value[i] = V::half(values + j * d + feature + i * V::W);
 #pragma GCC unroll 4
       for (int r = 0; r < N; ++r) {
-        const auto weight = E::splat(weights[r * kHalfBlock + j]);
-        sums[r][0] = E::fma(weight, first, sums[r][0]);
-        sums[r][1] = E::fma(weight, second, sums[r][1]);
+        const F weight = V::splat(weights[r * kHalfBlock + j]);
+#pragma GCC unroll 4
+        for (int i = 0; i < P; ++i) sums[r][i] = V::fma(weight, value[i], sums[r][i]);
       }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < 2 * N; ++i) E::store(y + i / 2 * d + i % 2 * 8, sums[i / 2][i % 2]);
+    for (int i = 0; i < P * N; ++i) V::store(y + i / P * d + i % P * V::W, sums[i / P][i % P]);
   }
 
   // A block, of which all rows see the same.

@@ -16,6 +16,7 @@ constexpr int64_t kTaskBytes = 96 * 1024;        // of weights a task reads: the
 constexpr int64_t kChunkBytes = 1024 * 1024;     // of quantised activations at a time, so that they stay in cache
 constexpr int64_t kChunkRows = 1024;
 constexpr int64_t kAlign = 64;
+constexpr int kPolls = 10000;
 constexpr int64_t kTurnedTokens = 16;   // from so many on the basis is turned
 constexpr int64_t kTurnedColumns = 64;  // if it has at most so many: the scratch grows with them
 constexpr int64_t kTurnedFeatures = 64;  // of a task
@@ -163,7 +164,9 @@ struct Together {
     }
     if (together.next[1].load(std::memory_order_relaxed) >= together.tasks) return;
     together.fetch_tasks();
-    while (!together.prepared.load(std::memory_order_acquire)) std::this_thread::yield();
+    // Mostly some microseconds; longer where the thread that prepares has lost its core.
+    for (int polls = 0; !together.prepared.load(std::memory_order_acquire); ++polls)
+      if (polls > kPolls) std::this_thread::yield();
     together.multiply(1);
   }
 };
