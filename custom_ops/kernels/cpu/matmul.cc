@@ -123,11 +123,16 @@ struct Together {
   // Tasks of the one who prepared, from the first on, and of the others, from the middle on: each reads a stream, and helps
   // with the other half when its own is done.
   std::atomic<int64_t> next[2] = {0, tasks / 2};
+  std::atomic<int64_t> arrived{0};
 
   void multiply(int half) {
     const int64_t ends[2] = {tasks / 2, tasks};
     for (const int h : {half, 1 - half})
       for (int64_t i; (i = next[h].fetch_add(1, std::memory_order_relaxed)) < ends[h];) multiply_task(&work, size_t(i));
+  }
+
+  bool all_taken() const {
+    return next[0].load(std::memory_order_relaxed) >= tasks / 2 && next[1].load(std::memory_order_relaxed) >= tasks;
   }
 
   // Asks for lines of memory until all is prepared: false.
@@ -139,11 +144,12 @@ struct Together {
     return true;
   }
 
-  // What the tasks from the middle on read, in their order.
-  void fetch_tasks() const {
+  // What the tasks from `first` on read, in their order.
+  void fetch_tasks(int64_t first) const {
     const Problem& p = work.problem;
-    const int64_t panel_bytes = (p.in_features + 7) / 8 * kPanel * 4, groups = p.group_size ? p.in_features / p.group_size : 1;
-    for (int64_t i = tasks / 2; i < tasks; i += work.tiles_down) {
+    const int64_t panel_bytes = (p.in_features + 7) / 8 * kPanel * 4;
+    const int64_t groups = p.group_size ? p.in_features / p.group_size : 1;
+    for (int64_t i = first; i < tasks; i += work.tiles_down) {
       const int64_t panel = i / work.tiles_down * work.tile_panels, column = panel * kPanel;
       const int64_t panels = std::min(work.tile_panels, panels_of(p) - panel);
       const int64_t row = std::min(panels * kPanel, p.out_features - column) * int64_t(sizeof(uint16_t));
@@ -162,8 +168,8 @@ struct Together {
       together.prepared.store(true, std::memory_order_release);
       return together.multiply(0);
     }
-    if (together.next[1].load(std::memory_order_relaxed) >= together.tasks) return;
-    together.fetch_tasks();
+    if (together.all_taken()) return;
+    together.fetch_tasks(together.tasks / 2 + together.arrived.fetch_add(1, std::memory_order_relaxed));
     // Mostly some microseconds; longer where the thread that prepares has lost its core.
     for (int polls = 0; !together.prepared.load(std::memory_order_acquire); ++polls)
       if (polls > kPolls) std::this_thread::yield();

@@ -79,7 +79,7 @@ void start_strip(const Problem& p, const Activations& x, int64_t row, int64_t co
 template <class V, class = void>
 struct InHalves : std::false_type {};
 template <class V>
-struct InHalves<V, std::void_t<decltype(&V::dot_halves)>> : std::true_type {};
+struct InHalves<V, std::void_t<decltype(V::kHalves)>> : std::true_type {};
 
 constexpr int64_t kStep = 8;            // blocks that add_panel takes at once
 constexpr int64_t kHalvesBlocks = 8192;  // of a segment: 16 · 15 · 127 · 4 a block stay far below 2^31

@@ -51,6 +51,7 @@ struct Zmm {
     __asm__("vpdpbusd %1, %2, %0" : "+v"(sum) : "v"(a.high), "v"(w.high));
     return sum;
   }
+  static constexpr bool kHalves = true;  // there is dot_halves
   // Sums of the products with low nibbles, and 16 times those with high ones, which then need no shift.
   static void dot_halves(I& low, I& high, const uint8_t* weights, const int8_t* a) {
     const auto* four = reinterpret_cast<const FourBytes*>(a);
