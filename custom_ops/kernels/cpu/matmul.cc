@@ -17,6 +17,8 @@ constexpr int64_t kChunkBytes = 1024 * 1024;     // of quantised activations at 
 constexpr int64_t kChunkRows = 1024;
 constexpr int64_t kAlign = 64;
 constexpr int kPolls = 10000;
+constexpr int64_t kLeastBytes = 24 * 1024;  // of weights that a thread takes at once, where few are left
+constexpr int64_t kMostThreads = 64;
 constexpr int64_t kTurnedTokens = 16;   // from so many on the basis is turned
 constexpr int64_t kTurnedColumns = 64;  // if it has at most so many: the scratch grows with them
 constexpr int64_t kTurnedFeatures = 64;  // of a task
@@ -118,21 +120,35 @@ void cut(Work& work) {
 // prepares, so that nobody waits for a thread that has not come.
 struct Together {
   Work& work;
-  const int64_t tasks;
+  const int64_t panels = panels_of(work.problem);
+  const int64_t panel_bytes = round_up(work.problem.in_features, kBlock) / kBlock * kPanel * 4;
+  const int64_t least = std::max<int64_t>(kLeastBytes / panel_bytes, 1), most = std::max(kTaskBytes / panel_bytes, least);
   std::atomic<bool> claimed{false}, prepared{false};
-  // Tasks of the one who prepared, from the first on, and of the others, from the middle on: each reads a stream, and helps
-  // with the other half when its own is done.
-  std::atomic<int64_t> next[2] = {0, tasks / 2};
+  // Panels of the one who prepared, from the first on, and of the others, from the middle on: each reads a stream, and
+  // helps with the other half when its own is done.
+  const int64_t ends[2] = {panels / 2, panels};
+  std::atomic<int64_t> next[2] = {0, panels / 2};
   std::atomic<int64_t> arrived{0};
 
+  // The next panels of a half, fewer as its end comes nearer, so that all threads end together; 0 if there are none.
+  int64_t take(int half, int64_t& panel) {
+    panel = next[half].load(std::memory_order_relaxed);
+    for (;;) {
+      const int64_t left = ends[half] - panel;
+      if (left <= 0) return 0;
+      const int64_t count = std::min(std::clamp(left / 2, least, most), left);
+      if (next[half].compare_exchange_weak(panel, panel + count, std::memory_order_relaxed)) return count;
+    }
+  }
+
   void multiply(int half) {
-    const int64_t ends[2] = {tasks / 2, tasks};
     for (const int h : {half, 1 - half})
-      for (int64_t i; (i = next[h].fetch_add(1, std::memory_order_relaxed)) < ends[h];) multiply_task(&work, size_t(i));
+      for (int64_t panel, count; (count = take(h, panel)) > 0;)
+        work.kernels.multiply(work.problem, work.activations, 0, work.rows, panel, count);
   }
 
   bool all_taken() const {
-    return next[0].load(std::memory_order_relaxed) >= tasks / 2 && next[1].load(std::memory_order_relaxed) >= tasks;
+    return next[0].load(std::memory_order_relaxed) >= ends[0] && next[1].load(std::memory_order_relaxed) >= ends[1];
   }
 
   // Asks for lines of memory until all is prepared: false.
@@ -144,20 +160,18 @@ struct Together {
     return true;
   }
 
-  // What the tasks from `first` on read, in their order.
-  void fetch_tasks(int64_t first) const {
+  // What the panels from `panel` on need, in the order of `multiply`.
+  void fetch_panels(int64_t panel) const {
     const Problem& p = work.problem;
-    const int64_t panel_bytes = (p.in_features + 7) / 8 * kPanel * 4;
     const int64_t groups = p.group_size ? p.in_features / p.group_size : 1;
-    for (int64_t i = first; i < tasks; i += work.tiles_down) {
-      const int64_t panel = i / work.tiles_down * work.tile_panels, column = panel * kPanel;
-      const int64_t panels = std::min(work.tile_panels, panels_of(p) - panel);
-      const int64_t row = std::min(panels * kPanel, p.out_features - column) * int64_t(sizeof(uint16_t));
+    for (; panel < panels; panel += most) {
+      const int64_t count = std::min(most, panels - panel), column = panel * kPanel;
+      const int64_t row = std::min(count * kPanel, p.out_features - column) * int64_t(sizeof(uint16_t));
       for (int64_t g = 0; p.qweight && g < groups; ++g)
         if (!fetch(p.scales + g * p.out_features + column, row)) return;
       for (int64_t k = 0; p.basis && k < p.rank; ++k)
         if (!fetch(p.coef + k * p.out_features + column, row)) return;
-      if (p.qweight && !fetch(p.qweight + panel * panel_bytes, panels * panel_bytes)) return;
+      if (p.qweight && !fetch(p.qweight + panel * panel_bytes, count * panel_bytes)) return;
     }
   }
 
@@ -169,7 +183,8 @@ struct Together {
       return together.multiply(0);
     }
     if (together.all_taken()) return;
-    together.fetch_tasks(together.tasks / 2 + together.arrived.fetch_add(1, std::memory_order_relaxed));
+    const int64_t before = together.arrived.fetch_add(1, std::memory_order_relaxed);  // other threads fetch, too
+    together.fetch_panels(together.ends[0] + before * together.most);
     // Mostly some microseconds; longer where the thread that prepares has lost its core.
     for (int polls = 0; !together.prepared.load(std::memory_order_acquire); ++polls)
       if (polls > kPolls) std::this_thread::yield();
@@ -260,8 +275,8 @@ void matmul(const Kernels& kernels, const Problem& p, const ThreadPool& pool, vo
       run(pool, turn_task, work, (p.in_features + kTurnedFeatures - 1) / kTurnedFeatures);
     const int64_t tasks = work.tiles_down * ((panels_of(p) + work.tile_panels - 1) / work.tile_panels);
     if (pool.run && rows <= kTileTokens && tasks > 1) {
-      Together together{work, tasks};
-      pool.run(pool.context, Together::run, &together, size_t(tasks));
+      Together together{work};
+      pool.run(pool.context, Together::run, &together, size_t(std::min(tasks, kMostThreads)));
     } else {
       run(pool, prepare_task, work, (rows + kTileTokens - 1) / kTileTokens);
       run(pool, multiply_task, work, tasks);
