@@ -17,7 +17,7 @@ constexpr int64_t kChunkBytes = 1024 * 1024;     // of quantised activations at 
 constexpr int64_t kChunkRows = 1024;
 constexpr int64_t kAlign = 64;
 constexpr int kPolls = 10000;
-constexpr int64_t kLeastBytes = 24 * 1024;  // of weights that a thread takes at once, where few are left
+constexpr int64_t kLeastBytes = 48 * 1024, kMostBytes = 192 * 1024;  // of weights that a thread of Together takes at once
 constexpr int64_t kMostThreads = 64;
 constexpr int64_t kTurnedTokens = 16;   // from so many on the basis is turned
 constexpr int64_t kTurnedColumns = 64;  // if it has at most so many: the scratch grows with them
@@ -122,7 +122,7 @@ struct Together {
   Work& work;
   const int64_t panels = panels_of(work.problem);
   const int64_t panel_bytes = round_up(work.problem.in_features, kBlock) / kBlock * kPanel * 4;
-  const int64_t least = std::max<int64_t>(kLeastBytes / panel_bytes, 1), most = std::max(kTaskBytes / panel_bytes, least);
+  const int64_t least = std::max<int64_t>(kLeastBytes / panel_bytes, 1), most = std::max(kMostBytes / panel_bytes, least);
   std::atomic<bool> claimed{false}, prepared{false};
   // Panels of the one who prepared, from the first on, and of the others, from the middle on: each reads a stream, and
   // helps with the other half when its own is done.
