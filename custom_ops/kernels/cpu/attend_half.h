@@ -226,13 +226,26 @@ struct HalfTile {
     for (int i = 0; i < P * N; ++i) V::store(y + i / P * d + i % P * V::W, sums[i / P][i % P]);
   }
 
+  // Asks for keys of later tokens, and for these tokens' values: the hardware alone does not keep up.
+  template <int T>
+  void ask(const uint16_t* keys, const uint16_t* values) const {
+    constexpr int64_t line = 32, ahead = 2048;
+    for (int64_t i = 0; i < T * d; i += line) {
+      __builtin_prefetch(keys + ahead + i);
+      __builtin_prefetch(values + i);
+    }
+  }
+
   // A block, of which all rows see the same.
   void attend_step(int64_t start, int64_t count) {
     const uint16_t *keys = cached(a.present_key, start), *values = cached(a.present_value, start);
     for_runs<kStepRows>([&](int64_t row, auto rows) {
       constexpr int kTokens = rows < kStepRows ? 4 : 2;  // 12 sums at most
       int64_t j = 0;
-      for (; j + kTokens <= count; j += kTokens) score_tokens<rows, kTokens>(row, keys + j * d, j);
+      for (; j + kTokens <= count; j += kTokens) {
+        if (row == 0) ask<kTokens>(keys + j * d, values + j * d);
+        score_tokens<rows, kTokens>(row, keys + j * d, j);
+      }
       for (; j < count; ++j) score_tokens<rows, 1>(row, keys + j * d, j);
     });
     const Seen tokens = seen(0, tile.rows, start, count);
