@@ -20,7 +20,7 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
 from specquant.custom_ops.schema import GATES
 
-ABI = 4  # SPECQUANT_CUDA_ABI
+ABI = 5  # SPECQUANT_CUDA_ABI
 FILE = "libspecquant_cuda.so"
 PATHS = (
     "cluster",
@@ -39,6 +39,7 @@ _POINTERS = ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias", "nor
 _OFFSETS = ("rotated", "reduced", "partial", "low", "low_factor", "levels", "scale", "zero", "bytes")
 _LENGTHS = ("batch", "sequence", "past_rows", "present_rows", "num_heads", "kv_num_heads", "head_dim")
 _CACHE_INPUTS = ("qkv", "past_key", "past_value", "seqlens_k", "position_ids", "cos", "sin", "key_offset")
+_STEP = ("logits", "uniforms", "ids", "position_ids", "attention_mask", "results")
 _PADDED = ("tokens_padded", "features_padded", "rank_padded", "segments", "splits")
 
 
@@ -80,6 +81,17 @@ class Attention(ctypes.Structure):
     )
 
 
+class Sample(ctypes.Structure):
+    """`SpecquantCudaSample`, field for field: sizes, and addresses on the GPU or of pinned memory."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("rows", "vocab", "stride", "top_k", "width")]
+        + [("half", ctypes.c_int32)]
+        + [("temperature", ctypes.c_float)]
+        + [(name, ctypes.c_void_p) for name in _STEP]
+    )
+
+
 def library_path() -> Path:
     """The compiled library: SPECQUANT_CUDA_LIBRARY if it is set, else the file installed beside this module.
 
@@ -102,6 +114,7 @@ def loaded() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
         sizes = [library.specquant_cuda_problem_size, library.specquant_cuda_layout_size]
         sizes += [library.specquant_cuda_attention_size, library.specquant_cuda_branch_size]
+        sizes += [library.specquant_cuda_sample_size]
         for size in sizes:
             size.restype = ctypes.c_int64
         found = (library.specquant_cuda_abi(), *(size() for size in sizes))
@@ -109,9 +122,10 @@ def loaded() -> ctypes.CDLL:
         raise SpecQuantError(f"{path} does not load ({str(error).splitlines()[0]}); {REBUILD}") from None
     except AttributeError:
         raise SpecQuantError(f"{path} is not SpecQuant's CUDA library; {REBUILD}") from None
-    if found != (ABI, *map(ctypes.sizeof, (Problem, Layout, Attention, Branch))):
+    if found != (ABI, *map(ctypes.sizeof, (Problem, Layout, Attention, Branch, Sample))):
         raise SpecQuantError(f"{path} has ABI {found[0]}, this package needs {ABI}; {REBUILD}")
     problem, layout, attention, branch = (ctypes.POINTER(kind) for kind in (Problem, Layout, Attention, Branch))
+    sample = ctypes.POINTER(Sample)
     signatures = {
         "specquant_cuda_device": [],
         "specquant_cuda_check": [problem],
@@ -125,6 +139,8 @@ def loaded() -> ctypes.CDLL:
         "specquant_cuda_check_branch": [branch],
         "specquant_cuda_branch_workspace": [branch, ctypes.POINTER(ctypes.c_int64)],
         "specquant_cuda_branch": [branch, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
+        "specquant_cuda_sample_workspace": [sample, ctypes.POINTER(ctypes.c_int64)],
+        "specquant_cuda_sample": [sample, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p],
     }
     for name, arguments in signatures.items():
         function = getattr(library, name)

@@ -12,7 +12,10 @@ import numpy as np
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.runtime.artifact import Manifest
+from specquant.runtime.decoding import Ahead
 from specquant.runtime.generate import Model
+from specquant.runtime.sampling import Sampling, not_finite
+from specquant.runtime.session import Choosing
 
 FIRST_TOKEN_PROMPT = 32  # tokens
 _NOT_READ = ("embedding", "rotary")  # kinds of tensors of which a token reads a row
@@ -114,9 +117,15 @@ def _first_token(model: Model, ids: Any) -> float:
 
 
 def _decode(model: Model, ids: Any, count: int) -> float:
+    """Seconds of `count` steps, as generate makes them by default."""
     sequences = model.sequences()
     token = sequences.prefill_last(0, ids).argmax()
     since = perf_counter()
+    if isinstance(sequences, Choosing):
+        for tokens, _ in Ahead(sequences, np.array([token]), Sampling(), (), count):
+            if tokens[0] < 0:
+                raise not_finite()
+        return perf_counter() - since
     for _ in range(count):
         token = sequences.decode(np.array([token]))[0].argmax()
     return perf_counter() - since

@@ -77,6 +77,45 @@ class Device:
         """Zeros, in the stream's order."""
         self._call("cuMemsetD8Async", ctypes.c_uint64(place), ctypes.c_ubyte(0), ctypes.c_size_t(size), self._stream)
 
+    def pin(self, size: int) -> int:
+        """`size` bytes of the host's memory that the GPU reads and writes at the same address."""
+        place = ctypes.c_void_p()
+        self._call("cuMemAllocHost_v2", ctypes.byref(place), ctypes.c_size_t(max(1, size)))
+        return int(place.value or 0)
+
+    def unpin(self, place: int) -> None:
+        self._call("cuMemFreeHost", ctypes.c_void_p(place))
+
+    def event(self) -> int:
+        """A point in the stream's order, to be marked."""
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), 0)
+        return int(event.value or 0)
+
+    def mark(self, event: int) -> None:
+        """The event is from now on when all is done that the stream holds now."""
+        self._call("cuEventRecord", ctypes.c_void_p(event), self._stream)
+
+    def done(self, event: int) -> bool:
+        """Whether a marked event has come."""
+        error = self._cuda.cuEventQuery(ctypes.c_void_p(event))
+        if error == 600:  # CUDA_ERROR_NOT_READY
+            return False
+        self._check("cuEventQuery", error)
+        return True
+
+    def wait(self, event: int) -> None:
+        self._call("cuEventSynchronize", ctypes.c_void_p(event))
+
+    def seconds(self, since: int, until: int) -> float:
+        """Between two events that have come."""
+        found = ctypes.c_float()
+        self._call("cuEventElapsedTime", ctypes.byref(found), ctypes.c_void_p(since), ctypes.c_void_p(until))
+        return found.value / 1e3
+
+    def drop_event(self, event: int) -> None:
+        self._call("cuEventDestroy_v2", ctypes.c_void_p(event))
+
     def record(self, work: Callable[[], None]) -> int:
         """What `work` puts in the stream as a CUDA graph, in place of doing it. Raises SpecQuantError, also where work
         does what cannot be recorded, and what work raises."""
@@ -106,7 +145,9 @@ class Device:
         return ctypes.c_void_p(self.stream)
 
     def _call(self, name: str, *arguments: Any) -> None:
-        error = getattr(self._cuda, name)(*arguments)
+        self._check(name, getattr(self._cuda, name)(*arguments))
+
+    def _check(self, name: str, error: int) -> None:
         if error == 2:  # CUDA_ERROR_OUT_OF_MEMORY
             raise SpecQuantError("the GPU has not enough free memory: use a shorter context or fewer prompts at once")
         if error:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,10 @@ from numpy.typing import NDArray
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.runtime.artifact import Manifest
 from specquant.runtime.chat import ChatTemplate, Message, load_chat_template
-from specquant.runtime.sampling import Sampling, choose
+from specquant.runtime.decoding import Answer, Clock, Decoding, Request, stats_of
+from specquant.runtime.sampling import Sampling
 from specquant.runtime.session import Backend, Sequences
-from specquant.runtime.stats import GenerationStats, peak_memory
-from specquant.runtime.streaming import StopFilter, StreamDecoder
+from specquant.runtime.stats import GenerationStats
 
 Prompt = str | Sequence[int]
 
@@ -126,7 +124,7 @@ class Model:
 
     def _request(
         self, prompts: Sequence[Prompt], max_new_tokens: int, stop: str | Sequence[str] | None, sampling: Sampling
-    ) -> _Request:
+    ) -> Request:
         if isinstance(prompts, str):
             raise SpecQuantError("generate_batch needs a list of prompts; for one prompt use generate")
         if max_new_tokens < 1:
@@ -135,7 +133,7 @@ class Model:
         if not all(stops):
             raise SpecQuantError("a stop string is empty: leave it out")
         encoded = [self._check_ids(self.encode(item) if isinstance(item, str) else item) for item in prompts]
-        return _Request(encoded, max_new_tokens, stops, sampling)
+        return Request(encoded, max_new_tokens, stops, sampling)
 
     def _check_ids(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         try:
@@ -155,120 +153,24 @@ class Model:
             raise SpecQuantError(f"the prompt has a token id outside 0…{vocab - 1}: is this the model's own tokenizer?")
         return array.astype(np.int64)
 
-    def _texts(self, request: _Request) -> Generator[str, None, None]:
+    def _texts(self, request: Request) -> Generator[str, None, None]:
         with closing(self._run(request)) as pieces:  # the caller may stop early
             for _, text in pieces:
                 yield text
 
-    def _run(self, request: _Request) -> Generator[tuple[int, str], None, None]:
+    def _run(self, request: Request) -> Generator[tuple[int, str], None, None]:
         """Yields (index of the prompt, new text). Keeps `stats`, also when the caller stops early."""
-        clock = _Clock()
+        clock = Clock()
         answers = [
-            _Answer(index, ids, self.tokenizer, request, self.context - len(ids) + 1)
+            Answer(index, ids, self.tokenizer, request, self.context - len(ids) + 1)
             for index, ids in enumerate(request.prompts)
         ]
         try:
-            yield from self._decode(request, answers, clock)
+            if answers:
+                decoding = Decoding(answers, request.sampling, self.manifest.model.eos_token_ids, clock)
+                yield from decoding.pieces(self._backend)
         finally:
-            self.stats = _stats(answers, clock)
-
-    def _decode(self, request: _Request, answers: list[_Answer], clock: _Clock) -> Iterator[tuple[int, str]]:
-        if not answers:
-            return
-        clock.start()
-        sequences = self._backend.sequences(len(answers))
-        logits = np.stack([sequences.prefill_last(row, answer.ids) for row, answer in enumerate(answers)])
-        ends = set(self.manifest.model.eos_token_ids)
-        active = list(answers)  # active[row] is the answer in that row of `sequences`
-        while True:
-            seen = [answer.tokens for answer in active]
-            tokens = choose(logits, request.sampling, seen, [answer.generator for answer in active])
-            texts = [answer.add(int(token), ends) for answer, token in zip(active, tokens, strict=True)]
-            clock.step()
-            yield from ((answer.index, text) for answer, text in zip(active, texts, strict=True) if text)
-            clock.start()
-            for row in reversed(range(len(active))):  # backwards: the row that fills a gap has been looked at
-                if active[row].finish_reason:
-                    sequences.drop(row)
-                    active[row] = active[-1]
-                    active.pop()
-            if not active:
-                return
-            logits = sequences.decode(np.array([answer.tokens[-1] for answer in active], np.int64))
-
-
-@dataclass(frozen=True)
-class _Request:
-    prompts: list[NDArray[np.int64]]
-    max_new_tokens: int
-    stops: list[str]
-    sampling: Sampling
-
-
-class _Answer:
-    """One prompt of a call and what has been generated for it."""
-
-    def __init__(self, index: int, ids: NDArray[np.int64], tokenizer: Any, request: _Request, room: int) -> None:
-        self.index = index
-        self.ids = ids
-        self.new_tokens = 0
-        self.finish_reason = ""
-        self.generator = request.sampling.generator(index)
-        self._limit = min(request.max_new_tokens, room)
-        self._all = np.concatenate([ids, np.zeros(self._limit, np.int64)])
-        self._decoder = StreamDecoder(tokenizer, ids.tolist())
-        self._stop = StopFilter(request.stops)
-
-    @property
-    def tokens(self) -> NDArray[np.int64]:
-        """Prompt and new tokens, [T]."""
-        return self._all[: len(self.ids) + self.new_tokens]
-
-    def add(self, token: int, ends: set[int]) -> str:
-        """Take a sampled token; the text that is ready now. Sets finish_reason when it is the last."""
-        self._all[len(self.ids) + self.new_tokens] = token
-        self.new_tokens += 1
-        ended = token in ends
-        text = "" if ended else self._stop.push(self._decoder.push(token))
-        if ended or self._stop.stopped:
-            self.finish_reason = "stop"
-        elif self.new_tokens == self._limit:
-            self.finish_reason = "length"
-        if self.finish_reason:
-            text += self._stop.push(self._decoder.flush()) + self._stop.flush()
-        return text
-
-
-@dataclass
-class _Clock:
-    """The time of each step, in seconds: first prefill, then decode steps."""
-
-    steps: list[float] = field(default_factory=list)
-    _since: float = 0.0
-
-    def start(self) -> None:
-        self._since = perf_counter()
-
-    def step(self) -> None:
-        self.steps.append(perf_counter() - self._since)
-
-
-def _stats(answers: Iterable[_Answer], clock: _Clock) -> GenerationStats:
-    answers = list(answers)
-    reasons = {answer.finish_reason or "cancelled" for answer in answers}
-    first, decode = sum(clock.steps[:1]), sum(clock.steps[1:])
-    prompt_tokens = sum(len(answer.ids) for answer in answers)
-    new_tokens = sum(answer.new_tokens for answer in answers)
-    later = sum(max(0, answer.new_tokens - 1) for answer in answers)
-    return GenerationStats(
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        time_to_first_token_s=first,
-        prefill_tokens_per_s=prompt_tokens / first if first else 0.0,
-        decode_tokens_per_s=later / decode if decode else 0.0,
-        peak_memory_bytes=peak_memory(),
-        finish_reason=next((reason for reason in ("cancelled", "length") if reason in reasons), "stop"),
-    )
+            self.stats = stats_of(answers, clock)
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -131,35 +131,52 @@ class DeviceSequences:
 
     def _call(self, kind: int, first: int, ids: NDArray[np.int64], keep: int) -> NDArray[np.float32]:
         """Logits [rows, keep, vocab] of the last `keep` of `ids` [rows, tokens], for rows from `first` on."""
-        backend, memory, (rows, tokens) = self._backend, self._backend.memory, ids.shape
-        lengths = self._lengths[first : first + rows]
-        total = lengths + tokens
-        longest = int(total.max())
-        backend.check_length(longest)
-        width = min(backend.capacity, -(-longest // _MASK_STEP) * _MASK_STEP)
-        if backend.fixed_mask and kind == DECODE:
-            width = backend.capacity
-        self._show_mask(first, width, total)
-        positions = lengths[:, None] + np.arange(tokens)
-        for place, array in ((self._ids, ids), (self._positions, positions)):
-            memory.upload(place, np.ascontiguousarray(array, np.int64))
-        tensors = {
-            "input_ids": (self._ids, ids.shape),
-            "position_ids": (self._positions, ids.shape),
-            "attention_mask": (self._mask, (rows, width)),
-            "logits": (self._logits, (rows, keep, backend.model.vocab_size)),
-        }
-        for name, start in zip(self._names, self._caches, strict=True):
-            cache = (start + first * self._row_bytes, (rows, *self._row_shape))
-            tensors[f"past_key_values.{name}"] = tensors[f"present.{name}"] = cache
+        backend, memory = self._backend, self._backend.memory
+        width = self._give(kind, first, ids)
+        tensors = self._tensors(first, ids.shape, width, keep)
         backend.graph.run(kind, tensors, keep)
         logits: NDArray[np.floating] = np.empty(tensors["logits"][1], backend.dtype)
         memory.download(logits, self._logits)
         return logits.astype(np.float32, copy=False)
 
+    def _give(self, kind: int, first: int, ids: NDArray[np.int64]) -> int:
+        """Put what a call of `ids` [rows, tokens] reads on the device; the width of its mask."""
+        memory, (rows, tokens) = self._backend.memory, ids.shape
+        lengths = self._lengths[first : first + rows]
+        width = self._width(kind, int(lengths.max()) + tokens)
+        self._show_mask(first, width, lengths + tokens)
+        positions = lengths[:, None] + np.arange(tokens)
+        for place, array in ((self._ids, ids), (self._positions, positions)):
+            memory.upload(place, np.ascontiguousarray(array, np.int64))
+        return width
+
+    def _width(self, kind: int, longest: int) -> int:
+        """Of the mask, where the longest row has so many tokens."""
+        backend = self._backend
+        backend.check_length(longest)
+        if backend.fixed_mask and kind == DECODE:
+            return backend.capacity
+        return min(backend.capacity, -(-longest // _MASK_STEP) * _MASK_STEP)
+
+    def _tensors(self, first: int, shape: tuple[int, ...], width: int, keep: int) -> Tensors:
+        """Of a call with ids [rows, tokens] = `shape`, for rows from `first` on."""
+        rows = shape[0]
+        tensors = {
+            "input_ids": (self._ids, shape),
+            "position_ids": (self._positions, shape),
+            "attention_mask": (self._mask, (rows, width)),
+            "logits": (self._logits, (rows, keep, self._backend.model.vocab_size)),
+        }
+        for name, start in zip(self._names, self._caches, strict=True):
+            cache = (start + first * self._row_bytes, (rows, *self._row_shape))
+            tensors[f"past_key_values.{name}"] = tensors[f"present.{name}"] = cache
+        return tensors
+
     def _show_mask(self, first: int, width: int, total: NDArray[np.int64]) -> None:
         """The mask [rows, width] of rows of `total` tokens: only what a step adds, if that is all that changes."""
         memory = self._backend.memory
+        if self._masked == (first, width, *total.tolist()):
+            return
         if self._masked == (first, width, *(total - 1).tolist()):
             for row, tokens in enumerate(total.tolist()):
                 memory.upload(self._mask + 8 * (row * width + tokens - 1), _ONE)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.runtime.artifact import Manifest, ModelInfo
+from specquant.runtime.choosing import ChoosingOnDevice, load_chooser
 from specquant.runtime.cuda_driver import Device
-from specquant.runtime.on_device import DECODE, Memory, OnDevice, Tensors
+from specquant.runtime.on_device import DECODE, Memory, Tensors
 from specquant.runtime.onnx_graph import open_graph, run_graph
 
 PROVIDER = "CUDAExecutionProvider"
@@ -23,7 +24,7 @@ _OLDEST = (7, 5)  # compute capability that ONNX Runtime's CUDA 13 builds still 
 _CAPTURE = "graph capture"  # ONNX Runtime's words for a graph that it cannot replay as one
 
 
-class OnnxCuda(OnDevice):
+class OnnxCuda(ChoosingOnDevice):
     """Implements session.Backend with ONNX Runtime's CUDA provider."""
 
     def __init__(self, graph: BoundGraph, memory: Memory, model: ModelInfo, context: int) -> None:
@@ -130,9 +131,10 @@ def load_cuda(
                 "ONNX Runtime cannot start its CUDA provider (CUDA 13 or cuDNN 9 is missing or older): "
                 "pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
-        return OnnxCuda(
-            BoundGraph(session, manifest.model, bound_rank, capture=capture), device, manifest.model, context
-        )
+        graph = BoundGraph(session, manifest.model, bound_rank, capture=capture)
+        backend = OnnxCuda(graph, device, manifest.model, context)
+        backend.chooser = load_chooser(device)
+        return backend
     raise AssertionError("unreachable")
 
 

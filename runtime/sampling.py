@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from specquant.custom_ops.errors import SpecQuantError
 
 Logits = NDArray[np.float32]
+LEAST_TEMPERATURE = 1e-6  # above 0; lesser ones are alike
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Sampling:
         ):
             if not valid:
                 raise SpecQuantError(f"{name} = {getattr(self, name)} is out of range: it must be {want}")
+
+    @property
+    def plain(self) -> bool:
+        """Greedy, or by temperature and top_k alone: what a device may choose by itself (session.Choosing)."""
+        return self.repetition_penalty == 1 and (self.temperature == 0 or self.top_p == 1)
 
     def generator(self, row: int) -> np.random.Generator:
         """The random numbers of one prompt of a batch: the same for the same seed, different between rows."""
@@ -88,6 +94,14 @@ def draw(logits: Logits, generators: Sequence[np.random.Generator]) -> NDArray[n
     return np.array(tokens, np.int64)
 
 
+def not_finite() -> SpecQuantError:
+    """The error for a row with NaN or infinite logits: damaged weights look like that."""
+    return SpecQuantError(
+        "the model computed NaN or infinite logits: its files may be damaged, "
+        "check them with `specquant inspect DIR --verify`"
+    )
+
+
 def choose(
     logits: Logits,
     sampling: Sampling,
@@ -96,19 +110,16 @@ def choose(
 ) -> NDArray[np.int64]:
     """The next token of each row, int64 [batch]. seen[b]: the tokens of row b so far, prompt included.
 
-    Raises SpecQuantError when a row has NaN or infinite logits: damaged weights look like that.
+    Raises SpecQuantError when a row has NaN or infinite logits.
     """
     if not np.isfinite(logits).all():
-        raise SpecQuantError(
-            "the model computed NaN or infinite logits: its files may be damaged, "
-            "check them with `specquant inspect DIR --verify`"
-        )
+        raise not_finite()
     if sampling.repetition_penalty != 1:
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits.argmax(axis=-1)
-    # From the row's largest, so that a tiny temperature (1e-6 and less are alike) gives −inf and never NaN.
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / np.float32(max(sampling.temperature, 1e-6))
+    # From the row's largest, so that a tiny temperature gives −inf and never NaN.
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / np.float32(max(sampling.temperature, LEAST_TEMPERATURE))
     if sampling.top_k:
         logits = filter_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:

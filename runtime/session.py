@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,31 @@ class Sequences(Protocol):
 
     def drop(self, row: int) -> None:
         """Forget a finished row; the last one takes its number."""
+
+
+@runtime_checkable
+class Choosing(Protocol):
+    """What Sequences may offer besides: steps of decoding whose tokens are chosen on the device (Sampling.plain),
+    several under way at a time. The caller takes what is under way before it calls anything else.
+
+    ahead: steps that may be under way.
+    """
+
+    ahead: int
+
+    def start(self, ids: NDArray[np.int64], temperature: float, top_k: int) -> None:
+        """The tokens [rows] that the next step appends, and how all that follow are chosen; none is under way."""
+
+    def enqueue(self, uniforms: NDArray[np.float64]) -> None:
+        """Begin a step: append a token to each row, choose the next. uniforms: a number in [0, 1) for each row, none at
+        all where tokens are greedy."""
+
+    def ready(self) -> bool:
+        """Whether the oldest step under way is done."""
+
+    def take(self) -> tuple[NDArray[np.int64], float]:
+        """Of the oldest step under way, for which this waits: the tokens int64 [rows] that it chose, −1 where logits
+        were not finite, and the seconds that it took on the device."""
 
 
 class Backend(Protocol):

@@ -15,7 +15,8 @@ from typing import Any
 class GenerationStats:
     """One call of generate, generate_batch or chat; of a batch, the sums.
 
-    Times count the model, sampling and text decoding, not what the caller does between pieces.
+    Times count the model, sampling and text decoding, not what the caller does between pieces. Where the device
+    decodes on meanwhile (session.Choosing), the time of decoding is no less than the device's own.
     time_to_first_token_s runs from the first step of prefill to the first sampled token (of a batch: tokens).
     decode_tokens_per_s counts the tokens after the first of each prompt; 0 when there is none.
     finish_reason: `stop` (an end-of-text token or a stop string), `length` (max_new_tokens or a full context;

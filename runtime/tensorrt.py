@@ -6,11 +6,12 @@ import numpy as np
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.runtime.artifact import ModelInfo
+from specquant.runtime.choosing import ChoosingOnDevice
 from specquant.runtime.engine import EngineInfo
-from specquant.runtime.on_device import DeviceSequences, Graph, Memory, OnDevice
+from specquant.runtime.on_device import DeviceSequences, Graph, Memory
 
 
-class TensorRT(OnDevice):
+class TensorRT(ChoosingOnDevice):
     """Implements session.Backend with an engine.
 
     Its cache is the artifact's in a `custom` engine; in a `portable` one it is of the engine's float type, even where

@@ -14,6 +14,7 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import FILE as PLUGIN_LIBRARY
 from specquant.custom_ops.library_tensorrt import load_plugins, prepare_plugins
 from specquant.runtime.artifact import Manifest
+from specquant.runtime.choosing import load_chooser
 from specquant.runtime.cuda_driver import Device
 from specquant.runtime.engine import ENGINE, MODULES, EngineInfo, engine_folder, open_engine
 from specquant.runtime.tensorrt import TensorRT
@@ -71,7 +72,9 @@ def load_tensorrt(
     """
     device = Device()
     engine = LoadedEngine(model, folder or find_engine(model, device.gpu), manifest, device, allow_host_code)
-    return TensorRT(engine, device, engine.info, manifest.model, checked_context(model, engine.info, context))
+    backend = TensorRT(engine, device, engine.info, manifest.model, checked_context(model, engine.info, context))
+    backend.chooser = load_chooser(device)
+    return backend
 
 
 def checked_context(model: Path, info: EngineInfo, context: int | None) -> int:

@@ -32,7 +32,7 @@ WORK = ROOT / "build" / "gpu"
 TAIL = 4000  # characters of a step's output that session.json keeps
 PYTHON = sys.executable
 LEAST = 20  # seconds that a step is started with
-SANITIZED = "rotary or (reference and (window or step)) or extreme or levels_are_exact or refused"
+SANITIZED = "rotary or (reference and (window or step)) or extreme or levels_are_exact or refused or seed or finite"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Step:
 
 def steps(architecture: str, source: str = "", text: str = "") -> list[Step]:
     """In the order in which they are worth most. source: options that name a model; text: one to measure it on."""
-    files = ("kernels", "attention", "prompt_attention", "branch")
+    files = ("kernels", "first_stage", "attention", "prompt_attention", "branch", "sample")
     kernels = " ".join(f"tests/custom_ops/test_cuda_{file}.py" for file in files)
     pytest = f"{PYTHON} -m pytest -q -p no:cacheprovider"
     sanitizer = "compute-sanitizer --error-exitcode 9 --target-processes all --tool"
@@ -66,6 +66,7 @@ def steps(architecture: str, source: str = "", text: str = "") -> list[Step]:
         ),
         Step("kernel tests", f"{pytest} {kernels}", 240),
         Step("attention times", f"{PYTHON} -m tools.bench_cuda_attention --json --kernels", 120),
+        Step("sampling times", f"{PYTHON} -m tools.bench_sample_cuda --json --rows 1 8", 60),
         Step("decoding times, 8B", f"{PYTHON} -m tools.bench_decode_cuda --json --kernels", 120),
         Step("matmul times, groups of 64", f"{PYTHON} -m tools.bench_cuda_kernels --json --tokens 1 16 256 4096", 120),
         Step(

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from specquant.custom_ops import library_cuda, reference
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
+from specquant.custom_ops.packing import pack_int4, row_sums, segment_length, unpack_int4
 from specquant.custom_ops.schema import GATES, PROLOGUES
-from tests.cuda_arrays import EMULATED, POISON, DeviceArray, capability, require_kernels
-from tests.ops import Arrays, random_input, random_weights
+from tests.cuda_arrays import POISON, DeviceArray, capability, require_kernels
+from tests.cuda_matmul import Call, paths
+from tests.ops import random_input, random_weights
 
 require_kernels()
 HOPPER = capability() == (9, 0)
@@ -24,64 +24,6 @@ TENSOR_GROUPS = [(64, 64, 256), (64, 64, 64), (64, 0, 192), (0, 64, 320), (128, 
 TENSOR_GROUPS += [(0, 0, 1152), (64, 0, 896), (128, 0, 256), (64, 128, 1024)]  # wgmma, once and more round its ring
 OTHER_GROUPS = [(0, 0, 37), (8, 0, 40), (0, 8, 64), (8, 24, 72), (32, 64, 128), (64, 32, 192), (16, 16, 48)]
 TOKENS = [1, 3, 8, 9, 17, 33, 130]
-
-
-class Call:
-    """A call of the library: its arrays, the workspace, and what came of it."""
-
-    def __init__(
-        self,
-        x: NDArray[Any],
-        weights: Arrays,
-        path: str | None = None,
-        offsets: dict[str, int] | None = None,
-        **rest: Any,
-    ) -> None:
-        offsets = offsets or {}
-        operands: dict[str, Any] = {k: DeviceArray(v, offsets.get(k, 0)) for k, v in weights.items() if k != "rank"}
-        if "rank" in weights:
-            operands["rank"] = int(weights["rank"][0])
-        self.x = DeviceArray(x, offsets.get("x", 0))
-        self.layout = library_cuda.layout(self.x, **operands, **rest)
-        self.space = DeviceArray(np.full(self.layout.bytes, POISON, np.uint8))
-        m = weights["scales"].shape[1]
-        # A row more, which nobody may write.
-        y = DeviceArray(np.full((len(x) + 1, m), np.nan, x.dtype), offsets.get("y", 0))
-        view = _Rows(y, len(x))
-        library_cuda.matmul(self.x, view, self.space, path=path, **operands, **rest)
-        whole = y.numpy()
-        assert np.isnan(whole[len(x) :]).all(), "wrote past the end of y"
-        self.y = whole[: len(x)]
-
-    def read(self, name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
-        """An array of the workspace."""
-        start = getattr(self.layout, name)
-        assert start >= 0
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.space.numpy()[start : start + size].view(dtype).reshape(shape)
-
-
-class _Rows:
-    """The first rows of an array."""
-
-    def __init__(self, array: Any, rows: int) -> None:
-        self.shape = (rows, *array.shape[1:])
-        self.__cuda_array_interface__ = {**array.__cuda_array_interface__, "shape": self.shape, "strides": None}
-
-
-def paths(
-    tokens: int, groups: tuple[int, int, int], bits: int, m: int = 8, rank: int = 0, columns: int = 0
-) -> list[str | None]:
-    """The paths that take these sizes, `columns` being the basis's; None, the library's own choice, always."""
-    segment = segment_length(groups[2], *groups[:2])
-    whole = segment == groups[2]
-    if m % 8 or (segment % 64 and not whole):
-        return [None, "any"]
-    limit = 16 if bits < 16 and whole else 32
-    fits = HOPPER and bits < 16 and groups[2] % 128 == 0 and m % 16 == 0 and rank <= 64
-    wgmma = ["wgmma_small", "wgmma_large"] if fits else []
-    few = [] if tokens > limit else ["matvec", "cluster"] if HOPPER and columns <= 64 else ["matvec"]
-    return [None, "any", "gemm_small", "gemm_large", *wgmma, *few]
 
 
 def case(rng: np.random.Generator, index: int) -> tuple[int, tuple[int, int, int]]:
@@ -158,48 +100,6 @@ def test_one_token(rng: np.random.Generator, n: int, m: int, groups: tuple[int, 
         np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=tolerance, err_msg=text)
 
 
-def assert_levels(call: Call, hat: NDArray[Any], bits: int, act_group: int, clip: float) -> None:
-    """Levels, scales and zero-points in the workspace are those of the reference, down to the last bit."""
-    q, scale, zero = reference.quantize_activation(hat, bits, act_group, clip)
-    at, (tokens, n) = call.layout, hat.shape
-    stored = call.read("levels", np.int8, (tokens, at.features_padded))[:, :n].astype(np.int32)
-    offset = np.full_like(zero, 128) if bits == 8 else zero
-    np.testing.assert_array_equal(stored, q - np.repeat(offset, act_group or n, axis=-1))
-    scales = call.read("scale", np.float32, (at.segments, at.tokens_padded))[:, :tokens].T / np.float32(at.level_unit)
-    np.testing.assert_array_equal(scales, np.repeat(scale, at.segments // scale.shape[-1], axis=-1))
-    if bits == 8:
-        zeros = call.read("zero", np.int32, (at.segments, at.tokens_padded))[:, :tokens].T + 128
-        np.testing.assert_array_equal(zeros, np.repeat(zero, at.segments // zero.shape[-1], axis=-1))
-
-
-@pytest.mark.parametrize("offsets", [{}, APART])
-@pytest.mark.parametrize("bits", [2, 4, 7, 8])
-@pytest.mark.parametrize(
-    ("group_size", "act_group", "n"), [(64, 64, 192), (0, 0, 72), (32, 16, 96), (64, 128, 256), (64, 0, 1344)]
-)
-def test_levels_are_exact(
-    rng: np.random.Generator, bits: int, group_size: int, act_group: int, n: int, offsets: dict[str, int]
-) -> None:
-    """Of any activations."""
-    weights = random_weights(rng, "Int4ResidualMatMul", n, 8, 0, group_size, act_group)
-    x = (rng.standard_normal((37, n)) * 10.0 ** rng.integers(-9, 9, (37, n))).astype(np.float32)
-    x[0], x[1], x[2], x[3] = 0, 1e-33, -np.abs(x[3]), np.abs(x[4])
-    clip = float(rng.choice([1.0, 0.9, 0.3]))
-    attributes: dict[str, Any] = {"group_size": group_size, "act_bits": bits, "act_group": act_group, "act_clip": clip}
-    assert_levels(Call(x, weights, "any", offsets, **attributes), x, bits, act_group, clip)
-
-
-@pytest.mark.parametrize("block", [8, 16, 32, 128, 512])
-def test_rotation_is_exact(rng: np.random.Generator, block: int) -> None:
-    n = block * int(rng.integers(1, 4))
-    weights = random_weights(rng, "Int4ResidualMatMul", n, 8, 0, 0, 0)
-    x = rng.standard_normal((21, n)).astype(rng.choice([np.float32, np.float16]))
-    expected = reference.block_hadamard(x, block)
-    call = Call(x, weights, "any", APART, act_bits=8, hadamard=block)
-    np.testing.assert_array_equal(call.read("rotated", np.float32, x.shape), expected)
-    assert_levels(Call(x, weights, "any", act_bits=8, hadamard=block), expected, 8, 0, 1.0)
-
-
 @pytest.mark.parametrize("prologue", range(len(PROLOGUES)))
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
 @pytest.mark.parametrize("index", range(0, COUNT, 3))
@@ -252,62 +152,6 @@ def test_residual_in_place(rng: np.random.Generator, kind: Any) -> None:
         np.testing.assert_array_equal(y.numpy(), wanted, str(path))
 
 
-@pytest.mark.skipif(not HOPPER, reason="clusters of 16 blocks are Hopper's")
-@pytest.mark.parametrize(("n", "act_group", "prologue"), [(4160, 64, 1), (4096, 0, 0), (7168, 64, 2)])
-def test_clusters_of_sixteen(rng: np.random.Generator, n: int, act_group: int, prologue: int) -> None:
-    """A token of many features: the stage in one kernel gives what the separate kernels give."""
-    weights = random_weights(rng, "SpecQuantMatMul", n, 32, 32, 64, act_group)
-    x = random_input(rng, (2, 2 * n if prologue in GATES else n))
-    if prologue == 1:
-        weights["norm"] = np.ones(n, np.float32)
-    attributes: dict[str, Any] = {"group_size": 64, "act_group": act_group, "subtract": 1, "prologue": prologue}
-    found, wanted = (Call(x, weights, path, **attributes, act_bits=16, epsilon=0.01).y for path in ("cluster", "any"))
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
-
-
-@pytest.mark.parametrize(
-    ("prologue", "act_group", "kind"), [(0, 0, np.float16), (1, 0, np.float16), (2, 64, np.float32)]
-)
-def test_many_tokens(rng: np.random.Generator, prologue: int, act_group: int, kind: Any) -> None:
-    """More than all blocks take at once: they go on to others."""
-    tokens, n, m = 230 if EMULATED else 6000, 1408, 48
-    weights = random_weights(rng, "SpecQuantMatMul", n, m, 31, act_group, act_group)
-    x = random_input(rng, (tokens, 2 * n if prologue in GATES else n), kind)
-    x[:, 3] *= rng.choice([1, 8], tokens).astype(kind)
-    if prologue == 1:
-        weights["norm"] = rng.uniform(-2, 2, n).astype(np.float32)
-    attributes: dict[str, Any] = {"group_size": act_group, "act_group": act_group, "subtract": 1, "prologue": prologue}
-    attributes |= {"act_bits": 4 if prologue == 0 else 16, "epsilon": 0.01}
-    expected = reference.specquant_matmul(x.astype(np.float32), **weights, **attributes)
-    y = Call(x, weights, **attributes).y.astype(np.float32)
-    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("act_group", [0, 96])  # 96: by the kernels of several passes
-@pytest.mark.parametrize("kind", [np.float32, np.float16])
-@pytest.mark.parametrize("tokens", [2, 40])
-def test_branch_of_any_numbers(rng: np.random.Generator, kind: Any, tokens: int, act_group: int) -> None:
-    """low and what is left of x, on numbers that no order of summation gets exactly."""
-    n, m, r = 672 if act_group else 1344, 64, int(rng.choice([31, 32, 40]))
-    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, 0, act_group)
-    weights["basis"] = np.linalg.qr(rng.standard_normal((n, r)))[0].astype(np.float16)
-    x = rng.standard_normal((tokens, n)).astype(kind)
-    x[:, ::97] *= 60
-    call = Call(x, weights, "any", act_group=act_group, subtract=1, act_bits=4 if act_group else 16)
-    low = x.astype(np.float64) @ weights["basis"].astype(np.float64)
-    parts = call.read("low", np.float16, (tokens, 2, call.layout.rank_padded)).astype(np.float64).sum(1)
-    found = parts[:, :r] * call.read("low_factor", np.float32, (tokens, 1))
-    np.testing.assert_allclose(found, low, rtol=0, atol=2e-6 * np.abs(low).max())
-    left = x.astype(np.float64) - low @ weights["basis"].astype(np.float64).T
-    if act_group:
-        u, tolerance = call.read("reduced", np.float32, (tokens, n)), 2e-6 * np.abs(x).max()
-    else:
-        at = call.layout
-        halves = call.read("levels", np.float16, (tokens, at.features_padded))[:, :n].astype(np.float32)
-        u, tolerance = halves * call.read("scale", np.float32, (at.tokens_padded,))[:tokens, None], 2e-3 * np.abs(left)
-    np.testing.assert_array_less(np.abs(u - left), tolerance + 2e-6 * np.abs(x).max())
-
-
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("groups", [(64, 64, 128), (0, 0, 128), (8, 16, 48)])
 def test_extreme_values(rng: np.random.Generator, bits: int, groups: tuple[int, int, int]) -> None:
@@ -347,6 +191,19 @@ def test_long_segments_of_the_largest_values(rng: np.random.Generator, n: int, b
     expected = (x.astype(np.int64) @ q.astype(np.int64) * 0.5).astype(np.float32)
     for path in [p for p in paths(3, (0, 0, n), bits, m) if p]:
         np.testing.assert_array_equal(Call(x, weights, path, act_bits=bits).y, expected, path)
+
+
+@pytest.mark.skipif(not HOPPER, reason="wgmma is Hopper's")
+def test_bands_of_tokens(rng: np.random.Generator) -> None:
+    """So many activations that tiles go through them in two bands, with a tile of fewer outputs at the end."""
+    tokens, n, m = 1160, 12288, 528
+    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, 0, 0)
+    weights["scales"] = np.full((1, m), 0.5, np.float16)
+    x = rng.integers(-7, 9, (tokens, n)).astype(np.float16)
+    x[:, 0], x[:, 1] = -7, 8  # so that every scale is 1
+    y = Call(x, weights, "wgmma_large", act_bits=4).y
+    expected = x.astype(np.float32) @ unpack_int4(weights["qweight"], n, m).astype(np.float32) * 0.5 + weights["bias"]
+    np.testing.assert_array_equal(y, expected.astype(np.float16))
 
 
 def test_no_tokens(rng: np.random.Generator) -> None:

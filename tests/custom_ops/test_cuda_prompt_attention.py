@@ -57,9 +57,11 @@ def test_prompt_in_place(rng: np.random.Generator, op: str) -> None:
     compare(call, run(call.inputs, call.attributes, in_place=True))
 
 
-def test_prompt_some_heads_at_a_time(rng: np.random.Generator) -> None:
-    """Two heads of this cache do not fit what is unpacked at once."""
-    call = random_call(rng, [3, 9], [70, 70], heads=2, kv_heads=1, spare=270_000, float_type=np.float16, hadamard=1)
+@pytest.mark.parametrize(("kv_heads", "spare"), [(1, 270_000), (3, 60_000)])
+def test_prompt_some_heads_at_a_time(rng: np.random.Generator, kv_heads: int, spare: int) -> None:
+    """Unpacked at once are one head of the first cache, two of the second, also of different rows of the batch."""
+    sizes = {"heads": 2 * kv_heads, "kv_heads": kv_heads, "spare": spare}
+    call = random_call(rng, [3, 9], [70, 70], **sizes, float_type=np.float16, hadamard=1)
     compare(call, run(call.inputs, call.attributes, in_place=True))
 
 
@@ -127,7 +129,7 @@ def test_prompt_position_that_no_table_has(rng: np.random.Generator) -> None:
 
 
 def test_workspace_of_prompts(rng: np.random.Generator) -> None:
-    """The bound covers every smaller call; beyond 128 MB the cache is unpacked some heads at a time."""
+    """The bound covers every smaller call; beyond 32 MB the cache is unpacked some heads at a time."""
     place = np.zeros(8, np.int64)
     for _ in range(100):
         most = [int(n) for n in (rng.integers(1, 9), rng.integers(1, 600), rng.integers(1, 90000))]

@@ -27,6 +27,7 @@ from specquant.exporter.graph import save_model
 from specquant.exporter.lowering import lower
 from specquant.exporter.recipe import Recipe
 from specquant.runtime.artifact import open_artifact
+from specquant.runtime.choosing import Chooser
 from specquant.runtime.cuda_driver import Device
 from specquant.runtime.engine import EngineInfo
 from specquant.runtime.generate import Model
@@ -34,7 +35,7 @@ from specquant.runtime.on_device import PREFILL
 from specquant.runtime.session import load
 from specquant.runtime.tensorrt import TensorRT
 from specquant.runtime.tensorrt_engine import check_engine, checked_context, find_engine
-from tests.host_memory import HostMemory
+from tests.host_memory import HostMemory, HostSampler
 from tests.logits import typical
 from tests.model_folder import CORPUS, fresh_seed, random_llama, save_model_folder
 from tests.rtx_network import rtx_network
@@ -136,6 +137,21 @@ def test_generation_is_that_of_onnxruntime(rng: np.random.Generator, artifact: P
     assert "".join(model.generate(prompts[1], max_new_tokens=12)) == "".join(
         original.generate(prompts[1], max_new_tokens=12)
     )
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_tokens_that_the_device_chooses(
+    rng: np.random.Generator, artifact: Path, graph: LoweredGraph, model: Model, slow: bool
+) -> None:
+    """With a mask that grows, in rows that end at different steps."""
+    prompts = [rng.integers(3, 300, count).tolist() for count in (2, 37, MAX_SEQ - 5)]
+    backend: Any = model._backend
+    backend.memory.slow = slow
+    for options in ({}, {"temperature": 1.1, "top_k": 30, "seed": 2}):
+        backend.chooser = None
+        expected = model.generate_batch(prompts, max_new_tokens=24, **options)
+        backend.chooser = Chooser(backend.memory, HostSampler())
+        assert model.generate_batch(prompts, max_new_tokens=24, **options) == expected
 
 
 @pytest.fixture(params=["int4_cache_folder", "folder"])

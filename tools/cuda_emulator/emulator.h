@@ -118,6 +118,8 @@ To bits_as(From value) {
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#undef __noinline__
+#define __noinline__
 #define __launch_bounds__(...)
 #define __shared__ static
 #define threadIdx (emulator::self->thread)
@@ -152,6 +154,18 @@ T __shfl_sync(unsigned, T value, int lane) {
       *static_cast<T*>(out[i]) = static_cast<Asked*>(in[static_cast<Asked*>(in[i])->lane % 32])->value;
   });
   return result;
+}
+
+// Blocks run one after another, and of their threads one at a time.
+inline int atomicAdd(int* to, int value) {
+  const int before = *to;
+  *to += value;
+  return before;
+}
+inline void __threadfence() {}
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
 }
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }

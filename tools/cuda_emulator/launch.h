@@ -5,6 +5,12 @@
 
 namespace specquant_cuda {
 
+struct Known {};
+template <class... Parameters>
+cudaError_t allow(void (*)(Parameters...), size_t, bool, Known&) {
+  return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, bool, cudaStream_t,
                          Arguments... arguments) {
@@ -20,7 +26,7 @@ cudaError_t launch_cluster(void (*kernel)(Parameters...), dim3 grid, int threads
 }
 
 template <class... Parameters>
-cudaError_t count_clusters(void (*)(Parameters...), int, size_t, int blocks, int& clusters) {
+cudaError_t count_clusters(void (*)(Parameters...), int, size_t, int blocks, int& clusters, Known&) {
   clusters = std::max(1, 8 / blocks);
   return cudaSuccess;
 }

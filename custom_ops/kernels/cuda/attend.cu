@@ -275,8 +275,8 @@ template <class A>
 cudaError_t start(const AttentionArgs& a, cudaStream_t stream) {
   const auto kernel = attend_kernel<A>;
   const size_t shared = A::shared(a.d);
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  static Known known;
+  const cudaError_t error = allow(kernel, shared, false, known);
   if (error != cudaSuccess) return error;
   const dim3 grid(ceil_div(a.sequence * a.group, A::kRows) * (A::split ? a.splits : 1), a.batch * a.kv_heads);
   return launch_early(kernel, grid, A::kThreads, shared, a.early, stream, a);

@@ -5,6 +5,7 @@
 // first stage, value for value; only the order in which low is summed differs.
 #include <algorithm>
 #include <numeric>
+#include <type_traits>
 
 #include "cluster.cuh"
 #include "hadamard.cuh"
@@ -37,21 +38,38 @@ struct Places {
   }
 };
 
+// The same where 8 does not divide r. Rows lie one after another, from a multiple of 16 bytes on: eight numbers at a time,
+// wherever a row begins.
+__device__ __noinline__ void fetch_any(const __half* from, int count, int r, __half* basis) {
+  const int numbers = count * r, stride = basis_stride(r);
+#pragma unroll 1
+  for (int i = 8 * threadIdx.x; i < numbers; i += 8 * kThreads) {
+    __half piece[8];
+    const bool whole = i + 8 <= numbers;
+    if (whole) *reinterpret_cast<uint4*>(piece) = __ldg(reinterpret_cast<const uint4*>(from + i));
+    int row = i / r, column = i - row * r;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      if (i + k >= numbers) break;
+      basis[row * stride + column] = whole ? piece[k] : from[i + k];
+      if (++column == r) column = 0, ++row;
+    }
+  }
+  const int pad = stride - 8 - r;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count * pad; i += kThreads) basis[i / pad * stride + r + i % pad] = __half(0.0f);
+}
+
 // This block's rows of the basis, in the background; zeros in the columns that pad them.
 __device__ __forceinline__ void fetch(const Args& args, int first, int count, __half* basis) {
   const int stride = basis_stride(args.r), whole = args.r / 8;
-  if (args.r % 8 == 0) {
-    const int rows = kThreads / whole, column = threadIdx.x % whole * 8;  // of a turn; whole is at most 8
-    for (int row = threadIdx.x / whole; row < count && threadIdx.x < rows * whole; row += rows)
-      copy_async(basis + row * stride + column, args.basis + static_cast<int64_t>(first + row) * args.r + column, true);
-    commit_async();
-    return;
-  }
-  const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < count; row += kWarps)
-    for (int column = lane; column < stride - 8; column += 32)
-      basis[row * stride + column] =
-          column < args.r ? args.basis[static_cast<int64_t>(first + row) * args.r + column] : __half(0.0f);
+  const __half* from = args.basis + static_cast<int64_t>(first) * args.r;
+  if (args.r % 8) return fetch_any(from, count, args.r, basis);
+  const int rows = kThreads / whole, column = threadIdx.x % whole * 8;  // of a turn; whole is at most 8
+#pragma unroll 1
+  for (int row = threadIdx.x / whole; row < count && threadIdx.x < rows * whole; row += rows)
+    copy_async(basis + row * stride + column, from + row * args.r + column, true);
+  commit_async();
 }
 
 // x̂ before its rotation, of features [first, first + count). norm: the thread's first of source.norm.
@@ -64,6 +82,7 @@ __device__ __forceinline__ void load(const Source& source, const Args& args, int
     const float value = static_cast<int>(threadIdx.x) < count ? to_float(row[first + threadIdx.x]) : 0.0f;
     const float root = root_mean_square(row, args.n, source.epsilon, scratch);
     if (static_cast<int>(threadIdx.x) < count) values[threadIdx.x] = __fdiv_rn(value, root) * norm;
+#pragma unroll 1
     for (int i = threadIdx.x + kThreads; i < count; i += kThreads)
       values[i] = __fdiv_rn(to_float(row[first + i]), root) * source.norm[first + i];
     return;
@@ -136,6 +155,7 @@ __device__ __forceinline__ void branch(const Args& args, const Places& at, int t
   }
   __syncwarp();
   if (!args.subtract) return;
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const uint4* row = reinterpret_cast<const uint4*>(at.basis + i * stride);
     float part = 0.0f;
@@ -167,6 +187,7 @@ __device__ __forceinline__ void tell(float value, F combine, const Places& at, i
 template <class F>
 __device__ __forceinline__ float told(F combine, const Places& at, int which, int blocks) {
   float value = at.ranges[which];
+#pragma unroll 1
   for (int b = 1; b < blocks; ++b) value = combine(value, at.ranges[b * kRange + which]);
   return value;
 }
@@ -175,11 +196,13 @@ __device__ __forceinline__ float told(F combine, const Places& at, int which, in
 __device__ __forceinline__ void halve(const Args& args, const Places& at, int token, int rank, int blocks, int first,
                                       int count) {
   float largest = 0.0f, factor, inverse;
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) largest = max_nan(largest, fabsf(at.values[i]));
   tell(largest, Largest(), at, 0, rank, blocks);
   box_wait(at.range_box, blocks);
   half_factor(told(Largest(), at, 0, blocks), factor, inverse);
   __half* out = static_cast<__half*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) out[i] = __float2half_rn(at.values[i] * inverse);
   if (rank == 0 && threadIdx.x == 0) args.scale[token] = factor;
 }
@@ -187,6 +210,7 @@ __device__ __forceinline__ void halve(const Args& args, const Places& at, int to
 __device__ __forceinline__ void quantize_token(const Args& args, const Places& at, int token, int rank, int blocks,
                                                int first, int count) {
   float lowest = 0.0f, highest = 0.0f;
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
     lowest = min_nan(lowest, at.values[i]);
     highest = max_nan(highest, at.values[i]);
@@ -197,7 +221,9 @@ __device__ __forceinline__ void quantize_token(const Args& args, const Places& a
   const Quantizer q(told(Smallest(), at, 0, blocks), told(Largest(), at, 1, blocks), args.clip, args.bits);
   const float centre = q.centre(args.bits);
   int8_t* out = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) out[i] = static_cast<int8_t>(q.byte(at.values[i], centre));
+#pragma unroll 1
   for (int s = rank * kThreads + threadIdx.x; s < args.segments; s += blocks * kThreads) store_scale(args, token, s, q);
 }
 
@@ -206,23 +232,31 @@ __device__ __forceinline__ void quantize_groups(const Args& args, const Places& 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, length = args.act_group;
   const int spread = length / args.segment;  // segments of a group
   int8_t* out = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
+#pragma unroll 1
   for (int start = warp * length; start < count; start += kWarps * length) {
     float lowest = 0.0f, highest = 0.0f;
+#pragma unroll 1
     for (int i = lane; i < length; i += 32) {
       lowest = min_nan(lowest, at.values[start + i]);
       highest = max_nan(highest, at.values[start + i]);
     }
     const Quantizer q(over_warp(lowest, Smallest()), over_warp(highest, Largest()), args.clip, args.bits);
     const float centre = q.centre(args.bits);
+#pragma unroll 1
     for (int i = lane; i < length; i += 32)
       out[start + i] = static_cast<int8_t>(q.byte(at.values[start + i], centre));
     const int segment = (first + start) / args.segment;
+#pragma unroll 1
     for (int s = lane; s < spread; s += 32) store_scale(args, token, segment + s, q);
   }
 }
 
+// What u becomes. A kernel for each: what is not executed would still lie between what is, and instructions have to come from
+// memory, too, in kernels that take turns and run once through theirs.
+enum Ends { kHalves, kToken, kGroups };
+
 // span: features of a block.
-template <class X>
+template <class X, Ends ends>
 __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const Args args, const Source source, int span) {
   extern __shared__ float shared[];
   const Places at(shared, span);
@@ -234,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const Args args, c
   const float norm = normed ? source.norm[first + threadIdx.x] : 0.0f;
   if (threadIdx.x == 0) {
     box_open(at.low_box, blocks * args.rp * static_cast<int>(sizeof(float)));
-    box_open(at.range_box, blocks * (args.bits == 16 ? 1 : kRange) * static_cast<int>(sizeof(float)));
+    box_open(at.range_box, blocks * (ends == kHalves ? 1 : kRange) * static_cast<int>(sizeof(float)));
   }
   cluster_arrive();
   wait_for_previous();
@@ -244,6 +278,7 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const Args args, c
   if (args.hadamard) {
     hadamard_blocks(at.values, count, args.hadamard);
     const float factor = hadamard_factor(args.hadamard);
+#pragma unroll 1
     for (int i = threadIdx.x; i < count; i += kThreads) at.values[i] *= factor;
     __syncthreads();
   }
@@ -252,20 +287,14 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const Args args, c
   } else {
     cluster_wait();  // all blocks have started
   }
-  if (args.bits == 16) {
-    halve(args, at, token, rank, blocks, first, count);
-  } else if (args.act_group == args.n) {
-    quantize_token(args, at, token, rank, blocks, first, count);
-  } else {
-    quantize_groups(args, at, token, first, count);
-  }
-  if (rank == 0 && args.bits == 16) {
-    __half* out = static_cast<__half*>(args.levels) + static_cast<int64_t>(token) * args.kp;
-    for (int i = args.n + threadIdx.x; i < args.kp; i += kThreads) out[i] = __half(0.0f);
-  } else if (rank == 0) {
-    int8_t* out = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp;
-    for (int i = args.n + threadIdx.x; i < args.kp; i += kThreads) out[i] = 0;
-  }
+  if constexpr (ends == kHalves) halve(args, at, token, rank, blocks, first, count);
+  if constexpr (ends == kToken) quantize_token(args, at, token, rank, blocks, first, count);
+  if constexpr (ends == kGroups) quantize_groups(args, at, token, first, count);
+  if (rank) return;
+  using Out = std::conditional_t<ends == kHalves, __half, int8_t>;
+  Out* out = static_cast<Out*>(args.levels) + static_cast<int64_t>(token) * args.kp;
+#pragma unroll 1
+  for (int i = args.n + threadIdx.x; i < args.kp; i += kThreads) out[i] = Out(0.0f);
 }
 
 // Features of a block: whole groups, whole rotations, whole steps.
@@ -275,14 +304,12 @@ int span_of(const Args& args) {
   return static_cast<int>(std::min<int64_t>(round_up(ceil_div(args.n, args.cluster), unit), 1 << 20));
 }
 
-template <class X>
+template <class X, Ends ends>
 cudaError_t start(const Args& args, const Source& source, cudaStream_t stream) {
-  const auto kernel = cluster_kernel<X>;
+  const auto kernel = cluster_kernel<X, ends>;
   const size_t shared = cluster_shared(args);
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error == cudaSuccess && args.cluster > 8)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  static Known known;
+  const cudaError_t error = allow(kernel, shared, args.cluster > 8, known);
   if (error != cudaSuccess) return error;
   const dim3 grid(args.tokens * args.cluster);
   return launch_cluster(kernel, grid, kThreads, shared, args.cluster, stream, args, source, span_of(args));
@@ -293,7 +320,10 @@ cudaError_t start(const Args& args, const Source& source, cudaStream_t stream) {
 size_t cluster_shared(const Args& args) { return Places::bytes(span_of(args), args.rank ? args.r : 0); }
 
 cudaError_t first_stage(const Args& args, const Source& source, cudaStream_t stream) {
-  return source.half ? start<__half>(args, source, stream) : start<float>(args, source, stream);
+  const auto pick = [&](auto wide, auto half) { return (source.half ? half : wide)(args, source, stream); };
+  if (args.bits == 16) return pick(start<float, kHalves>, start<__half, kHalves>);
+  if (args.act_group == args.n) return pick(start<float, kToken>, start<__half, kToken>);
+  return pick(start<float, kGroups>, start<__half, kGroups>);
 }
 
 }  // namespace specquant_cuda

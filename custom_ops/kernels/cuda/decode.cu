@@ -13,12 +13,15 @@
 namespace specquant_cuda {
 namespace {
 
+// Loops are not unrolled where few rounds are run: instructions have to come from memory, too (docs/cuda.md).
+
 // The queries of the group to shared memory, and with `newest` the new row to the cache, a warp each.
 template <class X, int kLanes>
 __device__ __forceinline__ void ready(const AttentionArgs& a, int d, const Room& room, int b, int kv_head, bool newest,
                                       int row, int64_t position) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* own = room.rows + warp * d;
+#pragma unroll 1
   for (int item = warp; item < a.group + 2 * newest; item += kDecodeWarps) {
     const bool query = item < a.group, value = item > a.group;
     const int head = query ? kv_head * a.group + item : a.heads + (value ? a.kv_heads : 0) + kv_head;
@@ -93,6 +96,7 @@ __device__ __forceinline__ void share(const AttentionArgs& a, int d, const Room&
   }
   __syncthreads();
   const int slice = Room::slice(group, d, a.cluster), row = d / 4;
+#pragma unroll 1
   for (int i = threadIdx.x; i < group * row; i += kDecodeThreads) {  // four features of a head
     const bool own = i == static_cast<int>(threadIdx.x);
     const int head = own ? first_head : i / row;
@@ -111,6 +115,7 @@ __device__ __forceinline__ void share(const AttentionArgs& a, int d, const Room&
     const int owner = own ? first_owner : 4 * i / slice;
     float* to = room.shares + rank * slice + (4 * i - owner * slice);
     box_send(reinterpret_cast<float4*>(to), owner, make_float4(y[0], y[1], y[2], y[3]), room.box, a.cluster);
+#pragma unroll 1
     for (int block = i - head * row; block < a.cluster; block += row) {
       float* stats = room.stats + 2 * (rank * kDecodeGroup + head);
       box_send(stats, block, most_of, room.box, a.cluster);
@@ -151,6 +156,7 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
   const Lengths lengths = lengths_of(a, b);
   if (!lengths.sound || lengths.after == 0) {
     const float value = lengths.sound ? 0.0f : __int_as_float(0x7FC00000);
+#pragma unroll 1
     for (int i = threadIdx.x; rank == 0 && i < group * d; i += kDecodeThreads)
       store(a, output_row(a, b, kv_head, i / d) * d + i % d, value);
     cluster_wait();
@@ -177,6 +183,7 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
     factors[e] = head < group ? room.factors[head] : 1.0f, sums[e] = head < group ? room.sums[head] : 0.0f;
   }
   Found<most> found;
+#pragma unroll 1
   while (chunk < end) {
     const int start = chunk * kChunkTokens;
     chunk += step;
@@ -189,6 +196,7 @@ __global__ void __launch_bounds__(kDecodeThreads, most > 128 || sizeof(X) == 4 ?
   share<most>(a, d, room, rank, first_head, first_owner, found);
   box_wait(room.box, blocks);
 
+#pragma unroll 1
   for (int i = threadIdx.x; i < owned; i += kDecodeThreads) {
     const int head = i == static_cast<int>(threadIdx.x) ? own_head : (rank * slice + i) / d;
     const int feature = rank * slice + i - head * d;
@@ -208,10 +216,8 @@ template <class X, int most, bool whole>
 cudaError_t start(const AttentionArgs& a, cudaStream_t stream) {
   const auto kernel = decode_kernel<X, most, whole>;
   const size_t shared = Room::bytes(a.group, a.d, a.cluster);
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error == cudaSuccess && a.cluster > 8)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  static Known known;
+  const cudaError_t error = allow(kernel, shared, a.cluster > 8, known);
   if (error != cudaSuccess) return error;
   const dim3 grid(a.cluster, a.batch * a.kv_heads);
   return launch_cluster(kernel, grid, kDecodeThreads, shared, a.cluster, stream, a);

@@ -1,5 +1,6 @@
 // Launches of gemm.cuh: one tile for many tokens, one for fewer.
 #include "gemm.cuh"
+#include "launch.h"
 
 namespace specquant_cuda {
 namespace {
@@ -7,7 +8,8 @@ namespace {
 template <class G, int stages>
 cudaError_t launch(const Args& args, cudaStream_t stream) {
   const auto kernel = gemm_kernel<G, stages>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kShared);
+  static Known known;
+  const cudaError_t error = allow(kernel, G::kShared, false, known);
   if (error != cudaSuccess) return error;
   const dim3 grid(ceil_div(args.tokens, G::kTokens), ceil_div(args.m, G::kOutputs));
   kernel<<<grid, G::kThreads, G::kShared, stream>>>(args);

@@ -11,7 +11,8 @@ template <Mode mode, int tokens, int folds>
 cudaError_t launch(const Args& args, int multiprocessors, cudaStream_t stream) {
   using G = Gemm90<mode, tokens, folds>;
   const auto kernel = gemm90_kernel<mode, tokens, folds>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kShared);
+  static Known known;
+  const cudaError_t error = allow(kernel, G::kShared, false, known);
   if (error != cudaSuccess) return error;
   const int tiles = ceil_div(args.tokens, tokens) * ceil_div(args.m, G::kOutputs);
   const int blocks = std::min(tiles, multiprocessors);

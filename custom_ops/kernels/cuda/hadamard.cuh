@@ -5,17 +5,19 @@
 
 namespace specquant_cuda {
 
-// `steps` butterflies, at distance d, 2d, …, on 2^steps values in registers: the order of walsh_hadamard in attention.py.
+// `steps` butterflies, at distance 2^from, twice that, …, on 2^steps values in registers: the order of walsh_hadamard in
+// attention.py.
 template <int steps>
-__device__ __forceinline__ void butterflies(float* values, int count, int d, int rows, int stride) {
+__device__ __forceinline__ void butterflies(float* values, int count, int from, int rows, int stride) {
   constexpr int size = 1 << steps;
-  const int each = count / size;
+  const int each = count >> steps;
+#pragma unroll 1
   for (int all = threadIdx.x; all < rows * each; all += blockDim.x) {
-    const int row = all / each, i = all - row * each;
-    float* base = values + row * stride + (i / d) * d * size + i % d;
+    const int row = rows == 1 ? 0 : all / each, i = all - row * each;
+    float* base = values + row * stride + (i >> from << (from + steps)) + (i & ((1 << from) - 1));
     float v[size];
 #pragma unroll
-    for (int j = 0; j < size; ++j) v[j] = base[j * d];
+    for (int j = 0; j < size; ++j) v[j] = base[j << from];
 #pragma unroll
     for (int step = 1; step < size; step *= 2)
 #pragma unroll
@@ -26,7 +28,7 @@ __device__ __forceinline__ void butterflies(float* values, int count, int d, int
           v[j + step] = a - b;
         }
 #pragma unroll
-    for (int j = 0; j < size; ++j) base[j * d] = v[j];
+    for (int j = 0; j < size; ++j) base[j << from] = v[j];
   }
   __syncthreads();
 }
@@ -34,10 +36,11 @@ __device__ __forceinline__ void butterflies(float* values, int count, int d, int
 // Every `block` of `count` values in each of `rows`, `stride` apart, by all threads of a block of threads, which have met
 // before; the caller scales by hadamard_factor.
 __device__ __forceinline__ void hadamard_blocks(float* values, int count, int block, int rows = 1, int stride = 0) {
-  int d = 1;
-  for (; d * 8 <= block; d *= 8) butterflies<3>(values, count, d, rows, stride);
-  if (d * 4 == block) butterflies<2>(values, count, d, rows, stride);
-  if (d * 2 == block) butterflies<1>(values, count, d, rows, stride);
+  int from = 0;
+#pragma unroll 1
+  for (; 8 << from <= block; from += 3) butterflies<3>(values, count, from, rows, stride);
+  if (4 << from == block) butterflies<2>(values, count, from, rows, stride);
+  if (2 << from == block) butterflies<1>(values, count, from, rows, stride);
 }
 
 __device__ __forceinline__ float hadamard_factor(int block) {

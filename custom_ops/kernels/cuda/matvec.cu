@@ -92,7 +92,8 @@ cudaError_t start(const Args& args, cudaStream_t stream) {
   if (frags > 1 || bytes > kMostStaged)
     return launch_early(matvec_kernel<mode, frags, warps, false>, blocks, warps * 32, 0, args.early, stream, args);
   const auto kernel = matvec_kernel<mode, frags, warps, frags == 1>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostStaged);
+  static Known known;
+  const cudaError_t error = allow(kernel, kMostStaged, false, known);
   if (error != cudaSuccess) return error;
   return launch_early(kernel, blocks, warps * 32, bytes, args.early, stream, args);
 }

@@ -151,7 +151,8 @@ template <Mode mode>
 cudaError_t start(const Args& args, int multiprocessors, cudaStream_t stream) {
   const Shares shares = shares_of(args, mode, multiprocessors);
   const auto kernel = one_token_kernel<mode>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, args.most_shared);
+  static Known known;
+  const cudaError_t error = allow(kernel, args.most_shared, false, known);
   if (error != cudaSuccess) return error;
   return launch_early(kernel, dim3(shares.blocks), shares.parts * shares.slots * 32, shares.bytes, args.early, stream,
                       args, shares);

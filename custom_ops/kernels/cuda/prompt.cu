@@ -171,12 +171,10 @@ cudaError_t start(const Args& args, const Source& source, cudaStream_t stream) {
   const auto kernel = prompt_kernel<X, rank_blocks, reads, most>;
   const size_t shared = prompt_shared(args);
   const int threads = args.units * 32;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error == cudaSuccess && args.spread > 8)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  static Known allowed, counted;
+  cudaError_t error = allow(kernel, shared, args.spread > 8, allowed);
   int clusters = 1;  // that run at once: each takes as many tokens as the others
-  if (error == cudaSuccess) error = count_clusters(kernel, threads, shared, args.spread, clusters);
+  if (error == cudaSuccess) error = count_clusters(kernel, threads, shared, args.spread, clusters, counted);
   if (error != cudaSuccess) return error;
   const int tiles = ceil_div(args.tokens, kPromptTokens), rounds = ceil_div(tiles, std::max(1, clusters));
   const dim3 grid(ceil_div(tiles, rounds) * args.spread);

@@ -9,7 +9,8 @@ template <int d>
 cudaError_t start(const AttentionArgs& a, int first_item, int items, cudaStream_t stream) {
   using P = Prompt90<d, 2, true>;
   const auto kernel = prompt_attend_kernel<P>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kShared);
+  static Known known;
+  const cudaError_t error = allow(kernel, P::kShared, false, known);
   if (error != cudaSuccess) return error;
   const dim3 grid(items * a.group, ceil_div(a.sequence, kPromptRows));
   return launch_early(kernel, grid, P::kThreads, P::kShared, a.early, stream, a, first_item);

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define SPECQUANT_CUDA_ABI 4
+#define SPECQUANT_CUDA_ABI 5
 
 /* One call of SpecQuantMatMul, or of Int4ResidualMatMul when basis is null. library_cuda.py mirrors it. */
 typedef struct SpecquantCudaProblem {
@@ -105,11 +105,31 @@ typedef struct SpecquantCudaAttention {
   void* y;                   /* [B, S, H d]; zeros for padding */
 } SpecquantCudaAttention;
 
+/* The end of a step of decoding: a token id for each row of logits, and what the next step is given. Symbols: R rows,
+ * V words of the vocabulary, W columns of the mask. library_cuda_sample.py mirrors it. */
+typedef struct SpecquantCudaSample {
+  int64_t rows;          /* R, 0..65535 */
+  int64_t vocab;         /* V, 1..2^24 */
+  int64_t stride;        /* elements from one row of logits to the next, >= V */
+  int64_t top_k;         /* only the k largest logits are drawn from, and what equals the least of them; 0: from all */
+  int64_t width;         /* W */
+  int32_t half;          /* 1: logits are float16; 0: float32 */
+  float temperature;     /* 0: greedy, of equal logits the first */
+  const void* logits;    /* [R, stride] */
+  const double* uniforms; /* [R], in [0, 1), where temperature is not 0: the token is where the sum of the weights, in the
+                            order of the vocabulary, exceeds this share of all. May be pinned memory of the host. */
+  int64_t* ids;          /* [R]: the tokens, as the next input_ids; 0 for -1 */
+  int64_t* position_ids; /* [R]: 1 is added; or null */
+  int64_t* attention_mask; /* [R, W]: 1 at the new position, if that is < W; or null */
+  int64_t* results;      /* [R]: the tokens; -1 for a row with NaN or infinite logits. May be pinned memory of the host. */
+} SpecquantCudaSample;
+
 int32_t specquant_cuda_abi(void);
 int64_t specquant_cuda_problem_size(void);
 int64_t specquant_cuda_attention_size(void);
 int64_t specquant_cuda_layout_size(void);
 int64_t specquant_cuda_branch_size(void);
+int64_t specquant_cuda_sample_size(void);
 
 /* Each returns null if all is well, else one line that says what is wrong, valid until this thread's next call. */
 
@@ -158,6 +178,14 @@ const char* specquant_cuda_attention_bound(const SpecquantCudaAttention* problem
 /* Appends the new keys and values to the cache and computes y, as specquant_cuda_matmul does its work. */
 const char* specquant_cuda_attention(const SpecquantCudaAttention* problem, void* workspace, int64_t workspace_bytes,
                                      void* stream);
+
+/* Bytes of workspace for the problem's rows and any fewer, for any vocabulary. Asks no device, and looks at no pointer. */
+const char* specquant_cuda_sample_workspace(const SpecquantCudaSample* problem, int64_t* bytes);
+
+/* ids and results, as specquant_cuda_matmul does its work. `workspace` must hold zeros before the first call that it is
+ * given to; every call leaves it fit for the next, of whatever sizes. */
+const char* specquant_cuda_sample(const SpecquantCudaSample* problem, void* workspace, int64_t workspace_bytes,
+                                  void* stream);
 
 #ifdef __cplusplus
 }
