@@ -28,8 +28,12 @@ def open_graph(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # its errors reach the user as ours, in one line
-    # Threads wait actively during a run, for speed, and not between runs: a slow reader costs no processor time.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Threads wait actively, for speed, during a run and for a moment after it, which lasts to the next token unless its
+    # reader is slow: waking them costs 0.1 ms. Before 1.31 that moment has no length of ours, so there is none.
+    if tuple(int(part) for part in ort.__version__.split(".")[:2]) >= (1, 31):
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
+    else:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if custom_ops:
         register(options)
     path = folder / "model.onnx"

@@ -12,16 +12,23 @@ std::string text(const Shape& shape) {
 }
 
 Tensor read(const Api& api, const Value* value) {
+  Tensor tensor;
+  must(api.GetTensorMutableData(const_cast<Value*>(value), &tensor.data));  // read only: inputs are const to us
+  size_t count;
+  if (api.GetTensorElementTypeAndShapeDataReference) {
+    const int64_t* sizes;
+    must(api.GetTensorElementTypeAndShapeDataReference(value, &tensor.type, &sizes, &count));
+    tensor.shape.resize(count);
+    std::copy(sizes, sizes + count, tensor.shape.data());
+    return tensor;
+  }
   TensorInfo* owned;
   must(api.GetTensorTypeAndShape(value, &owned));
   const std::unique_ptr<TensorInfo, void (*)(TensorInfo*)> info(owned, api.ReleaseTensorTypeAndShapeInfo);
-  Tensor tensor;
-  size_t count;
   must(api.GetDimensionsCount(owned, &count));
   tensor.shape.resize(count);
   must(api.GetDimensions(owned, tensor.shape.data(), count));
   must(api.GetTensorElementType(owned, &tensor.type));
-  must(api.GetTensorMutableData(const_cast<Value*>(value), &tensor.data));  // read only: inputs are const to us
   return tensor;
 }
 

@@ -104,20 +104,24 @@ class CpuKernel : public Kernel {
   // Picks the instruction set: what the environment variable SPECQUANT_ISA names, or the fastest. Throws as `compute`.
   CpuKernel(const Api& api, const KernelInfo* info);
 
-  // Calls work(pool, scratch) with ONNX Runtime's thread pool and `bytes` of scratch from the session's own arena.
+  // Calls work(pool, scratch) with ONNX Runtime's thread pool and `bytes` of scratch, little of it on the stack, more from
+  // the session's own arena.
   template <class Run>
   void run(KernelContext* context, size_t bytes, const Run& work) const {
-    void* memory = nullptr;
-    if (bytes) must(api_.AllocatorAlloc(allocator_, bytes, &memory));
+    alignas(64) char small[kSmallScratch];
+    void* memory = small;
+    if (bytes > sizeof small) must(api_.AllocatorAlloc(allocator_, bytes, &memory));
     Pool pool{api_, context};
     work(ThreadPool{Pool::run, &pool}, memory);
-    if (bytes) must(api_.AllocatorFree(allocator_, memory));
+    if (bytes > sizeof small) must(api_.AllocatorFree(allocator_, memory));
     must(pool.status);
   }
 
   const Kernels* kernels_;
 
  private:
+  static constexpr size_t kSmallScratch = 64 * 1024;  // a token's
+
   struct Pool {
     const Api& api;
     const KernelContext* context;

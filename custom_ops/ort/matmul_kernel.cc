@@ -12,12 +12,18 @@ class MatMulKernel : public CpuKernel {
  public:
   MatMulKernel(const Api& api, const MatMulKind& kind, const KernelInfo* info) : CpuKernel(api, info), kind_(kind) {
     read_attributes(*this, kind, info, attributes_);
+    if (!kind.weights) return;
+    const std::optional<Tensor>& bias = constants_[kind.branch ? 7 : 4];
+    if (!bias || bias->type != kFloat || bias->shape.size() != 1) return;
+    const float* const values = bias->as<float>();
+    no_bias_ = std::all_of(values, values + bias->shape[0], [](float value) { return value == 0.0f; });
   }
 
   void compute(KernelContext* context) const override {
     const std::vector<Tensor> given = inputs(context, kind_.inputs());
     Problem p = attributes_;
     Shape shape = read_call(kind_, given, p, [](const Problem& problem) { return check(problem); }, is_zero);
+    if (no_bias_) p.bias = nullptr;
     p.y = output(context, 0, shape);
     if (!kind_.weights) {
       shape.back() = p.basis_rank;
@@ -30,6 +36,7 @@ class MatMulKernel : public CpuKernel {
  private:
   const MatMulKind& kind_;
   Problem attributes_{};  // those fields of it that a node fixes
+  bool no_bias_ = false;  // it is all zeros, which need not be read
 };
 
 }  // namespace

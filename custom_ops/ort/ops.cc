@@ -1,4 +1,5 @@
 // The ops as ONNX Runtime sees them: one CustomOp per op and combination of types, and their registration.
+#include <cstdlib>
 #include <memory>
 #include <new>
 
@@ -178,7 +179,7 @@ struct Registry {
   std::vector<Op> ops;
   OpDomain* domain = nullptr;
 
-  explicit Registry(const void* table) : api(table), ops(describe_all(api)) {
+  Registry(const void* table, int minor) : api(table, minor), ops(describe_all(api)) {
     must(api.CreateCustomOpDomain("specquant", &domain));
     for (const Op& op : ops) must(api.CustomOpDomain_Add(domain, &op));
   }
@@ -200,12 +201,14 @@ extern "C" __attribute__((visibility("default"))) specquant::ort::Status* Regist
     const auto* slots = static_cast<void* const*>(base->GetApi(1));
     return reinterpret_cast<decltype(ort::Api::CreateStatus)>(slots[0])(ort::kFail, message.c_str());
   }
+  const char* const version = base->GetVersionString();
+  const int minor = version[0] == '1' && version[1] == '.' ? std::atoi(version + 2) : 0;
   try {
-    static const ort::Registry* const registry = new ort::Registry(table);
+    static const ort::Registry* const registry = new ort::Registry(table, minor);
     return registry->api.AddCustomOpDomain(options, registry->domain);
   } catch (const ort::Failure& failure) {
     return failure.status;
   } catch (const std::exception& error) {
-    return ort::Api(table).CreateStatus(ort::kFail, error.what());
+    return ort::Api(table, minor).CreateStatus(ort::kFail, error.what());
   }
 }

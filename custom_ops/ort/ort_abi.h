@@ -60,17 +60,29 @@ enum ElementType : int32_t { kFloat = 1, kInt8 = 3, kInt16 = 5, kInt32 = 6, kInt
   X(KernelContext_ParallelFor, 274, Status*, (const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)) \
   X(KernelInfoGetAllocator, 278, Status*, (const KernelInfo*, MemoryType, Allocator**))
 
+// Likewise, but null before ONNX Runtime 1.24.
+#define SPECQUANT_ORT_SLOTS_24(X)                                                                           \
+  X(GetTensorElementTypeAndShapeDataReference, 414, Status*,                                                \
+    (const Value*, ElementType*, const int64_t**, size_t*))
+
 // The slots above as members with their own names, read once from the table.
 struct Api {
   const void* table;
 #define SPECQUANT_ORT_MEMBER(name, slot, result, arguments) result(*name) arguments;
   SPECQUANT_ORT_SLOTS(SPECQUANT_ORT_MEMBER)
 #undef SPECQUANT_ORT_MEMBER
+#define SPECQUANT_ORT_MEMBER(name, slot, result, arguments) result(*name) arguments = nullptr;
+  SPECQUANT_ORT_SLOTS_24(SPECQUANT_ORT_MEMBER)
+#undef SPECQUANT_ORT_MEMBER
 
-  explicit Api(const void* from) : table(from) {
+  // minor: of ONNX Runtime's version 1.minor.
+  Api(const void* from, int minor) : table(from) {
     const auto* slots = static_cast<void* const*>(from);
 #define SPECQUANT_ORT_READ(name, slot, result, arguments) name = reinterpret_cast<result(*) arguments>(slots[slot]);
     SPECQUANT_ORT_SLOTS(SPECQUANT_ORT_READ)
+    if (minor >= 24) {
+      SPECQUANT_ORT_SLOTS_24(SPECQUANT_ORT_READ)
+    }
 #undef SPECQUANT_ORT_READ
   }
 };

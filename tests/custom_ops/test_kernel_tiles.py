@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops import library, reference
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.packing import pack_int4, row_sums
 from tests.ops import random_input, random_weights
 
 try:
@@ -67,6 +68,21 @@ def test_vector_paths_agree_bit_for_bit(rng: np.random.Generator, bits: int, tok
     assert np.abs(first).max() > 1
     for y in others:
         np.testing.assert_array_equal(y, first)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("n", [65536, 65600])
+def test_the_largest_sums_of_one_token(rng: np.random.Generator, isa: str, n: int) -> None:
+    """One segment, every level at its end and most nibbles 15: on either side of what 16 times the high ones may be."""
+    weights = random_weights(rng, "Int4ResidualMatMul", n, 20, 0, 0, 0)
+    q = np.where(rng.random((n, 20)) < 0.99, np.int8(7), np.int8(-8))
+    weights |= {"qweight": pack_int4(q), "row_sums": row_sums(q, n)}
+    for sign in (-1, 1):
+        x = np.full((1, n), sign, np.float32)
+        attributes = {"group_size": 0, "act_bits": 8, "act_group": 0}
+        y, _ = library.specquant_matmul(x, **weights, **attributes, isa=isa)
+        expected = reference.int4_residual_matmul(x, **weights, **attributes)
+        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -46,6 +46,9 @@ namespace ours = specquant::ort;
   static_assert(offsetof(OrtApi, name) == slot * sizeof(void*), #name " is elsewhere"); \
   static_assert(Same<decltype(ours::Api::name), decltype(OrtApi::name)>::value, #name " differs");
 SPECQUANT_ORT_SLOTS(SLOT)
+#if ORT_API_VERSION >= 24
+SPECQUANT_ORT_SLOTS_24(SLOT)
+#endif
 
 #define FIELD(name)                                                                                 \
   static_assert(offsetof(ours::CustomOp, name) == offsetof(OrtCustomOp, name), #name " is elsewhere"); \

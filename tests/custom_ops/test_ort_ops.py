@@ -105,9 +105,17 @@ def test_threads_do_not_change_a_bit(rng: np.random.Generator) -> None:
     weights = random_weights(rng, "SpecQuantMatMul", 512, 1000, 31, 64, 64)
     model = op_model("SpecQuantMatMul", 512, weights, np.float32, attributes)
     one, four = session(model, 1), session(model, 4)
-    for tokens in (1, 70):
+    for tokens in (1, 1, 1, 2, 8, 9, 70):  # up to 8 are prepared by one thread while the others fetch weights
         x = rng.standard_normal((1, tokens, 512)).astype(np.float32)
         np.testing.assert_array_equal(one.run(None, {"x": x})[0], four.run(None, {"x": x})[0])
+
+
+def test_a_bias_of_zeros(rng: np.random.Generator) -> None:
+    attributes = attributes_of("SpecQuantMatMul", act_bits=8)
+    weights = random_weights(rng, "SpecQuantMatMul", 48, 37, 7, 16, 8) | {"bias": np.zeros(37, np.float32)}
+    run, x = session(op_model("SpecQuantMatMul", 48, weights, np.float32, attributes)), random_input(rng, (1, 3, 48))
+    (expected,) = expected_outputs("SpecQuantMatMul", x, weights, attributes)
+    np.testing.assert_allclose(run.run(None, {"x": x})[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def nodes_run(run: Any) -> set[str]:

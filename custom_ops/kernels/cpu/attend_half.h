@@ -204,23 +204,36 @@ struct HalfTile {
   // y of N rows and 16 features, over tokens whose values lie from `values` on.
   template <int N>
   void add_tokens(int64_t row, int64_t feature, const uint16_t* values, const Seen& tokens) {
-    typename E::F sums[N][2];
+    constexpr int P = 16 / V::W;
+    F sums[N][P];
     float* const y = out.y + row * d + feature;
 #pragma GCC unroll 8
-    for (int i = 0; i < 2 * N; ++i)
-      sums[i / 2][i % 2] = E::load(y + i / 2 * d + i % 2 * 8) * E::splat(corrections[row + i / 2]);
+    for (int i = 0; i < P * N; ++i)
+      sums[i / P][i % P] = V::load(y + i / P * d + i % P * V::W) * V::splat(corrections[row + i / P]);
     const float* weights = scores + row * kHalfBlock;
     for (int64_t j = tokens.from; j < tokens.to; ++j) {
-      const auto first = E::half(values + j * d + feature), second = E::half(values + j * d + feature + 8);
+      F value[P];
+#pragma GCC unroll 4
+      for (int i = 0; i < P; ++i) value[i] = V::half(values + j * d + feature + i * V::W);
 #pragma GCC unroll 4
       for (int r = 0; r < N; ++r) {
-        const auto weight = E::splat(weights[r * kHalfBlock + j]);
-        sums[r][0] = E::fma(weight, first, sums[r][0]);
-        sums[r][1] = E::fma(weight, second, sums[r][1]);
+        const F weight = V::splat(weights[r * kHalfBlock + j]);
+#pragma GCC unroll 4
+        for (int i = 0; i < P; ++i) sums[r][i] = V::fma(weight, value[i], sums[r][i]);
       }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < 2 * N; ++i) E::store(y + i / 2 * d + i % 2 * 8, sums[i / 2][i % 2]);
+    for (int i = 0; i < P * N; ++i) V::store(y + i / P * d + i % P * V::W, sums[i / P][i % P]);
+  }
+
+  // Asks for keys of later tokens, and for these tokens' values: the hardware alone does not keep up.
+  template <int T>
+  void ask(const uint16_t* keys, const uint16_t* values) const {
+    constexpr int64_t line = 32, ahead = 2048;
+    for (int64_t i = 0; i < T * d; i += line) {
+      __builtin_prefetch(keys + ahead + i);
+      __builtin_prefetch(values + i);
+    }
   }
 
   // A block, of which all rows see the same.
@@ -229,7 +242,10 @@ struct HalfTile {
     for_runs<kStepRows>([&](int64_t row, auto rows) {
       constexpr int kTokens = rows < kStepRows ? 4 : 2;  // 12 sums at most
       int64_t j = 0;
-      for (; j + kTokens <= count; j += kTokens) score_tokens<rows, kTokens>(row, keys + j * d, j);
+      for (; j + kTokens <= count; j += kTokens) {
+        if (row == 0) ask<kTokens>(keys + j * d, values + j * d);
+        score_tokens<rows, kTokens>(row, keys + j * d, j);
+      }
       for (; j < count; ++j) score_tokens<rows, 1>(row, keys + j * d, j);
     });
     const Seen tokens = seen(0, tile.rows, start, count);

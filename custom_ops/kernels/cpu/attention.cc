@@ -16,7 +16,7 @@ constexpr int64_t kAppendTokens = 32;  // tokens of a kv head that a task packs
 constexpr int64_t kPartTokens = 1024;  // of a part, where one new token alone would be too few tasks
 constexpr int64_t kHalfPartTokens = 512;
 constexpr int64_t kManyTiles = 32;     // enough for the threads
-constexpr int64_t kSmallWork = 4096;   // scores below which a thread pool costs more than it brings
+constexpr int64_t kSmallWork = 1024;   // scores below which a thread pool costs more than it brings
 
 int64_t after(const Attention& a, int64_t b) { return int64_t(a.seqlens_k[b]) + 1; }
 int64_t before(const Attention& a, int64_t b) { return std::max<int64_t>(0, after(a, b) - a.sequence); }

@@ -51,6 +51,17 @@ struct Zmm {
     __asm__("vpdpbusd %1, %2, %0" : "+v"(sum) : "v"(a.high), "v"(w.high));
     return sum;
   }
+  static constexpr bool kHalves = true;  // there is dot_halves
+  // Sums of the products with low nibbles, and 16 times those with high ones, which then need no shift.
+  static void dot_halves(I& low, I& high, const uint8_t* weights, const int8_t* a) {
+    const auto* four = reinterpret_cast<const FourBytes*>(a);
+    const I mask = _mm512_set1_epi8(15);
+    I packed = load_packed(weights);
+    __asm__("" : "+v"(packed));  // GCC would load it twice
+    __asm__("vpdpbusd %1%{1to16%}, %2, %0" : "+v"(low) : "m"(four[0]), "v"(_mm512_and_si512(packed, mask)));
+    __asm__("vpdpbusd %1%{1to16%}, %2, %0" : "+v"(high) : "m"(four[1]), "v"(_mm512_andnot_si512(mask, packed)));
+  }
+  static I sixteenth(I value) { return _mm512_srai_epi32(value, 4); }
   // A table of 16 floats indexed by the lane's low 4 bits; the bits above are ignored.
   static F lowest_nibble(I packed) {
     return _mm512_permutexvar_ps(packed, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
