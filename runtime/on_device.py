@@ -15,6 +15,7 @@ PREFILL, DECODE = 0, 1  # kinds of calls
 Tensors = dict[str, tuple[int, tuple[int, ...]]]  # name -> address and shape
 _MAX_LOGITS = 1 << 24  # elements of a block of prefill that returns all its logits
 _MASK_STEP = 128  # the mask is padded with zeros to a multiple, so that few shapes occur
+_ALIGNMENT = 256  # bytes, of what is bound
 _ONE = np.ones(1, np.int64)
 
 
@@ -84,8 +85,11 @@ class DeviceSequences:
         self._names = [f"{i}.{part}" for i in layers for part in ("key", "value")]
         most = max(rows, backend.prompt_block)
         self._places: list[int] = []
-        # Attention may multiply what it does not see by 0, so the cache must start finite.
-        self._caches = [self._allocate(rows * self._row_bytes, clear=True) for _ in self._names]
+        # In one piece: allocations take longer than a layer. Attention may multiply what it does not see by 0, so all
+        # of it must start finite.
+        size = -(-rows * self._row_bytes // _ALIGNMENT) * _ALIGNMENT
+        first = self._allocate(size * len(self._names), clear=True)
+        self._caches = [first + size * index for index in range(len(self._names))]
         self._ids, self._positions = (self._allocate(8 * most) for _ in range(2))
         self._mask = self._allocate(8 * rows * capacity)
         self._masked: tuple[Any, ...] = ()  # what the mask on the device says: first row, width, tokens of each

@@ -174,10 +174,10 @@ def test_custom_engines_keep_the_artifacts_cache(rng: np.random.Generator, packe
     assert min(errors) < 1e-4
     memory = packed._backend.memory  # type: ignore[attr-defined]
     sequences = packed._backend.sequences(2)
-    sizes = [array.nbytes for array in memory.arrays.values()]
     model = packed.manifest.model
     row, dtype = model.cache_row
-    assert sizes.count(2 * model.num_kv_heads * MAX_SEQ * row * dtype.itemsize) == 2 * model.num_layers
+    size = 2 * model.num_kv_heads * MAX_SEQ * row * dtype.itemsize  # of keys, or of values, of a layer
+    assert 2 * model.num_layers * -(-size // 256) * 256 in [array.nbytes for array in memory.arrays.values()]
     del sequences
 
 
