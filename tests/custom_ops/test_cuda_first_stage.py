@@ -79,7 +79,7 @@ def test_clusters_of_sixteen(rng: np.random.Generator, n: int, act_group: int, p
 )
 def test_many_tokens(rng: np.random.Generator, prologue: int, act_group: int, kind: Any) -> None:
     """More than all blocks take at once: they go on to others."""
-    tokens, n, m = 230 if EMULATED else 6000, 1408, 48
+    tokens, n, m = 2100 if EMULATED else 6000, 1408, 48
     weights = random_weights(rng, "SpecQuantMatMul", n, m, 31, act_group, act_group)
     x = random_input(rng, (tokens, 2 * n if prologue in GATES else n), kind)
     x[:, 3] *= rng.choice([1, 8], tokens).astype(kind)

@@ -11,7 +11,9 @@ constexpr int64_t kMostHadamard = 4096;
 constexpr int64_t kChannelFeatures = 131071;  // 16 · 8 · 128 · N stays below 2^31
 constexpr int kClusterFeatures = 256;  // of a block that shares a token, where there are enough blocks
 constexpr int64_t kSharedLeast = 98 * 1024;  // bytes that a block may take on any GPU
-constexpr int kPromptUnits = 10;  // 64 features each that a block of `prompt` takes, where there are enough blocks
+// 64 features each that a block of `prompt` takes, where there are enough blocks: more of many tokens, of which all blocks
+// have enough, and fewer then have to agree.
+constexpr int kPromptUnits = 10, kPromptUnitsOfMany = 14, kManyTokens = 2048;
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -101,7 +103,8 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   const int64_t shared = hopper ? kSharedHopper : kSharedLeast;
   const int units = a.kp / kStep;
   a.spread = 1;
-  while (a.spread * kPromptUnits < units && a.spread < (hopper ? 16 : 8)) a.spread *= 2;
+  const int each = a.tokens < kManyTokens ? kPromptUnits : kPromptUnitsOfMany;
+  while (a.spread * each < units && a.spread < (hopper ? 16 : 8)) a.spread *= 2;
   a.units = int(round_up(ceil_div(units, a.spread), std::max(1, a.hadamard / kStep)));
   plan.prompt = device.major >= 9 && a.n % kBlock == 0 && a.r <= kFastRank && aligned(p.x) && aligned(p.basis) &&
                 (p.prologue != 1 || aligned(p.norm)) && a.units <= kPromptWarps &&
