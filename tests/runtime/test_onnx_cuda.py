@@ -190,18 +190,18 @@ def test_a_gpu_says_what_the_cpu_says(rng: np.random.Generator, artifact: Path, 
     ids = rng.integers(3, 300, CONTEXT)
     expected = load(artifact, threads=1).logits(ids)
     model = Model(artifact, open_artifact(artifact), on_gpu, CONTEXT)
-    # A sum in another order moves a level of the activations now and then: most tokens agree closely, all roughly.
+    # A sum in another order moves a level of the activations now and then: a token in ten may differ by more than 2 %.
     apart = np.abs(model.logits(ids) - expected).max(-1) / np.abs(expected).max()
-    assert np.quantile(apart, 0.8) < 0.02
-    assert apart.max() < 0.2
+    assert np.quantile(apart, 0.9) < 0.02
+    assert apart.max() < 0.05
     ours, theirs = model.sequences(2), load(artifact, threads=1).sequences(2)
     steps = []
     for _ in range(12):  # recorded after some, then replayed
         ids = rng.integers(3, 300, 2)
         expected = theirs.decode(ids)
         steps.append(np.abs(ours.decode(ids) - expected).max() / np.abs(expected).max())
-    assert np.median(steps) < 0.02
-    assert max(steps) < 0.2
+    assert np.quantile(steps, 0.9) < 0.02
+    assert max(steps) < 0.05
 
 
 def test_a_gpu_chooses_as_the_host_does(rng: np.random.Generator, artifact: Path, on_gpu: OnnxCuda) -> None:
