@@ -79,6 +79,9 @@ def test_comes_closer_to_the_float_model(models: list[LlamaForCausalLM], tokens:
         assert (b.scales > 0).all()
         for name in ("q", "scales", "basis", "coef", "bias"):
             x, y = getattr(a, name), getattr(b, name)
+            if x is None:  # the draw has no such part
+                assert y is None
+                continue
             assert (x.shape, x.dtype) == (y.shape, y.dtype)
             assert np.isfinite(y.astype(np.float32)).all()
         assert not np.array_equal(a.scales, b.scales)
