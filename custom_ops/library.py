@@ -21,7 +21,7 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
 from specquant.custom_ops.schema import GATES
 
-ABI = 6  # kAbi of kernels/cpu/kernels.h
+ABI = 7  # kAbi of kernels/cpu/kernels.h
 ORT_MINIMUM = (1, 20)
 FILE = "libspecquant_cpu.so"
 REBUILD = "run `pip install --force-reinstall .` (it needs g++)"
@@ -37,7 +37,7 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_int64) for name in _SIZES]
         + [(name, ctypes.c_int32) for name in _FLAGS]
-        + [(name, ctypes.c_float) for name in ("act_clip", "epsilon")]
+        + [(name, ctypes.c_float) for name in ("act_clip", "epsilon", "within")]
         + [(name, ctypes.c_void_p) for name in _POINTERS]
     )
 
@@ -77,6 +77,8 @@ def _load(path: Path) -> ctypes.CDLL:
     library.specquant_run.argtypes = [ctypes.POINTER(_Problem), text]
     library.specquant_attend.restype = text
     library.specquant_attend.argtypes = [pointer, text]
+    library.specquant_next_session.restype = None
+    library.specquant_next_session.argtypes = [ctypes.c_int32, ctypes.c_float]
     library.specquant_quantize.restype = text
     library.specquant_quantize.argtypes = [
         pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, pointer, pointer, text
@@ -120,8 +122,13 @@ def check_onnxruntime() -> None:
         raise SpecQuantError(f"{name} {version} is too old; run `pip install -U '{name}>={wanted}'`")
 
 
-def register(session_options: Any) -> None:
-    """Register the ops of domain `specquant` with an onnxruntime.SessionOptions.
+def register(session_options: Any, threads: int = 0, within: float = 0.0) -> None:
+    """Register the ops of domain `specquant` with an onnxruntime.SessionOptions, for one session.
+
+    threads: of our own, the caller's among them, instead of ONNX Runtime's pool (0), which is then best told not to spin:
+    while it waits for the next call of few tokens, a thread of ours reads its weights ahead. within: of a head in two
+    digits (docs/formats.md), how far below the largest logit, by the first digit, a token may lie before its second one is
+    left out where one token is decoded; 0: nothing is left out.
 
     Raises SpecQuantError if ONNX Runtime or the library is missing, doubled, too old or for another machine, or if
     SPECQUANT_ISA asks for an instruction set that this CPU lacks.
@@ -133,6 +140,7 @@ def register(session_options: Any) -> None:
     here = [name for name, supported in isas().items() if supported]
     if wanted and wanted not in here:
         raise SpecQuantError(f"SPECQUANT_ISA is {wanted}, which this CPU lacks; set it to one of {', '.join(here)}")
+    loaded().specquant_next_session(threads, within)
     try:
         session_options.register_custom_ops_library(str(path))
     except Exception as error:  # what onnxruntime raises is in no public module
@@ -201,13 +209,15 @@ def specquant_matmul(
     norm: NDArray[np.float32] | None = None,
     residual: NDArray[Any] | None = None,
     isa: str | None = None,
+    within: float = 0.0,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """y and low of x [T, N], or [T, 2N] with a gate (float32 or float16), by the kernels, on one thread.
 
     Shapes as in docs/ops.md, but that norm and residual are None where unused.
 
     Without qweight this is `SpectralBranch`, without basis `Int4ResidualMatMul` (then low is None), else
-    `SpecQuantMatMul`. rank None: all columns; isa None: the fastest. Raises SpecQuantError if sizes disagree.
+    `SpecQuantMatMul`. rank None: all columns; isa None: the fastest. within, of one token: what lies so far below the
+    largest y by the first half of the features stays at that half. Raises SpecQuantError if sizes disagree.
     """
     if x.dtype not in (np.float32, np.float16):
         raise SpecQuantError(f"x is {x.dtype}; give float32 or float16")
@@ -237,7 +247,7 @@ def specquant_matmul(
     )
     sizes = (tokens, n, m, r, r if rank is None else rank, group_size, act_group, hadamard)
     flags = (act_bits, subtract, x.dtype == np.float16, wide, prologue)
-    problem = _Problem(*sizes, *flags, act_clip, epsilon, *map(address, operands))
+    problem = _Problem(*sizes, *flags, act_clip, epsilon, within, *map(address, operands))
     error = loaded().specquant_run(ctypes.byref(problem), _encoded(isa))
     if error:
         raise SpecQuantError(error.decode())

@@ -30,6 +30,11 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="use the standard operators that travel in the file, not our kernels: slower",
     )
+    group.add_argument(
+        "--exact-logits",
+        action="store_true",
+        help="read an 8-bit head as a whole for every token, also for logits of 10 and more below the largest",
+    )
     group.add_argument("--verify", action="store_true", help="check the sha256 of every file first")
 
 
@@ -74,6 +79,7 @@ def load_model(args: argparse.Namespace) -> Model:
         backend=args.backend,
         engine=args.engine,
         allow_host_code=args.allow_host_code,
+        exact_logits=args.exact_logits,
     )
     if args.verbose:
         note(args, f"loaded {model.manifest.name} in {time.perf_counter() - since:.1f} s, context {model.context}")

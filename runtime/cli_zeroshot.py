@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 def _artifact_lm(args: argparse.Namespace) -> tuple[str, str, Builder]:
     from specquant.runtime.lm_eval_model import ArtifactLM
 
-    model = load_model(args)
+    model = load_model(argparse.Namespace(**vars(args) | {"exact_logits": True}))
     return model.manifest.name, "onnxruntime", lambda progress: ArtifactLM(model, progress)
 
 

@@ -15,10 +15,18 @@ from specquant.runtime.artifact import ModelInfo
 
 
 def open_graph(
-    folder: Path, model: ModelInfo, threads: int, custom_ops: bool, providers: Sequence[Any], rank: int | None
+    folder: Path,
+    model: ModelInfo,
+    threads: int,
+    custom_ops: bool,
+    providers: Sequence[Any],
+    rank: int | None,
+    own_threads: bool = False,
+    within: float = 0.0,
 ) -> tuple[Any, NDArray[np.int64] | None]:
     """A session of model.onnx, and what to bind as its `rank`, int64 [1] (None: nothing).
 
+    own_threads: our ops have threads of their own, and ONNX Runtime's sleep. within: see `register`.
     Raises SpecQuantError: ONNX Runtime or our library missing, a damaged graph, one of another model.
     """
     check_onnxruntime()
@@ -30,12 +38,14 @@ def open_graph(
     options.log_severity_level = 4  # its errors reach the user as ours, in one line
     # Threads wait actively, for speed, during a run and for a moment after it, which lasts to the next token unless its
     # reader is slow: waking them costs 0.1 ms. Before 1.31 that moment has no length of ours, so there is none.
-    if tuple(int(part) for part in ort.__version__.split(".")[:2]) >= (1, 31):
+    if own_threads:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    elif tuple(int(part) for part in ort.__version__.split(".")[:2]) >= (1, 31):
         options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
     else:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if custom_ops:
-        register(options)
+        register(options, threads if own_threads else 0, within)
     path = folder / "model.onnx"
     try:
         session = ort.InferenceSession(str(path), options, providers=list(providers))

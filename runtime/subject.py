@@ -42,7 +42,7 @@ def is_exported(model: str) -> bool:
 def open_subject(args: argparse.Namespace, model: str) -> Subject:
     """`model` as the load options in `args` say. Raises SpecQuantError if it cannot be loaded."""
     if is_exported(model):
-        loaded = load_model(argparse.Namespace(**vars(args) | {"model": model}))
+        loaded = load_model(argparse.Namespace(**vars(args) | {"model": model, "exact_logits": True}))
         bits = loaded.manifest.bits
         return Subject(
             loaded.manifest.name,

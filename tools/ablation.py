@@ -186,7 +186,7 @@ class Ablation:
         with tempfile.TemporaryDirectory(dir=self.args.work, prefix=".run-") as work:
             folder = Path(work) / "model"
             manifest = export(self.args.source, folder, recipe, calibration_text=self.args.calibration)
-            model = load(folder, threads=self.args.threads)
+            model = load(folder, threads=self.args.threads, exact_logits=True)
             ids = model.encode(self.text, add_special_tokens=False)
             window = min(self.args.window, model.context)
             with Progress("perplexity", self.args.windows or len(ids) // window, "windows", quiet=False) as progress:

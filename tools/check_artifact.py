@@ -150,7 +150,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    ours, theirs = load(args.artifact, threads=args.threads), simulated(args.artifact, args.source)
+    ours, theirs = load(args.artifact, threads=args.threads, exact_logits=True), simulated(args.artifact, args.source)
 
     ids = ours.encode(args.text.read_bytes().decode(), add_special_tokens=False)
     windows = min(args.windows or len(ids), len(ids) // 2048)

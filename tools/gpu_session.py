@@ -185,7 +185,7 @@ def compare(folder: Path, text: Path | None) -> int:
     from specquant.runtime import load
     from specquant.runtime.perplexity import perplexity
 
-    models = {device: load(folder, device=device, context=2048) for device in ("cpu", "cuda")}
+    models = {device: load(folder, device=device, context=2048, exact_logits=True) for device in ("cpu", "cuda")}
     captured = models["cuda"]._backend.graph.capture  # type: ignore[attr-defined]
     if text:
         content = text.read_text(encoding="utf-8")

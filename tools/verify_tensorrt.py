@@ -76,7 +76,7 @@ def main() -> int:
     print(f"first text after {perf_counter() - since:.1f} s, {before / 1e6:.1f} MB of compiled kernels found: {text!r}")
     if args.cached:
         return 0 if before else 1
-    cpu = load(args.artifact, context=CONTEXT)
+    cpu = load(args.artifact, context=CONTEXT, exact_logits=True)
     error, same = agreement(cpu, gpu, 700)
     bound = largest_error(cpu.manifest)
     print(f"relative difference of the logits {error:.4f} (at most {bound}), same likeliest token {same:.1%}")

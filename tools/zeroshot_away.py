@@ -48,7 +48,7 @@ def ask(args: argparse.Namespace) -> int:
 
     zeroshot.quieten()
     tasks = zeroshot.local_tasks(zeroshot.task_names(args.tasks), args.data_dir)
-    zeroshot.run_tasks(lm_of(load(args.model), keep), tasks, args.limit)
+    zeroshot.run_tasks(lm_of(load(args.model, exact_logits=True), keep), tasks, args.limit)
     contexts: dict[tuple[int, ...], int] = {}
     pairs = [[contexts.setdefault(tuple(context), len(contexts)), choice] for context, choice in asked]
     found = {"tokenizer": str(args.model), "tasks": args.tasks, "limit": args.limit, "pairs": pairs}

@@ -8,8 +8,9 @@ namespace {
 
 class AttentionKernel : public CpuKernel {
  public:
-  AttentionKernel(const Api& api, const AttentionKind& kind, const KernelInfo* info)
-      : CpuKernel(api, info), kind_(kind) {
+  AttentionKernel(const Api& api, const AttentionKind& kind, const KernelInfo* info,
+                  std::shared_ptr<SessionThreads> threads)
+      : CpuKernel(api, info, std::move(threads)), kind_(kind) {
     attributes_.kv_bits = kind.kv_bits;
     read_attributes(*this, kind, info, attributes_);
   }
@@ -33,8 +34,9 @@ class AttentionKernel : public CpuKernel {
 
 }  // namespace
 
-std::unique_ptr<Kernel> make_attention(const Api& api, const AttentionKind& kind, const KernelInfo* info) {
-  return std::make_unique<AttentionKernel>(api, kind, info);
+std::unique_ptr<Kernel> make_attention(const Api& api, const AttentionKind& kind, const KernelInfo* info,
+                                       std::shared_ptr<SessionThreads> threads) {
+  return std::make_unique<AttentionKernel>(api, kind, info, std::move(threads));
 }
 
 }  // namespace specquant::ort

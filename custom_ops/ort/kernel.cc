@@ -55,7 +55,8 @@ Kernel::Kernel(const Api& api, const KernelInfo* info) : api_(api) {
   must(api_.KernelInfoGetAllocator(info, kMemoryDefault, &allocator_));
 }
 
-CpuKernel::CpuKernel(const Api& api, const KernelInfo* info) : Kernel(api, info) {
+CpuKernel::CpuKernel(const Api& api, const KernelInfo* info, std::shared_ptr<SessionThreads> threads)
+    : Kernel(api, info), threads_(std::move(threads)) {
   char error[256];
   kernels_ = select(std::getenv("SPECQUANT_ISA"), error, sizeof error);
   if (!kernels_) throw std::runtime_error(error);

@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "ort_abi.h"
+#include "session.h"
 
 namespace specquant::ort {
 
@@ -101,23 +102,25 @@ class Kernel {
 
 class CpuKernel : public Kernel {
  protected:
-  // Picks the instruction set: what the environment variable SPECQUANT_ISA names, or the fastest. Throws as `compute`.
-  CpuKernel(const Api& api, const KernelInfo* info);
+  // Picks the instruction set: what the environment variable SPECQUANT_ISA names, or the fastest. threads: ours, or null
+  // for ONNX Runtime's pool. Throws as `compute`.
+  CpuKernel(const Api& api, const KernelInfo* info, std::shared_ptr<SessionThreads> threads);
 
-  // Calls work(pool, scratch) with ONNX Runtime's thread pool and `bytes` of scratch, little of it on the stack, more from
-  // the session's own arena.
+  // Calls work(pool, scratch) with the session's threads and `bytes` of scratch, little of it on the stack, more from
+  // the session's own arena. node: the op's, if it has weights.
   template <class Run>
-  void run(KernelContext* context, size_t bytes, const Run& work) const {
+  void run(KernelContext* context, size_t bytes, const Run& work, const SessionThreads::Node* node = nullptr) const {
     alignas(64) char small[kSmallScratch];
     void* memory = small;
     if (bytes > sizeof small) must(api_.AllocatorAlloc(allocator_, bytes, &memory));
     Pool pool{api_, context};
-    work(ThreadPool{Pool::run, &pool}, memory);
+    work(threads_ ? threads_->pool(node) : ThreadPool{Pool::run, &pool}, memory);
     if (bytes > sizeof small) must(api_.AllocatorFree(allocator_, memory));
     must(pool.status);
   }
 
   const Kernels* kernels_;
+  const std::shared_ptr<SessionThreads> threads_;
 
  private:
   static constexpr size_t kSmallScratch = 64 * 1024;  // a token's
@@ -150,8 +153,10 @@ struct AttentionKind {
   int64_t row(int64_t head_dim) const { return kv_bits == 4 ? head_dim / 2 + 4 : head_dim; }  // elements of a token
 };
 
-std::unique_ptr<Kernel> make_matmul(const Api& api, const MatMulKind& kind, const KernelInfo* info);
-std::unique_ptr<Kernel> make_attention(const Api& api, const AttentionKind& kind, const KernelInfo* info);
+std::unique_ptr<Kernel> make_matmul(const Api& api, const MatMulKind& kind, const KernelInfo* info,
+                                    std::shared_ptr<SessionThreads> threads, float within);
+std::unique_ptr<Kernel> make_attention(const Api& api, const AttentionKind& kind, const KernelInfo* info,
+                                       std::shared_ptr<SessionThreads> threads);
 std::unique_ptr<Kernel> make_cuda_matmul(const Api& api, const MatMulKind& kind, const KernelInfo* info);
 std::unique_ptr<Kernel> make_cuda_attention(const Api& api, const AttentionKind& kind, const KernelInfo* info);
 

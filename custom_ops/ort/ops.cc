@@ -1,7 +1,10 @@
 // The ops as ONNX Runtime sees them: one CustomOp per op and combination of types, and their registration.
 #include <cstdlib>
+#include <deque>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <utility>
 
 #include "kernel.h"
 
@@ -20,6 +23,8 @@ constexpr MatMulKind kFused{"SpecQuantMatMul", true, true};
 constexpr AttentionKind kInt4Cache{"Int4KVAttention", 4};
 constexpr AttentionKind kHalfCache{"HalfKVAttention", 16};
 
+struct Registry;
+
 // An op for one combination of types. ONNX Runtime picks by the node's.
 struct Op : CustomOp {
   const char* name;
@@ -28,6 +33,7 @@ struct Op : CustomOp {
   bool cuda;
   std::vector<ElementType> inputs, outputs;
   const Api* api;
+  Registry* registry;
 };
 
 const Op& self(const CustomOp* op) { return *static_cast<const Op*>(op); }
@@ -52,15 +58,7 @@ struct Node {
   const Op& op;
 };
 
-Status* create(const CustomOp* custom, const void*, const KernelInfo* info, void** kernel) {
-  const Op& op = self(custom);
-  return guarded(op, [&] {
-    const auto make = [&](auto of_matmul, auto of_attention) {
-      return op.matmul ? of_matmul(*op.api, *op.matmul, info) : of_attention(*op.api, *op.attention, info);
-    };
-    *kernel = new Node{op.cuda ? make(make_cuda_matmul, make_cuda_attention) : make(make_matmul, make_attention), op};
-  });
-}
+Status* create(const CustomOp* custom, const void*, const KernelInfo* info, void** kernel);
 
 Status* compute(void* kernel, KernelContext* context) {
   const Node& node = *static_cast<const Node*>(kernel);
@@ -123,9 +121,9 @@ Status* infer(const CustomOp* custom, ShapeContext* context) {
 // Which input the host must know before the GPU computes: rank, or total_sequence_length.
 size_t host_input(const Op& op) { return op.matmul ? (op.matmul->branch ? 3 : SIZE_MAX) : 4; }
 
-Op describe(const Api& api, const char* name, const MatMulKind* matmul, const AttentionKind* attention, bool cuda,
+Op describe(Registry* registry, const Api& api, const char* name, const MatMulKind* matmul, const AttentionKind* attention, bool cuda,
             std::vector<ElementType> inputs, std::vector<ElementType> outputs) {
-  Op op{{}, name, matmul, attention, cuda, std::move(inputs), std::move(outputs), &api};
+  Op op{{}, name, matmul, attention, cuda, std::move(inputs), std::move(outputs), &api, registry};
   op.version = kApiVersion;
   op.GetName = [](const CustomOp* custom) { return self(custom).name; };
   op.GetExecutionProviderType = [](const CustomOp* custom) {
@@ -149,13 +147,13 @@ Op describe(const Api& api, const char* name, const MatMulKind* matmul, const At
 }
 
 // Of the CPU's first: ONNX Runtime asks the first of a name for shapes.
-std::vector<Op> describe_all(const Api& api) {
+std::vector<Op> describe_all(Registry* registry, const Api& api) {
   std::vector<Op> ops;
   for (const bool cuda : {false, true})
     for (const ElementType real : {kFloat, kFloat16}) {
       const auto matmul = [&](const MatMulKind& kind, std::vector<ElementType> inputs,
                               std::vector<ElementType> outputs) {
-        ops.push_back(describe(api, kind.name, &kind, nullptr, cuda, std::move(inputs), std::move(outputs)));
+        ops.push_back(describe(registry, api, kind.name, &kind, nullptr, cuda, std::move(inputs), std::move(outputs)));
       };
       if (!cuda && std::string(kCudaProvider) == kCpuProvider) continue;
       matmul(kBranch, {real, kFloat16, kFloat16, kInt64}, {real, real});
@@ -167,28 +165,87 @@ std::vector<Op> describe_all(const Api& api) {
         const ElementType cache = kind->kv_bits == 4 ? kInt8 : kFloat16;
         std::vector<ElementType> inputs{real, cache, cache, kInt32, kInt32, kInt64, kFloat, kFloat};
         if (kind->key_offset()) inputs.push_back(kFloat);
-        ops.push_back(describe(api, kind->name, nullptr, kind, cuda, std::move(inputs), {real, cache, cache}));
+        ops.push_back(describe(registry, api, kind->name, nullptr, kind, cuda, std::move(inputs), {real, cache, cache}));
       }
     }
   return ops;
 }
 
-// What ONNX Runtime keeps pointers to: lives until the process ends, since sessions may.
+// What ONNX Runtime keeps pointers to: lives until the process ends, since sessions may. One with threads is of one
+// session at a time.
 struct Registry {
-  Api api;
+  const Api api;
+  const Settings settings;
   std::vector<Op> ops;
   OpDomain* domain = nullptr;
 
-  Registry(const void* table, int minor) : api(table, minor), ops(describe_all(api)) {
+  Registry(const void* table, int minor, const Settings& settings_)
+      : api(table, minor), settings(settings_), ops(describe_all(this, api)) {
     must(api.CreateCustomOpDomain("specquant", &domain));
     for (const Op& op : ops) must(api.CustomOpDomain_Add(domain, &op));
   }
+
+  // Those of the session whose kernels are being made; null if they are ONNX Runtime's.
+  std::shared_ptr<SessionThreads> threads() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::shared_ptr<SessionThreads> found = threads_.lock();
+    if (!found && settings.threads > 1) threads_ = found = std::make_shared<SessionThreads>(settings.threads);
+    taken_ = false;
+    return found;
+  }
+
+  // Whether a new session may have it.
+  bool take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (settings.threads > 1 && (taken_ || !threads_.expired())) return false;
+    return taken_ = true;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::weak_ptr<SessionThreads> threads_;
+  bool taken_ = false;  // by a session that has no kernels yet
 };
+
+Status* create(const CustomOp* custom, const void*, const KernelInfo* info, void** kernel) {
+  const Op& op = self(custom);
+  return guarded(op, [&] {
+    std::unique_ptr<Kernel> made;
+    if (op.cuda) {
+      made = op.matmul ? make_cuda_matmul(*op.api, *op.matmul, info) : make_cuda_attention(*op.api, *op.attention, info);
+    } else if (op.matmul) {
+      made = make_matmul(*op.api, *op.matmul, info, op.registry->threads(), op.registry->settings.within);
+    } else {
+      made = make_attention(*op.api, *op.attention, info, op.registry->threads());
+    }
+    *kernel = new Node{std::move(made), op};
+  });
+}
+
+// The ops for a new session.
+const Registry& registry_for(const void* table, int minor, const Settings& settings) {
+  static std::mutex mutex;
+  static std::deque<std::unique_ptr<Registry>>* const all = new std::deque<std::unique_ptr<Registry>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const auto& one : *all)
+    if (one->settings == settings && one->take()) return *one;
+  all->push_back(std::make_unique<Registry>(table, minor, settings));
+  all->back()->take();
+  return *all->back();
+}
+
+thread_local Settings next_session;
 
 }  // namespace
 }  // namespace specquant::ort
 
 extern "C" __attribute__((visibility("default"))) uint32_t specquant_ort_api() { return specquant::ort::kApiVersion; }
+
+// What the next session that this thread registers the ops for is to have: `threads` of ours (0: ONNX Runtime's pool), and
+// Problem::within for the head (0: exact).
+extern "C" __attribute__((visibility("default"))) void specquant_next_session(int32_t threads, float within) {
+  specquant::ort::next_session = {threads, within};
+}
 
 // The entry that ONNX Runtime looks for in a library of custom ops.
 extern "C" __attribute__((visibility("default"))) specquant::ort::Status* RegisterCustomOps(
@@ -204,8 +261,8 @@ extern "C" __attribute__((visibility("default"))) specquant::ort::Status* Regist
   const char* const version = base->GetVersionString();
   const int minor = version[0] == '1' && version[1] == '.' ? std::atoi(version + 2) : 0;
   try {
-    static const ort::Registry* const registry = new ort::Registry(table, minor);
-    return registry->api.AddCustomOpDomain(options, registry->domain);
+    const ort::Registry& registry = ort::registry_for(table, minor, std::exchange(ort::next_session, {}));
+    return registry.api.AddCustomOpDomain(options, registry.domain);
   } catch (const ort::Failure& failure) {
     return failure.status;
   } catch (const std::exception& error) {

@@ -92,9 +92,9 @@ def main() -> int:
 def _build_ort(work: Path) -> None:
     """The ONNX Runtime library, its CUDA ops on the CPU provider: such sessions then run the kernels in `work`."""
     ops = KERNELS.parents[1]
-    common = ["matmul", "attention", "select", "cpu_features", "c_api", "scalar"]
+    common = ["matmul", "few_tokens", "workers", "attention", "select", "cpu_features", "c_api", "scalar"]
     sources = [*(ops / "ort").glob("*.cc"), *(ops / "kernels" / "cpu" / f"{name}.cc" for name in common)]
-    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-w", "-ffp-contract=off", "-shared", "-ldl"]
+    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-w", "-ffp-contract=off", "-shared", "-ldl", "-pthread"]
     flags += [f"-I{ops / 'kernels' / 'cpu'}", f"-I{KERNELS}", '-DSPECQUANT_CUDA_PROVIDER="CPUExecutionProvider"']
     subprocess.run(["g++", *sorted(map(str, sources)), *flags, "-o", work / "libspecquant_cpu.so"], check=True)
 

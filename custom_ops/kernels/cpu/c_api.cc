@@ -52,7 +52,7 @@ SPECQUANT_EXPORT const char* specquant_run(const specquant::Problem* problem, co
   if (const char* wrong = specquant::check(*problem)) return wrong;
   const std::unique_ptr<char[]> scratch(new (std::nothrow) char[specquant::scratch_bytes(*problem)]);
   if (!scratch) return "there is no memory for the scratch; use fewer tokens";
-  specquant::matmul(*kernels, *problem, specquant::ThreadPool{nullptr, nullptr}, scratch.get());
+  specquant::matmul(*kernels, *problem, specquant::ThreadPool{}, scratch.get());
   return nullptr;
 }
 
@@ -63,7 +63,7 @@ SPECQUANT_EXPORT const char* specquant_attend(const specquant::Attention* attent
   if (const char* wrong = specquant::check(*attention)) return wrong;
   const std::unique_ptr<char[]> scratch(new (std::nothrow) char[specquant::scratch_bytes(*attention)]);
   if (!scratch) return "there is no memory for the scratch; use a shorter context";
-  specquant::attend(*kernels, *attention, specquant::ThreadPool{nullptr, nullptr}, scratch.get());
+  specquant::attend(*kernels, *attention, specquant::ThreadPool{}, scratch.get());
   return nullptr;
 }
 

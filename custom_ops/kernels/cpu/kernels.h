@@ -9,7 +9,7 @@
 
 namespace specquant {
 
-constexpr int32_t kAbi = 6;  // raised when Problem, Attention, or an exported function, changes
+constexpr int32_t kAbi = 7;  // raised when Problem, Attention, or an exported function, changes
 
 // What becomes of x before anything else, row by row in float32.
 enum Prologue : int32_t {
@@ -37,6 +37,7 @@ struct Problem {
   int32_t prologue;      // a Prologue
   float act_clip;        // share of a group's range that the levels span, in (0, 1]
   float epsilon;         // of kRmsNorm
+  float within;          // 0, or what outputs may lie below the largest before the second half of the features is left out
   const void* x;         // [T, N], with a gate [T, 2N]
   const uint16_t* basis;   // float16 [N, r]
   const uint16_t* coef;    // float16 [r, M]
@@ -52,10 +53,18 @@ struct Problem {
 
 // How tasks reach a thread pool: run(context, task, argument, count) calls task(argument, i) for every i < count
 // in any order, on any threads, and returns when all are done. run == null: one after another, on this thread.
+// Where self is there, it gives the number of the thread that calls it, 0 being who called `run`, below `threads`.
 struct ThreadPool {
-  void (*run)(void* context, void (*task)(void* argument, size_t index), void* argument, size_t count);
-  void* context;
+  void (*run)(void* context, void (*task)(void* argument, size_t index), void* argument, size_t count) = nullptr;
+  void* context = nullptr;
+  int threads = 0;
+  int (*self)() = nullptr;
+  double callers_share = 0.5;     // of what is shared out beforehand
+  const Problem* next = nullptr;  // what will probably come next, of few tokens
 };
+
+// Calls of so many tokens wait for memory: their weights are read ahead.
+constexpr int64_t kFewTokens = 8;
 
 struct Kernels;  // the steps, compiled for one instruction set (steps.h)
 
@@ -72,6 +81,11 @@ size_t scratch_bytes(const Problem& problem);
 
 // y (and low) of the problem. Same bits for every pool and every number of threads.
 void matmul(const Kernels& kernels, const Problem& problem, const ThreadPool& pool, void* scratch);
+
+// Asks for the weights that thread `number` of the pool will read first in a call of few tokens, at most `bytes` of them,
+// which become fewer, until stop(argument): then false. Addresses may be stale: nothing is read.
+bool read_ahead(const Problem& problem, const ThreadPool& pool, int number, int64_t& bytes, bool (*stop)(const void*),
+                const void* argument);
 
 // Every instruction set that was compiled, slowest first, ended by null; `supported` asks this CPU and its system.
 extern const Kernels* const kCompiled[];

@@ -1,11 +1,9 @@
 // One op call: checks, the scratch, and how the work is cut into tasks. Needs no instruction set.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <thread>
 
 #include "half.h"
-#include "steps.h"
+#include "work.h"
 
 namespace specquant {
 namespace {
@@ -16,14 +14,9 @@ constexpr int64_t kTaskBytes = 96 * 1024;        // of weights a task reads: the
 constexpr int64_t kChunkBytes = 1024 * 1024;     // of quantised activations at a time, so that they stay in cache
 constexpr int64_t kChunkRows = 1024;
 constexpr int64_t kAlign = 64;
-constexpr int kPolls = 10000;
-constexpr int64_t kLeastBytes = 48 * 1024, kMostBytes = 192 * 1024;  // of weights that a thread of Together takes at once
-constexpr int64_t kMostThreads = 64;
 constexpr int64_t kTurnedTokens = 16;   // from so many on the basis is turned
 constexpr int64_t kTurnedColumns = 64;  // if it has at most so many: the scratch grows with them
 constexpr int64_t kTurnedFeatures = 64;  // of a task
-
-int64_t panels_of(const Problem& p) { return (p.out_features + kPanel - 1) / kPanel; }
 
 // Tokens that are prepared, then multiplied, together: bounds the scratch, whatever T is. All chunks are about alike.
 int64_t chunk_rows(const Problem& p) {
@@ -48,6 +41,7 @@ Activations lay_out(const Problem& p, char* base, char** end) {
   Activations x{};
   x.features = round_up(p.in_features, 64) + 64;
   x.columns = round_up(p.basis ? p.rank : 0, kPanel);
+  x.panel_bytes = round_up(p.in_features, kBlock) / kBlock * kPanel * 4;
   x.segments = p.qweight ? p.in_features / segment_length(p) : 0;
   Arena arena{base};
   if (p.basis && p.subtract && rows >= kTurnedTokens && x.columns <= kTurnedColumns)
@@ -60,18 +54,13 @@ Activations lay_out(const Problem& p, char* base, char** end) {
   const int64_t whole_tiles = rows < kWidestTile ? rows : round_up(rows, kWidestTile);
   x.tiles = arena.take<int8_t>(whole_tiles * x.features);
   x.steps = arena.take<Step>(whole_tiles * x.segments);
+  if (p.within > 0.0f && p.tokens == 1) {
+    x.largest = arena.take<float>(panels_of(p));
+    x.wanted = arena.take<int64_t>(panels_of(p));
+  }
   *end = arena.next;
   return x;
 }
-
-// One chunk, as its tasks see it.
-struct Work {
-  const Kernels& kernels;
-  const Problem& problem;
-  const Activations& activations;
-  int64_t rows;
-  int64_t tile_rows, tile_panels, tiles_down;  // the grid of the multiplication
-};
 
 void turn_task(void* argument, size_t index) {
   const Work& work = *static_cast<const Work*>(argument);
@@ -79,13 +68,7 @@ void turn_task(void* argument, size_t index) {
   work.kernels.turn(work.problem, work.activations, from, std::min(from + kTurnedFeatures, all));
 }
 
-void prepare_task(void* argument, size_t index) {
-  const Work& work = *static_cast<const Work*>(argument);
-  const int64_t row = int64_t(index) * kTileTokens, rows = std::min(kTileTokens, work.rows - row);
-  work.kernels.prepare(work.problem, work.activations, row, rows);
-  if (work.problem.qweight && work.problem.act_bits < 16)
-    work.kernels.arrange(work.problem, work.activations, row, rows);
-}
+void prepare_task(void* argument, size_t index) { prepare_tile(*static_cast<const Work*>(argument), int64_t(index)); }
 
 void multiply_task(void* argument, size_t index) {
   const Work& work = *static_cast<const Work*>(argument);
@@ -115,82 +98,6 @@ void cut(Work& work) {
   work.tile_rows = std::max(std::min(work.rows, 4 * kTileTokens), rows);
   work.tiles_down = (work.rows + work.tile_rows - 1) / work.tile_rows;
 }
-
-// Few tokens: one thread prepares, while the others bring their weights nearer; then all multiply. Whoever comes first
-// prepares, so that nobody waits for a thread that has not come.
-struct Together {
-  Work& work;
-  const int64_t panels = panels_of(work.problem);
-  const int64_t panel_bytes = round_up(work.problem.in_features, kBlock) / kBlock * kPanel * 4;
-  const int64_t least = std::max<int64_t>(kLeastBytes / panel_bytes, 1), most = std::max(kMostBytes / panel_bytes, least);
-  std::atomic<bool> claimed{false}, prepared{false};
-  // Panels of the one who prepared, from the first on, and of the others, from the middle on: each reads a stream, and
-  // helps with the other half when its own is done.
-  const int64_t ends[2] = {panels / 2, panels};
-  std::atomic<int64_t> next[2] = {0, panels / 2};
-  std::atomic<int64_t> arrived{0};
-
-  // The next panels of a half, fewer as its end comes nearer, so that all threads end together; 0 if there are none.
-  int64_t take(int half, int64_t& panel) {
-    panel = next[half].load(std::memory_order_relaxed);
-    for (;;) {
-      const int64_t left = ends[half] - panel;
-      if (left <= 0) return 0;
-      const int64_t count = std::min(std::clamp(left / 2, least, most), left);
-      if (next[half].compare_exchange_weak(panel, panel + count, std::memory_order_relaxed)) return count;
-    }
-  }
-
-  void multiply(int half) {
-    for (const int h : {half, 1 - half})
-      for (int64_t panel, count; (count = take(h, panel)) > 0;)
-        work.kernels.multiply(work.problem, work.activations, 0, work.rows, panel, count);
-  }
-
-  bool all_taken() const {
-    return next[0].load(std::memory_order_relaxed) >= ends[0] && next[1].load(std::memory_order_relaxed) >= ends[1];
-  }
-
-  // Asks for lines of memory until all is prepared: false.
-  bool fetch(const void* from, int64_t bytes) const {
-    for (int64_t i = 0; i < bytes; i += 64) {
-      if (i % 512 == 0 && prepared.load(std::memory_order_relaxed)) return false;
-      __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
-    }
-    return true;
-  }
-
-  // What the panels from `panel` on need, in the order of `multiply`.
-  void fetch_panels(int64_t panel) const {
-    const Problem& p = work.problem;
-    const int64_t groups = p.group_size ? p.in_features / p.group_size : 1;
-    for (; panel < panels; panel += most) {
-      const int64_t count = std::min(most, panels - panel), column = panel * kPanel;
-      const int64_t row = std::min(count * kPanel, p.out_features - column) * int64_t(sizeof(uint16_t));
-      for (int64_t g = 0; p.qweight && g < groups; ++g)
-        if (!fetch(p.scales + g * p.out_features + column, row)) return;
-      for (int64_t k = 0; p.basis && k < p.rank; ++k)
-        if (!fetch(p.coef + k * p.out_features + column, row)) return;
-      if (p.qweight && !fetch(p.qweight + panel * panel_bytes, count * panel_bytes)) return;
-    }
-  }
-
-  static void run(void* argument, size_t) {
-    auto& together = *static_cast<Together*>(argument);
-    if (!together.claimed.exchange(true)) {
-      prepare_task(&together.work, 0);
-      together.prepared.store(true, std::memory_order_release);
-      return together.multiply(0);
-    }
-    if (together.all_taken()) return;
-    const int64_t before = together.arrived.fetch_add(1, std::memory_order_relaxed);  // other threads fetch, too
-    together.fetch_panels(together.ends[0] + before * together.most);
-    // Mostly some microseconds; longer where the thread that prepares has lost its core.
-    for (int polls = 0; !together.prepared.load(std::memory_order_acquire); ++polls)
-      if (polls > kPolls) std::this_thread::yield();
-    together.multiply(1);
-  }
-};
 
 void store_low(const Problem& p, const Activations& x, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row)
@@ -253,6 +160,13 @@ const char* check(const Problem& p) {
     const auto [small, large] = std::minmax(p.group_size, p.act_group);
     if (small && large % small) return "one of group_size and act_group must divide the other";
   }
+  if (p.within != 0.0f) {
+    if (!(p.within > 0.0f)) return "within must be 0 or more";
+    const bool halves = p.qweight && p.group_size && p.in_features / p.group_size % 2 == 0 && p.act_bits < 16 &&
+                        (!p.act_group || p.in_features / p.act_group % 2 == 0);
+    if (p.basis || p.residual || p.half || !halves)
+      return "within needs two halves of whole groups, quantised activations, float32, no branch and no residual";
+  }
   return nullptr;
 }
 
@@ -274,9 +188,8 @@ void matmul(const Kernels& kernels, const Problem& p, const ThreadPool& pool, vo
     if (x.turned && !x.first_token)
       run(pool, turn_task, work, (p.in_features + kTurnedFeatures - 1) / kTurnedFeatures);
     const int64_t tasks = work.tiles_down * ((panels_of(p) + work.tile_panels - 1) / work.tile_panels);
-    if (pool.run && rows <= kTileTokens && tasks > 1) {
-      Together together{work};
-      pool.run(pool.context, Together::run, &together, size_t(std::min(tasks, kMostThreads)));
+    if (x.largest || (pool.run && rows <= kTileTokens && tasks > 1)) {
+      multiply_few(work, pool);
     } else {
       run(pool, prepare_task, work, (rows + kTileTokens - 1) / kTileTokens);
       run(pool, multiply_task, work, tasks);

@@ -22,8 +22,8 @@ inline void touch_scales(const Problem& p, int64_t column, int64_t columns) {
 }
 
 // Asks for the weights that add_block does not ask for, those of the beginning.
-inline void touch_weights(const Problem& p, int64_t panel) {
-  const uint8_t* weights = p.qweight + panel * ((p.in_features + 7) / 8 * kPanel * 4);
+inline void touch_weights(const Problem& p, const Activations& x, int64_t panel) {
+  const uint8_t* weights = p.qweight + panel * x.panel_bytes;
   for (int64_t i = 0; i < kWeightsAhead; i += 64) __builtin_prefetch(weights + i);
 }
 
@@ -95,7 +95,7 @@ bool in_halves(const Problem& p, const Activations& x) {
 // sums += Σ_segments s · scales[g] · Σ a · q_w of one whole panel, as add_integer: nothing but that, since it would take
 // longer than memory does.
 template <class V>
-inline __attribute__((always_inline)) void add_panel(const uint8_t* weights, const int8_t* a, const Step* steps,
+inline __attribute__((always_inline)) void add_panel(const uint8_t* weights, int64_t ahead, const int8_t* a, const Step* steps,
                                                      const uint16_t* scales, int64_t segments, int64_t blocks,
                                                      int64_t outputs, float* sums) {
   typename V::F sum = V::load(sums);
@@ -105,9 +105,9 @@ inline __attribute__((always_inline)) void add_panel(const uint8_t* weights, con
     for (int64_t k = 0; k < blocks; k += kStep)
 #pragma GCC unroll 4
       for (int i = 0; i < kStep; i += 2, weights += 2 * kPanel * 4, a += 2 * kBlock) {
-        __builtin_prefetch(weights + kWeightsAhead);
+        __builtin_prefetch(weights + ahead);
         V::dot_halves(low, high, weights, a);
-        __builtin_prefetch(weights + kPanel * 4 + kWeightsAhead);
+        __builtin_prefetch(weights + kPanel * 4 + ahead);
         V::dot_halves(low2, high2, weights + kPanel * 4, a + kBlock);
       }
     const auto total = V::add(V::add(low, low2), V::sixteenth(V::add(high, high2)));
@@ -120,9 +120,11 @@ inline __attribute__((always_inline)) void add_panel(const uint8_t* weights, con
 template <class V>
 int64_t add_whole_panels(const Problem& p, const Activations& x, int64_t panel, int64_t panels, float* sums) {
   const int64_t whole = std::min(panels, p.out_features / kPanel - panel), blocks = p.in_features / 8;
-  const int64_t panel_bytes = blocks * kPanel * 4, in_segment = blocks / x.segments;
+  const int64_t in_segment = blocks / x.segments;
+  // Of panels that are read in part, what lies a panel further is wanted, and not what comes next.
+  const int64_t ahead = blocks * kPanel * 4 < std::min(x.panel_bytes, 2 * kWeightsAhead) ? x.panel_bytes : kWeightsAhead;
   for (int64_t i = 0; i < whole; ++i)
-    add_panel<V>(p.qweight + (panel + i) * panel_bytes, x.tiles, x.steps, p.scales + (panel + i) * kPanel, x.segments,
+    add_panel<V>(p.qweight + (panel + i) * x.panel_bytes, ahead, x.tiles, x.steps, p.scales + (panel + i) * kPanel, x.segments,
                  in_segment, p.out_features, sums + i * kPanel);
   for (int64_t i = 0; i < whole; ++i)
     store_tile<V, 1, 1>(p, x, 0, (panel + i) * kPanel, *reinterpret_cast<Tile<V, 1, 1>*>(sums + i * kPanel));
@@ -150,7 +152,7 @@ void multiply_one(const Problem& p, const Activations& x, int64_t row, int64_t p
     done = std::min(panels, kStrip);
     const int64_t column = panel * kPanel;
     const bool streamed = p.qweight && p.act_bits < 16 && short_panels(p);
-    if (p.qweight) touch_weights(p, panel);
+    if (p.qweight) touch_weights(p, x, panel);
     if (streamed) touch_scales(p, column, done * kPanel);
     start_strip<V>(p, x, row, column, done * kPanel, sums);
     int64_t first = 0;

@@ -36,11 +36,10 @@ void start_tile(const Problem& p, const Activations& x, int64_t row, int64_t col
 
 // The C vectors of packed weights under `column`, at their first block; 64 bytes further is the next block.
 template <class V, int C>
-void weight_streams(const Problem& p, int64_t column, const uint8_t* (&streams)[C]) {
-  const int64_t panel_bytes = (p.in_features + 7) / 8 * 64;
+void weight_streams(const Problem& p, const Activations& x, int64_t column, const uint8_t* (&streams)[C]) {
   for (int v = 0; v < C; ++v) {
     const int64_t output = column + v * V::W;
-    streams[v] = p.qweight + output / kPanel * panel_bytes + output % kPanel * 4;
+    streams[v] = p.qweight + output / kPanel * x.panel_bytes + output % kPanel * 4;
   }
 }
 
@@ -160,7 +159,7 @@ inline __attribute__((always_inline)) void add_blocks(const uint8_t* (&weights)[
 template <class V, int T, int C>
 void add_integer(const Problem& p, const Activations& x, int64_t row, int64_t column, float* sums) {
   const uint8_t* weights[C];
-  weight_streams<V, C>(p, column, weights);
+  weight_streams<V, C>(p, x, column, weights);
   const int64_t blocks = round_up(p.in_features, kBlock) / kBlock / x.segments;  // in a segment
   const int64_t groups = p.group_size ? p.in_features / p.group_size : 1, segments_in_group = x.segments / groups;
   const int64_t group = row / kTileTokens * kTileTokens;  // of tokens whose activations lie side by side
@@ -195,7 +194,7 @@ void add_integer(const Problem& p, const Activations& x, int64_t row, int64_t co
 template <class V, int T, int C>
 void add_float(const Problem& p, const Activations& x, int64_t row, int64_t column, Tile<V, T, C>& sums) {
   const uint8_t* weights[C];
-  weight_streams<V, C>(p, column, weights);
+  weight_streams<V, C>(p, x, column, weights);
   const int64_t groups = p.group_size ? p.in_features / p.group_size : 1;
   const int64_t blocks = round_up(p.in_features, kBlock) / kBlock / groups;
   for (int64_t g = 0; g < groups; ++g) {
