@@ -77,8 +77,6 @@ def _load(path: Path) -> ctypes.CDLL:
     library.specquant_run.argtypes = [ctypes.POINTER(_Problem), text]
     library.specquant_attend.restype = text
     library.specquant_attend.argtypes = [pointer, text]
-    library.specquant_next_session.restype = None
-    library.specquant_next_session.argtypes = [ctypes.c_int32, ctypes.c_float]
     library.specquant_quantize.restype = text
     library.specquant_quantize.argtypes = [
         pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, pointer, pointer, text
@@ -140,7 +138,7 @@ def register(session_options: Any, threads: int = 0, within: float = 0.0) -> Non
     here = [name for name, supported in isas().items() if supported]
     if wanted and wanted not in here:
         raise SpecQuantError(f"SPECQUANT_ISA is {wanted}, which this CPU lacks; set it to one of {', '.join(here)}")
-    loaded().specquant_next_session(threads, within)
+    ctypes.CDLL(str(path)).specquant_next_session(ctypes.c_int32(threads), ctypes.c_float(within))
     try:
         session_options.register_custom_ops_library(str(path))
     except Exception as error:  # what onnxruntime raises is in no public module
