@@ -123,10 +123,10 @@ def check_onnxruntime() -> None:
 def register(session_options: Any, threads: int = 0, within: float = 0.0) -> None:
     """Register the ops of domain `specquant` with an onnxruntime.SessionOptions, for one session.
 
-    threads: of our own, the caller's among them, instead of ONNX Runtime's pool (0), which is then best told not to spin:
-    while it waits for the next call of few tokens, a thread of ours reads its weights ahead. within: of a head in two
-    digits (docs/formats.md), how far below the largest logit, by the first digit, a token may lie before its second one is
-    left out where one token is decoded; 0: nothing is left out.
+    threads: of our own, the caller's among them, instead of ONNX Runtime's pool (0), which is then best told not to
+    spin: while it waits for the next call of few tokens, a thread of ours reads its weights ahead. within: of a head in
+    two digits (docs/formats.md), how far below the largest logit, by the first digit, a token may lie before its second
+    one is left out where one token is decoded; 0: nothing is left out.
 
     Raises SpecQuantError if ONNX Runtime or the library is missing, doubled, too old or for another machine, or if
     SPECQUANT_ISA asks for an instruction set that this CPU lacks.

@@ -93,8 +93,8 @@ def load(
     file instead of our kernels: slower, the same result. verify: also check the sha256 of every file (`progress` is
     told the bytes). context: a shorter context than the model's, in tokens. backend `tensorrt` runs an engine of
     `specquant build`: `engine` is its folder, default the one for this GPU; allow_host_code lets it run the plugins it
-    carries. exact_logits: on a CPU, read all of a head of 8 bits even when one token of one text is decoded; else logits of
-    more than 10 below the largest are those of its first 4 bits.
+    carries. exact_logits: on a CPU, read all of a head of 8 bits even when one token of one text is decoded; else
+    logits of more than 10 below the largest are those of its first 4 bits.
     Raises SpecQuantError for a folder that is no whole artifact and for options that do not fit it.
     """
     from specquant.runtime.generate import Model

@@ -1,4 +1,4 @@
-"""Sessions whose ops have threads of their own (custom_ops/kernels/cpu/workers.h), and what they leave out of a head."""
+"""Sessions whose ops have threads of their own (kernels/cpu/workers.h), and what they leave out of a head."""
 
 from __future__ import annotations
 
@@ -167,7 +167,13 @@ def test_a_session_leaves_out_second_digits_of_one_token_alone(rng: np.random.Ge
 
 @pytest.mark.parametrize(
     "change",
-    [{"within": -1.0}, {"within": float("nan")}, {"group_size": 0, "act_group": 0}, {"act_bits": 16}, {"group_size": 256}],
+    [
+        {"within": -1.0},
+        {"within": float("nan")},
+        {"group_size": 0, "act_group": 0},
+        {"act_bits": 16},
+        {"group_size": 256},
+    ],
 )
 def test_within_is_refused_where_it_has_no_meaning(rng: np.random.Generator, change: dict[str, Any]) -> None:
     options = GROUPS | {"act_bits": 8, "within": 1.0} | change
@@ -184,7 +190,8 @@ def test_no_race_between_threads(tmp_path: Path) -> None:
     program = tmp_path / "workers"
     command = ["g++", "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-w", f"-I{kernels}"]
     sources = [kernels / f"{name}.cc" for name in ("workers", "few_tokens")]
-    built = subprocess.run([*command, *sources, ROOT / "tests" / "workers.cc", "-o", program], capture_output=True, text=True)
+    command += [*map(str, sources), str(ROOT / "tests" / "workers.cc"), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in built.stderr:
         pytest.skip("g++ has no ThreadSanitizer here")
     assert built.returncode == 0, built.stderr
