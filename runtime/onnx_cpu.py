@@ -17,7 +17,7 @@ from specquant.runtime.onnx_graph import open_graph, run_graph
 _MAX_LOGITS = 1 << 24
 # Tokens of a block. GroupQueryAttention multiplies all tokens of a call with one another, those ahead too, so that 512
 # tokens take 0.55 s of one core in blocks of 128, 0.82 s at once (docs/performance.md); ours does not.
-_BLOCK, _BLOCK_OUR_ATTENTION = 128, 512
+_BLOCK, _BLOCK_OUR_ATTENTION = 128, 256
 
 
 # Logits further than this below the largest one stay at the first digit of a head of 8 bits when one token is decoded:

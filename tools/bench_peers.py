@@ -1,8 +1,8 @@
-"""An exported model beside llama.cpp and onnxruntime-genai on the same weights and cores.
+"""Exported models beside llama.cpp and onnxruntime-genai on the same weights and cores.
 
     ../shared/peers/setup.sh ENV                    # once: the peers and SmolLM2, in an environment of their own
     python tools/bench_peers.py build/smollm2 --env ENV
-    python tools/bench_peers.py build/smollm2 --env ENV --runs 9 --json
+    python tools/bench_peers.py build/smollm2 build/fast --env ENV --runs 9 --json
 
 Every run is a process of its own, and the contenders take turns, so that a slow moment of the machine hits all alike.
 A process loads the model (imports are not counted), warms up, and then measures the prefill of 512 tokens (only the
@@ -217,16 +217,21 @@ def measure(contenders: dict[str, tuple[str, str, Path]], runs: int, threads: in
     return found
 
 
-def report(found: dict[str, list[dict[str, float]]], ours: str) -> dict[str, Any]:
-    """Medians of every contender; `ratio` of `ours` to the best of the others, and which that is, by column."""
+def report(found: dict[str, list[dict[str, float]]], ours: Sequence[str]) -> dict[str, Any]:
+    """Medians of every contender; by column the best of those that are not `ours`, and the `ratio` of ours[0] to it;
+    `ratios`: of each of `ours`."""
     medians = {name: {key: median(run[key] for run in runs) for key in COLUMNS} for name, runs in found.items()}
-    ratio, best = {}, {}
+    best = {}
     for key, (_, more_is_better) in COLUMNS.items():
         pick = max if more_is_better else min
-        best[key] = pick((name for name in medians if name != ours), key=lambda name: medians[name][key])
-        us, peer = medians[ours][key], medians[best[key]][key]
-        ratio[key] = us / peer if more_is_better else peer / us
-    return {"ratio": ratio, "best_peer": best, "median": medians, "runs": found}
+        best[key] = pick((name for name in medians if name not in ours), key=lambda name: medians[name][key])
+
+    def ratio(name: str, key: str) -> float:
+        us, peer = medians[name][key], medians[best[key]][key]
+        return us / peer if COLUMNS[key][1] else peer / us
+
+    ratios = {name: {key: ratio(name, key) for key in COLUMNS} for name in ours}
+    return {"ratio": ratios[ours[0]], "ratios": ratios, "best_peer": best, "median": medians, "runs": found}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -239,13 +244,15 @@ def table(result: dict[str, Any]) -> str:
             digits = 2 if key == "load" else 1 if median(values) < 100 else 0
             cells.append(f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    ratios = (f"{result['ratio'][key]:.2f}× {result['best_peer'][key]}" for key in COLUMNS)
-    return "\n".join([*lines, "| ours to the best peer | " + " | ".join(ratios) + " |"])
+    for name, ratio in result["ratios"].items():
+        cells = [f"{ratio[key]:.2f}× {result['best_peer'][key]}" for key in COLUMNS]
+        lines.append(f"| {name} to the best peer | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="DIR", help="the folder that `specquant export` wrote")
+    parser.add_argument("models", metavar="DIR", nargs="+", help="folders that `specquant export` wrote")
     parser.add_argument("--env", type=Path, help="the folder that ../shared/peers/setup.sh filled")
     parser.add_argument("--runs", type=int, default=5, help="processes of each contender (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
@@ -253,15 +260,16 @@ def main() -> int:
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(run_one(options.worker, options.model, options.threads)))
+        print(json.dumps(run_one(options.worker, options.models[0], options.threads)))
         return 0
     if options.env is None or not (options.env / "venv/bin/python").is_file():
         print("bench_peers: --env must name the folder that ../shared/peers/setup.sh filled", file=sys.stderr)
         return 2
     env = options.env.resolve()
-    contenders = {"ours": (sys.executable, "ours", Path(options.model))}
+    ours = {f"ours, {Path(model).name}" if len(options.models) > 1 else "ours": Path(model) for model in options.models}
+    contenders = {name: (sys.executable, "ours", path) for name, path in ours.items()}
     contenders |= {name: (str(env / "venv/bin/python"), kind, path) for name, (kind, path) in prepare(env).items()}
-    result = report(measure(contenders, options.runs, options.threads), "ours")
+    result = report(measure(contenders, options.runs, options.threads), list(ours))
     print(json.dumps(result) if options.json else table(result))
     return 0
 

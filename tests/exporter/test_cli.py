@@ -41,6 +41,7 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str
     [
         ([], preset("klt")),
         (["--preset", "paper"], preset("paper")),
+        (["--preset", "fast"], replace(preset("klt"), name="fast", basis="none", subtract=False)),
         (["--a-bits", "8", "--k", "16", "--no-smooth"], replace(preset("klt"), a_bits=8, k=16, smooth=False)),
         (["--preset", "paper", "--budget", "l2"], replace(preset("paper"), budget="l2")),
         (["--basis", "none"], replace(preset("klt"), basis="none", subtract=False)),

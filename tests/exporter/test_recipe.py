@@ -106,7 +106,7 @@ def test_overrides() -> None:
         ({"basis": 3}, "basis must be of type str"),
         ({"smooth_grid": ["a"]}, "smooth_grid must be of type list of numbers"),
         ({"smooth_grid": 0.5}, "smooth_grid must be of type list of numbers"),
-        ({"preset": "best"}, "no preset 'best'; there are klt, refined, paper"),
+        ({"preset": "best"}, "no preset 'best'; there are klt, refined, fast, paper"),
         ({"preset": ["klt"]}, "no preset "),
     ],
 )

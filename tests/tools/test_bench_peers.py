@@ -26,13 +26,22 @@ def test_ratios_are_of_medians_to_the_best_of_each_column() -> None:
         "a": [run_of(80, 40, 20), run_of(100, 40, 20), run_of(900, 40, 20)],
         "b": [run_of(50, 120, 40, load=0.5)] * 3,
     }
-    result = bench_peers.report(found, "ours")
+    result = bench_peers.report(found, ["ours"])
     assert result["best_peer"] == {"prefill": "a", "decode": "b", "first_token": "a", "load": "b", "memory": "a"}
     assert result["ratio"] == {"prefill": 2.0, "decode": 0.5, "first_token": 2.0, "load": 0.5, "memory": 1.0}
     lines = bench_peers.table(result).splitlines()
     assert "| ours | 200 (100-300) | 60.0 (50.0-70.0) | 10.0 (8.0-90.0) |" in lines[2]
     assert lines[-1].startswith("| ours to the best peer | 2.00× a | 0.50× b | 2.00× a |")
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_models_of_ours_are_not_each_others_peers() -> None:
+    found = {"ours, a": [run_of(300, 50, 8)], "ours, b": [run_of(600, 25, 8)], "peer": [run_of(100, 100, 8)]}
+    result = bench_peers.report(found, ["ours, a", "ours, b"])
+    assert (result["ratio"]["prefill"], result["ratios"]["ours, b"]["prefill"]) == (3.0, 6.0)
+    assert result["ratios"]["ours, b"]["decode"] == 0.25
+    assert set(result["best_peer"].values()) == {"peer"}
+    assert bench_peers.table(result).splitlines()[-1].startswith("| ours, b to the best peer | 6.00× peer |")
 
 
 def test_without_peers_it_says_what_to_do(tmp_path: Path) -> None:

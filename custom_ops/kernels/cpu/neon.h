@@ -82,6 +82,18 @@ struct Neon {
     for (int i = 0; i < 8; ++i) rows[i] = {quarters[0][i / 4][i % 4], quarters[1][i / 4][i % 4]};
   }
 
+  // Lane i: the lanes of rows[i], added in pairs.
+  static F lane_sums(const F (&rows)[8]) {
+    float32x4_t quads[2][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // pairs, then pairs of pairs, of half of the lanes of four rows
+      const F* r = rows + 4 * (i / 2);
+      const auto part = [&](int row) { return i % 2 ? r[row].high : r[row].low; };
+      quads[i / 2][i % 2] = vpaddq_f32(vpaddq_f32(part(0), part(1)), vpaddq_f32(part(2), part(3)));
+    }
+    return {vaddq_f32(quads[0][0], quads[0][1]), vaddq_f32(quads[1][0], quads[1][1])};
+  }
+
   // Nibbles of 8 outputs: features 0 to 3 of a block, then 4 to 7; four bytes an output.
   struct Weights {
     int8x16_t first[2], second[2];

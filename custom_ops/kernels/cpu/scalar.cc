@@ -61,6 +61,16 @@ struct Portable {
       }
   }
 
+  // Lane i: the lanes of rows[i], added in pairs.
+  static F lane_sums(const F (&rows)[8]) {
+    F sums;
+    for (int i = 0; i < W; ++i) {
+      const F& r = rows[i];
+      sums[i] = ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7]));
+    }
+    return sums;
+  }
+
   using Weights = I;                 // as packed
   using Activation = const int8_t*;  // 8 features
   static I splat_int(int32_t value) { return I{} + value; }

@@ -10,60 +10,52 @@
 namespace specquant {
 namespace {
 
-constexpr int kAcross = 4;  // vectors of 8 columns whose products are one sum; the columns left are one by one
-
-// parts[t][i] += Σ low · B[feature + i], over K · 8 columns from `column` on; lanes run along the columns. Whole: they
-// lie in B, all of them.
-template <class E, int T, int K, bool kWhole>
-inline __attribute__((always_inline)) void add_columns(const Problem& p, const float* low, int64_t stride,
-                                                       int64_t feature, int64_t column, typename E::F (&parts)[T][8]) {
-  const int64_t total = p.in_features * p.basis_rank;
-  uint16_t spare[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    const int64_t index = (feature + i) * p.basis_rank + column;
-    typename E::F sums[T];
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) sums[t] = E::splat(0.0f);
+// u −= low · B[:, :rank]ᵀ for T rows, features [from, to), 8 at a time; kInside: whatever that reads lies in B. Lanes run
+// along the columns: a lane's products are one sum, then a feature's lanes are added in pairs. kColumns: those of B where
+// all are used, which makes addresses constants; or 0.
+template <class E, int T, bool kInside, int kColumns>
+void subtract_as_it_lies(const Problem& p, const Activations& x, int64_t row, int64_t from, int64_t to) {
+  const int64_t stride = kColumns ? kColumns : p.basis_rank, rank = kColumns ? kColumns : round_up(p.rank, 8);
+  const int64_t total = p.in_features * stride;
+  const float* low = x.low + row * x.columns;  // 0 from rank on, where B holds columns that are not used, or the next row
+  for (int64_t feature = from; feature < to; feature += 8) {
+    typename E::F parts[T][8];
+#pragma GCC unroll 16
+    for (int i = 0; i < 8 * T; ++i) parts[i / 8][i % 8] = E::splat(0.0f);
 #pragma GCC unroll 4
-    for (int k = 0; k < K; ++k) {
-      const auto basis = E::half(kWhole ? p.basis + index + 8 * k : whole<8>(p.basis, index + 8 * k, total, spare));
+    for (int64_t column = 0; column < rank; column += 8) {
+      typename E::F factors[T];
+#pragma GCC unroll 2
+      for (int t = 0; t < T; ++t) factors[t] = E::load(low + t * x.columns + column);
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) sums[t] = E::fma(basis, E::load(low + t * stride + 8 * k), sums[t]);
+      for (int i = 0; i < 8; ++i) {
+        uint16_t spare[8];
+        const int64_t index = (feature + i) * stride + column;
+        const auto basis = E::half(kInside ? p.basis + index : whole<8>(p.basis, index, total, spare));
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t) parts[t][i] = E::fma(basis, factors[t], parts[t][i]);
+      }
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) parts[t][i] = parts[t][i] + sums[t];
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) {
+      float* u = x.u + (row + t) * x.features + feature;
+      E::store(u, E::load(u) - E::lane_sums(parts[t]));
+    }
   }
 }
 
-// u −= low · B[:, :rank]ᵀ for T rows. B is read as it lies; products of 8 features are turned before they are summed.
+// All features: the last ones, of which reading 8 columns may leave B, by themselves.
 template <class E, int T>
 void subtract_branch(const Problem& p, const Activations& x, int64_t row) {
-  constexpr int K = kAcross;
-  const float* low = x.low + row * x.columns;  // 0 from rank on, where B holds columns that are not used, or the next row
-  const int64_t wide = round_up(p.rank, 8) / (8 * K) * (8 * K);
-  const int64_t safe = p.basis_rank < 8 * K ? 0 : p.in_features / 8 * 8;  // features whose wide columns lie in B
-  for (int64_t feature = 0; feature < p.in_features; feature += 8) {
-    typename E::F parts[T][8];
-#pragma GCC unroll 64
-    for (int i = 0; i < 8 * T; ++i) parts[i / 8][i % 8] = E::splat(0.0f);
-    for (int64_t column = 0; column < p.rank; column += column < wide ? 8 * K : 8) {
-      if (column < wide && feature < safe && wide <= p.basis_rank) {
-        add_columns<E, T, K, true>(p, low + column, x.columns, feature, column, parts);
-      } else if (column < wide) {
-        add_columns<E, T, K, false>(p, low + column, x.columns, feature, column, parts);
-      } else {
-        add_columns<E, T, 1, false>(p, low + column, x.columns, feature, column, parts);
-      }
-    }
-    for (int t = 0; t < T; ++t) {
-      auto& part = parts[t];
-      E::transpose(part);
-      float* u = x.u + (row + t) * x.features + feature;
-      E::store(u, E::load(u) - (((part[0] + part[1]) + (part[2] + part[3])) +
-                                ((part[4] + part[5]) + (part[6] + part[7]))));
-    }
+  const int64_t rank = round_up(p.rank, 8), last = p.in_features * p.basis_rank - rank;  // where a row may start
+  const int64_t inside = last < 0 ? 0 : std::min(last / p.basis_rank + 1, p.in_features) / 8 * 8;
+  switch (rank == p.basis_rank ? rank : 0) {
+    case 8: subtract_as_it_lies<E, T, true, 8>(p, x, row, 0, inside); break;
+    case 16: subtract_as_it_lies<E, T, true, 16>(p, x, row, 0, inside); break;
+    case 32: subtract_as_it_lies<E, T, true, 32>(p, x, row, 0, inside); break;
+    default: subtract_as_it_lies<E, T, true, 0>(p, x, row, 0, inside);
   }
+  subtract_as_it_lies<E, T, false, 0>(p, x, row, inside, p.in_features);
 }
 
 // x.turned[column, feature] = B, features [from, to), a multiple of 8 but for the last; zeros from N on.
@@ -83,30 +75,22 @@ void turn(const Problem& p, const Activations& x, int64_t from, int64_t to) {
     }
 }
 
-// T tokens and W features by the turned basis, lanes along features: sums[i] holds what lane i of add_columns does.
+// T tokens and W features by the turned basis, lanes along features: parts[i] holds what lane i does above.
 template <class V, int T>
 inline __attribute__((always_inline)) void subtract_turned(const Problem& p, const Activations& x, int64_t row,
                                                            int64_t feature) {
   const float* low = x.low + row * x.columns;
-  const int64_t rank = round_up(p.rank, 8), wide = rank / (8 * kAcross) * (8 * kAcross);
+  const int64_t rank = round_up(p.rank, 8);
   typename V::F parts[T][8];
 #pragma GCC unroll 16
   for (int i = 0; i < 8 * T; ++i) parts[i / 8][i % 8] = V::splat(0.0f);
-  for (int64_t column = 0; column < rank;) {
-    const int64_t end = column < wide ? column + 8 * kAcross : column + 8;
-    typename V::F sums[T][8];
-#pragma GCC unroll 16
-    for (int i = 0; i < 8 * T; ++i) sums[i / 8][i % 8] = V::splat(0.0f);
-    for (; column < end; column += 8)
+  for (int64_t column = 0; column < rank; column += 8)
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        const auto basis = V::load(x.turned + (column + i) * x.features + feature);
+    for (int i = 0; i < 8; ++i) {
+      const auto basis = V::load(x.turned + (column + i) * x.features + feature);
 #pragma GCC unroll 2
-        for (int t = 0; t < T; ++t) sums[t][i] = V::fma(basis, V::splat(low[t * x.columns + column + i]), sums[t][i]);
-      }
-#pragma GCC unroll 16
-    for (int i = 0; i < 8 * T; ++i) parts[i / 8][i % 8] = parts[i / 8][i % 8] + sums[i / 8][i % 8];
-  }
+      for (int t = 0; t < T; ++t) parts[t][i] = V::fma(basis, V::splat(low[t * x.columns + column + i]), parts[t][i]);
+    }
 #pragma GCC unroll 2
   for (int t = 0; t < T; ++t) {
     const auto& part = parts[t];

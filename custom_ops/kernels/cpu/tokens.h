@@ -89,42 +89,51 @@ inline __attribute__((always_inline)) void add_product(typename V::F (&acc)[T][C
 // Elements of the basis that one token asks for before it needs them.
 constexpr int64_t kBasisAhead = 1024;
 
-// low = u · B[:, :rank] for T rows (first equation of docs/ops.md). The features are summed in two halves: one token has
-// few sums, and waits for each of its additions.
-template <class V, int T>
-void project_down(const Problem& p, const Activations& x, int64_t row) {
-  constexpr int C = T == 1 ? 32 / V::W : 2;
+// low[column …] of T rows, C vectors of it: sums over the features in two halves, since one token has few sums, and waits
+// for each of its additions.
+template <class V, int T, int C>
+void project_columns(const Problem& p, const Activations& x, int64_t row, int64_t column) {
   const int64_t n = p.in_features, half = n / 2;
   const float* u = x.u + row * x.features;
-  for (int64_t column = 0; column < p.rank; column += C * V::W) {
-    typename V::F sums[2][T][C];
+  typename V::F sums[2][T][C];
 #pragma GCC unroll 16
-    for (int i = 0; i < 2 * T * C; ++i) sums[i / (T * C)][i / C % T][i % C] = V::splat(0.0f);
-    int64_t done = 0;
-    if constexpr (T == 1) {  // both halves at once, as long as nothing lies past the end of B
-      const int64_t past = (n - half) * p.basis_rank - column - C * V::W;
-      done = past >= 0 ? std::min(half, past / p.basis_rank + 1) : 0;
-      const uint16_t *first = p.basis + column, *second = first + half * p.basis_rank;
-      for (int64_t k = 0; k < done; ++k, first += p.basis_rank, second += p.basis_rank) {
-        __builtin_prefetch(first + kBasisAhead);
-        __builtin_prefetch(second + kBasisAhead);
+  for (int i = 0; i < 2 * T * C; ++i) sums[i / (T * C)][i / C % T][i % C] = V::splat(0.0f);
+  int64_t done = 0;
+  if constexpr (T == 1) {  // both halves at once, as long as nothing lies past the end of B
+    const int64_t past = (n - half) * p.basis_rank - column - C * V::W;
+    done = past >= 0 ? std::min(half, past / p.basis_rank + 1) : 0;
+    const uint16_t *first = p.basis + column, *second = first + half * p.basis_rank;
+    for (int64_t k = 0; k < done; ++k, first += p.basis_rank, second += p.basis_rank) {
+      __builtin_prefetch(first + kBasisAhead);
+      __builtin_prefetch(second + kBasisAhead);
 #pragma GCC unroll 4
-        for (int v = 0; v < C; ++v) {
-          sums[0][0][v] = V::fma(V::splat(u[k]), V::half(first + v * V::W), sums[0][0][v]);
-          sums[1][0][v] = V::fma(V::splat(u[half + k]), V::half(second + v * V::W), sums[1][0][v]);
-        }
+      for (int v = 0; v < C; ++v) {
+        sums[0][0][v] = V::fma(V::splat(u[k]), V::half(first + v * V::W), sums[0][0][v]);
+        sums[1][0][v] = V::fma(V::splat(u[half + k]), V::half(second + v * V::W), sums[1][0][v]);
       }
     }
-    add_product<V, T, C>(sums[0], u, x.features, done, half, p.basis, p.basis_rank, n, column);
-    add_product<V, T, C>(sums[1], u, x.features, half + done, n, p.basis, p.basis_rank, n, column);
-    float lanes[T][C * V::W];
-#pragma GCC unroll 16
-    for (int i = 0; i < T * C; ++i)
-      V::store(&lanes[i / C][i % C * V::W], sums[0][i / C][i % C] + sums[1][i / C][i % C]);
-    for (int t = 0; t < T; ++t)
-      for (int64_t j = 0; j < C * V::W && column + j < x.columns; ++j)
-        x.low[(row + t) * x.columns + column + j] = column + j < p.rank ? lanes[t][j] : 0.0f;
   }
+  add_product<V, T, C>(sums[0], u, x.features, done, half, p.basis, p.basis_rank, n, column);
+  add_product<V, T, C>(sums[1], u, x.features, half + done, n, p.basis, p.basis_rank, n, column);
+  float lanes[T][C * V::W];
+#pragma GCC unroll 16
+  for (int i = 0; i < T * C; ++i)
+    V::store(&lanes[i / C][i % C * V::W], sums[0][i / C][i % C] + sums[1][i / C][i % C]);
+  for (int t = 0; t < T; ++t)
+    for (int64_t j = 0; j < C * V::W && column + j < x.columns; ++j)
+      x.low[(row + t) * x.columns + column + j] = column + j < p.rank ? lanes[t][j] : 0.0f;
+}
+
+// low = u · B[:, :rank] for T rows (first equation of docs/ops.md), by as few vectors as the columns need.
+template <class V, class E, int T>
+void project_down(const Problem& p, const Activations& x, int64_t row) {
+  constexpr int C = T == 1 ? 32 / V::W : 2;
+  int64_t column = 0;
+  for (; p.rank - column > (C - 1) * V::W; column += C * V::W) project_columns<V, T, C>(p, x, row, column);
+  if constexpr (C > 2)
+    if (p.rank - column > V::W) project_columns<V, T, 2>(p, x, row, column), column += 2 * V::W;
+  for (; p.rank > column && (V::W == 8 || p.rank - column > 8); column += V::W) project_columns<V, T, 1>(p, x, row, column);
+  if (p.rank > column) project_columns<E, T, 1>(p, x, row, column);
 }
 
 // What the integer product needs of one row: levels, and per segment scale and −8 Σ a.
@@ -146,7 +155,7 @@ void prepare_rows(const Problem& p, const Activations& x, int64_t row) {
       p.hadamard < 64 ? walsh_hadamard(u + i, p.hadamard) : walsh_hadamard<E>(u + i, p.hadamard);
   }
   if (p.basis && p.rank) {
-    project_down<V, T>(p, x, row);
+    project_down<V, E, T>(p, x, row);
     if (p.subtract) subtract_low<V, E, T>(p, x, row);
   }
   if (p.qweight && p.act_bits < 16)

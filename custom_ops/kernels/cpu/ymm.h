@@ -69,6 +69,17 @@ struct Ymm {
     }
   }
 
+  // Lane i: the lanes of rows[i], added in pairs.
+  static F lane_sums(const F (&rows)[8]) {
+    F quads[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const F a = _mm256_hadd_ps(rows[4 * i], rows[4 * i + 1]), b = _mm256_hadd_ps(rows[4 * i + 2], rows[4 * i + 3]);
+      quads[i] = _mm256_hadd_ps(a, b);
+    }
+    return _mm256_permute2f128_ps(quads[0], quads[1], 0x20) + _mm256_permute2f128_ps(quads[0], quads[1], 0x31);
+  }
+
   struct Weights {
     I low, high;
   };
