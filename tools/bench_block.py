@@ -6,7 +6,7 @@ fastest torch has) are torch's in the first. In the second norms, gates and resi
 attention is Int4KVAttention, which turns queries and keys and writes the 4-bit cache besides; with --attention torch it
 is that of the first. Random weights and activations. Times are medians of replayed CUDA graphs, the two in turn. Memory
 is what torch has allocated at most during one pass, weights, input, cache and workspaces included, each variant alone:
-ours has one workspace, and takes MLP and attention in --parts.
+ours has one workspace, and takes MLP and attention in --parts, which cost less memory and more time.
 
     python -m tools.bench_block --models llama-2-7b --sequences 256 1024 --rank 16 32
 """
@@ -141,7 +141,7 @@ class OurBlock:
     and attention."""
 
     def __init__(self, shape: Shape, args: argparse.Namespace, sequence: int, like: Tensor) -> None:
-        self.shape, self.parts = shape, args.parts
+        self.shape, self.parts = shape, args.parts or (2 if sequence <= 512 else 1)
         self.qkv, self.output, self.gate_up, self.down = (Linear(n, m, args).operands for n, m in sizes(shape))
         for operands, (n, _) in zip((self.qkv, self.output, self.gate_up, self.down), sizes(shape), strict=True):
             operands["scales"] *= n**-0.5 / 0.07  # outputs of about the inputs' size
@@ -149,7 +149,7 @@ class OurBlock:
         for operands in (self.qkv, self.gate_up):
             operands |= norm | {"norm": torch.ones(shape.hidden, device="cuda")}
         self.down["prologue"] = PROLOGUES.index("silu_gate")
-        own, rows = args.attention == "ours", -(-args.batch // args.parts)
+        own, rows = args.attention == "ours", -(-args.batch // self.parts)
         counts = [min(rows, args.batch - first) for first in range(0, args.batch, rows)]
         self.attentions = [OurAttention(shape, count, sequence) for count in counts] if own else []
         self.tables = rotary_tables(sequence, like) if not own else None
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=0, help="features per weight scale; 0: per channel")
     parser.add_argument("--act-group", type=int, default=0, help="features per activation scale; 0: per token")
     parser.add_argument("--hadamard", type=int, default=0)
-    parser.add_argument("--parts", type=int, default=2, help="in which ours takes the tokens")
+    parser.add_argument("--parts", type=int, help="in which ours takes the tokens (default: 2 up to 512, else 1)")
     parser.add_argument("--attention", choices=["ours", "torch"], default="ours", help="of our block")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--kernels", action="store_true", help="the time of every kernel")

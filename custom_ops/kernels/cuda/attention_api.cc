@@ -24,7 +24,10 @@ int64_t most_splits(int64_t present_rows) {
 
 // Whether prompt_attend.cuh takes the call on Hopper.
 bool takes_prompt(const SpecquantCudaAttention& p) {
-  return p.half && p.sequence >= kLeastPrompt && (p.head_dim == 64 || p.head_dim == 128) &&
+  bool aligned = true;  // its loads
+  for (const float* input : {static_cast<const float*>(p.qkv), p.cos, p.sin, p.key_offset})
+    aligned = aligned && reinterpret_cast<uintptr_t>(input) % 16 == 0;
+  return p.half && aligned && p.sequence >= kLeastPrompt && (p.head_dim == 64 || p.head_dim == 128) &&
          unpacked_bytes(p.present_rows, p.head_dim) <= kPromptMost;
 }
 
@@ -192,7 +195,6 @@ SPECQUANT_EXPORT const char* specquant_cuda_attention(const SpecquantCudaAttenti
     for (int first = 0, all = a.batch * a.kv_heads; first < all && error == cudaSuccess; first += a.chunk) {
       const int items = std::min(a.chunk, all - first);
       error = prompt_append(a, first, items, on);
-      if (error == cudaSuccess) error = prompt_unpack(a, first, items, on);
       if (error == cudaSuccess) error = prompt_attend(a, first, items, on);
     }
   } else if (a.sequence > 0) {

@@ -85,7 +85,6 @@ cudaError_t decode(const AttentionArgs& args, cudaStream_t stream);
 // The same as `append` and `attend` for prompts on Hopper, float16 models, heads of 64 or 128; between them, of so many
 // kv heads of the batch, the cache as float16.
 cudaError_t prompt_append(const AttentionArgs& args, int first_item, int items, cudaStream_t stream);
-cudaError_t prompt_unpack(const AttentionArgs& args, int first_item, int items, cudaStream_t stream);
 cudaError_t prompt_attend(const AttentionArgs& args, int first_item, int items, cudaStream_t stream);
 // y of the splits.
 cudaError_t merge(const AttentionArgs& args, cudaStream_t stream);
