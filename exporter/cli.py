@@ -30,7 +30,7 @@ presets:
            quantised. The default: the most accurate.
   refined  klt, then taught the float model's predictions: closest to it, for --device cuda and a --calibration file
            of 2 MB or more. Costs nothing at run time.
-  fast     klt without the branch: 2.4 % more perplexity, and a small model is a quarter faster on a CPU.
+  fast     klt without the branch: some 2 % more perplexity, and a small model is a third faster on a CPU.
   paper    SpecQuant as published: 4-bit activations too, Fourier basis with 16 frequencies, one scale per output
            channel and per token.
 

@@ -14,9 +14,15 @@ from tests.cuda_arrays import POISON, DeviceArray
 INPUTS = ("qkv", "past_key", "past_value", "seqlens_k", "position_ids", "cos", "sin", "key_offset")
 
 
-def run(inputs: dict[str, Any], attributes: dict[str, Any], in_place: bool = False) -> list[NDArray[Any]]:
-    """y, present_key and present_value of the kernels. What nobody may write is poison, and looked at afterwards."""
-    arrays = {name: None if inputs.get(name) is None else DeviceArray(inputs[name]) for name in INPUTS}
+def run(
+    inputs: dict[str, Any], attributes: dict[str, Any], in_place: bool = False, offsets: dict[str, int] | None = None
+) -> list[NDArray[Any]]:
+    """y, present_key and present_value of the kernels. What nobody may write is poison, and looked at afterwards.
+
+    offsets: bytes that inputs lie off an aligned address.
+    """
+    off = offsets or {}
+    arrays = {n: None if inputs.get(n) is None else DeviceArray(inputs[n], off.get(n, 0)) for n in INPUTS}
     batch, sequence, _ = inputs["qkv"].shape
     heads, kv_heads = attributes["num_heads"], attributes["kv_num_heads"]
     d = inputs["qkv"].shape[2] // (heads + 2 * kv_heads)

@@ -164,7 +164,7 @@ def test_models_that_are_not_there(refused: Refusal, tmp_path: Path, monkeypatch
         ("--w-bits 3", "w_bits = 3 is not available; nearest: 4"),
         ("--kv-bits 20", "kv_bits = 20 is not available; nearest: 16"),
         ("--w-bits 16", "quantised activations need --w-bits 4"),
-        ("--preset best", "no preset 'best'; there are klt, refined, paper"),
+        ("--preset best", "no preset 'best'; there are klt, refined, fast, paper"),
         ("--k many", "invalid int value: 'many'"),
         ("--seed -1", "seed -1 is not in"),
         ("--recipe nothing.yaml", "cannot be read"),

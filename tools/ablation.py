@@ -46,12 +46,14 @@ from tools.report import table, write_section
 
 Runs = dict[str, Recipe]
 OFTEN = ("4-8-16", "4-4-16")
+BRANCHES = (4, 8, 16, 24, 32)
 BITS = {"4-16-16": 16, "4-8-16": 8, "4-4-16": 4}  # W-A-KV -> a_bits
 TITLES = {
     "table3": "Smoothing and truncation (the paper's Table 3)",
     "table4": "K frequencies (the paper's Table 4)",
     "table5": "Importance metrics (the paper's Table 5)",
     "recipes": "From the paper's recipe to ours",
+    "branch": "How large a branch 8-bit activations need",
     "choices": "What our recipe could do besides, on text to choose by",
 }
 # Branches of other sizes at the same bytes in all: SmolLM2's stages cost 1536, 1152, 3648 and 2112 numbers a column.
@@ -91,9 +93,15 @@ def tables(ks: list[int], group: int) -> dict[str, dict[str, Runs]]:
         sizes = {stage: {"k": both[index]} for stage, both in RANKS.items()}
         return chosen(descents=0, asymmetry=0.0, smooth=True, overrides=sizes)
 
+    def branch(recipe: Recipe) -> Runs:
+        return {f"4-8-16 groups of {group}": grouped(recipe, group)}
+
     plain = replace(klt, descents=0, asymmetry=0.0)
     bare = replace(plain, hadamard=0, clip_grid=(1.0,))
     return {
+        "branch": {"none: preset fast": branch(no_branch(klt))}
+        | {f"K = {k}": branch(replace(klt, k=k)) for k in BRANCHES}
+        | {f"K = {k}, `--ranks fisher`": branch(replace(klt, k=k, ranks="fisher")) for k in (8, 16)},
         "choices": {
             "no descents, no asymmetry, smoothed": chosen(descents=0, asymmetry=0.0, smooth=True),
             "… two descents": chosen(descents=2, asymmetry=0.0, smooth=True),

@@ -51,6 +51,13 @@ def test_prompt_equals_reference(rng: np.random.Generator, kind: str, op: str) -
     compare(call, run(call.inputs, call.attributes))
 
 
+@pytest.mark.parametrize(("name", "offset"), [("qkv", 2), ("cos", 4), ("sin", 8), ("key_offset", 4)])
+def test_prompt_of_inputs_that_are_not_aligned(rng: np.random.Generator, name: str, offset: int) -> None:
+    """They go the other way, where nothing is loaded by 16 bytes."""
+    call = random_call(rng, [9], [70], op=INT4, float_type=np.float16, hadamard=1)
+    compare(call, run(call.inputs, call.attributes, offsets={name: offset}))
+
+
 @pytest.mark.parametrize("op", [INT4, HALF])
 def test_prompt_in_place(rng: np.random.Generator, op: str) -> None:
     call = random_call(rng, [40, 7], [70, 70], op=op, spare=80, float_type=np.float16, hadamard=1)

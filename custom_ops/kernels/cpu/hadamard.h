@@ -33,12 +33,11 @@ inline void walsh_hadamard(float* x, int64_t d) {
   for (int64_t i = 0; i < d; ++i) x[i] *= factor;
 }
 
-// The same bits for d from 64 on, by vectors E of 8 lanes: 64 values stay in registers for six of the steps, the first
-// three of them transposed.
+// 64 values through the first six steps, by eight vectors of 8 lanes: three of them transposed.
 template <class E>
-inline void walsh_hadamard(float* x, int64_t d) {
+inline void butterflies_of_64(typename E::F (&v)[8]) {
   using F = typename E::F;
-  const auto butterflies = [](F (&v)[8]) {
+  const auto butterflies = [&] {
 #pragma GCC unroll 3
     for (int step = 1; step < 8; step *= 2)
 #pragma GCC unroll 8
@@ -49,27 +48,52 @@ inline void walsh_hadamard(float* x, int64_t d) {
           v[i + step] = a - b;
         }
   };
+  E::transpose(v);
+  butterflies();
+  E::transpose(v);
+  butterflies();
+}
+
+// By four of 16 lanes: four of the steps between lanes, a + b and a − b by one multiply-add, which rounds once.
+template <class E>
+inline void butterflies_of_64(typename E::F (&v)[4]) {
+  using F = typename E::F;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) v[i] = E::butterflies(v[i]);
+#pragma GCC unroll 2
+  for (int step = 1; step < 4; step *= 2)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      if (!(i & step)) {
+        const F a = v[i], b = v[i + step];
+        v[i] = a + b;
+        v[i + step] = a - b;
+      }
+}
+
+// The same bits for d from 64 on, by vectors E of 8 or 16 lanes: 64 values stay in registers for six of the steps.
+template <class E>
+inline void walsh_hadamard(float* x, int64_t d) {
+  using F = typename E::F;
+  constexpr int W = E::W, kVectors = 64 / W;
   const F factor = E::splat(1.0f / __builtin_sqrtf(float(d)));
   for (int64_t block = 0; block < d; block += 64) {
-    F v[8];
+    F v[kVectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) v[i] = E::load(x + block + 8 * i);
-    E::transpose(v);
-    butterflies(v);
-    E::transpose(v);
-    butterflies(v);
+    for (int i = 0; i < kVectors; ++i) v[i] = E::load(x + block + W * i);
+    butterflies_of_64<E>(v);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) E::store(x + block + 8 * i, d == 64 ? v[i] * factor : v[i]);
+    for (int i = 0; i < kVectors; ++i) E::store(x + block + W * i, d == 64 ? v[i] * factor : v[i]);
   }
   if (d == 64) return;
   for (int64_t step = 64; step < d; step *= 2)
     for (int64_t block = 0; block < d; block += 2 * step)
-      for (int64_t i = block; i < block + step; i += 8) {
+      for (int64_t i = block; i < block + step; i += W) {
         const F a = E::load(x + i), b = E::load(x + i + step);
         E::store(x + i, a + b);
         E::store(x + i + step, a - b);
       }
-  for (int64_t i = 0; i < d; i += 8) E::store(x + i, E::load(x + i) * factor);
+  for (int64_t i = 0; i < d; i += W) E::store(x + i, E::load(x + i) * factor);
 }
 
 }  // namespace

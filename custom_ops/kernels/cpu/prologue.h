@@ -1,6 +1,6 @@
 // From x to the float32 row that a product takes: as it is, normed, or one half gated by the other.
 //
-// E is a vector of 8 float lanes along features.
+// E is a vector of 8 or 16 float lanes along features.
 #pragma once
 
 #include "exponential.h"
@@ -10,32 +10,33 @@
 namespace specquant {
 namespace {
 
-// 8 values from x[index] on, of `total`; zeros beyond.
+// A vector from x[index] on, of `total` values; zeros beyond.
 template <class E>
 inline __attribute__((always_inline)) typename E::F load_x(const float* x, int64_t index, int64_t total) {
-  float spare[8];
-  return E::load(whole<8>(x, index, total, spare));
+  float spare[E::W];
+  return E::load(whole<E::W>(x, index, total, spare));
 }
 template <class E>
 inline __attribute__((always_inline)) typename E::F load_x(const uint16_t* x, int64_t index, int64_t total) {
-  uint16_t spare[8];
-  return E::half(whole<8>(x, index, total, spare));
+  uint16_t spare[E::W];
+  return E::half(whole<E::W>(x, index, total, spare));
 }
 
-// u / √(mean(u²) + epsilon) · norm of n features, in place. u holds zeros up to a multiple of 8.
+// u / √(mean(u²) + epsilon) · norm of n features, in place, by 16 sums of squares. u holds zeros up to a multiple of 8.
 template <class E>
 void rms_norm(float* u, int64_t n, const float* norm, float epsilon) {
   using F = typename E::F;
+  constexpr int kSums = 16 / E::W;
   F sums[2] = {E::splat(0.0f), E::splat(0.0f)};
-  for (int64_t i = 0; i < n; i += 8) {
+  for (int64_t i = 0; i < n; i += E::W) {
     const F value = E::load(u + i);
-    sums[i / 8 % 2] = E::fma(value, value, sums[i / 8 % 2]);
+    sums[i / E::W % kSums] = E::fma(value, value, sums[i / E::W % kSums]);
   }
-  float lanes[8], sum = 0.0f;
-  E::store(lanes, sums[0] + sums[1]);
-  for (const float lane : lanes) sum += lane;
+  float lanes[16], sum = 0.0f;
+  for (int i = 0; i < kSums; ++i) E::store(lanes + i * E::W, sums[i]);
+  for (int i = 0; i < 8; ++i) sum += lanes[i] + lanes[8 + i];
   const F factor = E::splat(1.0f / __builtin_sqrtf(sum / float(n) + epsilon));
-  for (int64_t i = 0; i < n; i += 8) E::store(u + i, E::load(u + i) * factor * load_x<E>(norm, i, n));
+  for (int64_t i = 0; i < n; i += E::W) E::store(u + i, E::load(u + i) * factor * load_x<E>(norm, i, n));
 }
 
 // g / (1 + e^−w), w of g's sign. One exponential, of −|w|, so that nothing overflows: the numerator is g or g e^w.
@@ -51,7 +52,7 @@ inline __attribute__((always_inline)) typename E::F sigmoid_gate(typename E::F g
 template <class E, class X>
 void gate(const X* x, int64_t base, int64_t n, int64_t total, bool gelu, float* u) {
   using F = typename E::F;
-  for (int64_t i = 0; i < n; i += 8) {
+  for (int64_t i = 0; i < n; i += E::W) {
     const F g = load_x<E>(x, base + i, total), up = load_x<E>(x, base + n + i, total);
     const F w = gelu ? g * E::fma(g * g, E::splat(0.0713548163f), E::splat(1.59576912f)) : g;
     E::store(u + i, sigmoid_gate<E>(g, w) * up);
@@ -64,7 +65,7 @@ void prologue_of(const Problem& p, const X* x, int64_t token, float* u) {
   if (p.prologue == kSiluGate || p.prologue == kGeluGate) {
     gate<E>(x, token * 2 * n, n, p.tokens * 2 * n, p.prologue == kGeluGate, u);
   } else {
-    for (int64_t i = 0; i < n; i += 8) E::store(u + i, load_x<E>(x, token * n + i, p.tokens * n));
+    for (int64_t i = 0; i < n; i += E::W) E::store(u + i, load_x<E>(x, token * n + i, p.tokens * n));
   }
 }
 

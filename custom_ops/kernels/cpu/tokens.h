@@ -1,6 +1,7 @@
 // The steps on one run of tokens: prologue, rotation, down-projection, subtraction, quantisation.
 //
-// E is a vector of 8 float lanes: along features, so that groups (multiples of 8) have no tail.
+// E is a vector of 8 float lanes: along features, so that groups (multiples of 8) have no tail. V may be one of 16, for sizes that
+// allow it; both do the same to every value, so that their bits are the same.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +25,7 @@ void quantize_row(const float* u, int64_t n, int bits, int64_t group, int64_t se
   for (int64_t g = 0; g * length < n; ++g) {
     const float* values = u + g * length;
     F low = E::splat(0.0f), high = E::splat(0.0f), poison = E::splat(0.0f);
-    for (int64_t i = 0; i < length; i += 8) {
+    for (int64_t i = 0; i < length; i += E::W) {
       const F value = E::load(values + i);
       low = E::min(low, value);
       high = E::max(high, value);
@@ -40,14 +41,14 @@ void quantize_row(const float* u, int64_t n, int bits, int64_t group, int64_t se
     scale[g] = finite ? (used ? range / qmax : 0.0f) : __builtin_nanf("");
     for (int64_t from = 0; from < length; from += segment) {
       F sum = E::splat(0.0f);
-      for (int64_t i = from; i < from + segment; i += 8) {
+      for (int64_t i = from; i < from + segment; i += E::W) {
         // A multiplication by `used` would keep NaN, so unused groups get their zeros here.
         const F value = used ? E::load(values + i) : E::splat(0.0f);
         const F level = E::min(E::max(E::round(value * E::splat(inverse)), E::splat(-zero)), E::splat(qmax - zero));
         E::store_int8(q + g * length + i, level);
         sum = sum + level;
       }
-      float lanes[8];  // whole numbers below 2^24, which all of them together may pass
+      float lanes[E::W];  // whole numbers below 2^24, which all of them together may pass
       E::store(lanes, sum);
       int32_t total = 0;
       for (const float lane : lanes) total += int32_t(lane);
@@ -136,6 +137,22 @@ void project_down(const Problem& p, const Activations& x, int64_t row) {
   if (p.rank > column) project_columns<E, T, 1>(p, x, row, column);
 }
 
+// Whether rows can go through vectors E: they are made of whole ones.
+template <class E>
+bool in_vectors(const Problem& p) {
+  const bool quantised = p.qweight && p.act_bits < 16;
+  return p.in_features % E::W == 0 && (!quantised || segment_length(p) % E::W == 0) && (!p.hadamard || p.hadamard >= 64);
+}
+
+// Prologue and rotation of one row.
+template <class E>
+void start_row(const Problem& p, const Activations& x, int64_t row) {
+  prologue<E>(p, x, row);
+  float* u = x.u + row * x.features;
+  for (int64_t i = 0; p.hadamard && i < p.in_features; i += p.hadamard)
+    p.hadamard < 64 ? walsh_hadamard(u + i, p.hadamard) : walsh_hadamard<E>(u + i, p.hadamard);
+}
+
 // What the integer product needs of one row: levels, and per segment scale and −8 Σ a.
 template <class E>
 void quantize_for_product(const Problem& p, const Activations& x, int64_t row) {
@@ -148,18 +165,14 @@ void quantize_for_product(const Problem& p, const Activations& x, int64_t row) {
 
 template <class V, class E, int T>
 void prepare_rows(const Problem& p, const Activations& x, int64_t row) {
-  for (int t = 0; t < T; ++t) {
-    prologue<E>(p, x, row + t);
-    float* u = x.u + (row + t) * x.features;
-    for (int64_t i = 0; p.hadamard && i < p.in_features; i += p.hadamard)
-      p.hadamard < 64 ? walsh_hadamard(u + i, p.hadamard) : walsh_hadamard<E>(u + i, p.hadamard);
-  }
+  const bool wide = in_vectors<V>(p);
+  for (int t = 0; t < T; ++t) wide ? start_row<V>(p, x, row + t) : start_row<E>(p, x, row + t);
   if (p.basis && p.rank) {
     project_down<V, E, T>(p, x, row);
     if (p.subtract) subtract_low<V, E, T>(p, x, row);
   }
   if (p.qweight && p.act_bits < 16)
-    for (int t = 0; t < T; ++t) quantize_for_product<E>(p, x, row + t);
+    for (int t = 0; t < T; ++t) wide ? quantize_for_product<V>(p, x, row + t) : quantize_for_product<E>(p, x, row + t);
 }
 
 // As many rows at once as the registers hold, then half as many …: the branch reads its basis once for all of them.

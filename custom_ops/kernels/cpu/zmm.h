@@ -22,10 +22,28 @@ struct Zmm {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
   static F fma(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static float smallest(F value) { return _mm512_reduce_min_ps(value); }
   static float largest(F value) { return _mm512_reduce_max_ps(value); }
+  static bool any_nan(F value) { return _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q) != 0; }
+  static void store_int8(int8_t* to, F whole_numbers) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole_numbers)));
+  }
   static float total(F value) { return _mm512_reduce_add_ps(value); }
   static F round(F value) { return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+  // Sums and differences of lanes 1, 2, 4 and 8 apart (hadamard.h).
+  static F butterflies(F x) {
+    const auto step = [&](F other, __mmask16 second) {
+      x = _mm512_fmadd_ps(x, _mm512_mask_blend_ps(second, splat(1.0f), splat(-1.0f)), other);
+    };
+    step(_mm512_permute_ps(x, 0xB1), 0xAAAA);
+    step(_mm512_permute_ps(x, 0x4E), 0xCCCC);
+    step(_mm512_shuffle_f32x4(x, x, 0xB1), 0xF0F0);
+    step(_mm512_shuffle_f32x4(x, x, 0x4E), 0xFF00);
+    return x;
+  }
 
   struct Weights {
     I low, high;
