@@ -98,7 +98,7 @@ def test_many_tokens_in_several_tasks(rng: np.random.Generator, isa: str) -> Non
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("rank", [1, 8, 31, 32, 40, 64, 70])
+@pytest.mark.parametrize("rank", [1, 8, 16, 24, 31, 32, 40, 64, 70])
 @pytest.mark.parametrize("n", [205, 320])
 def test_the_branch_of_many_tokens_and_of_one(rng: np.random.Generator, isa: str, n: int, rank: int) -> None:
     """From 16 tokens on the basis is turned first, unless it has more than 64 columns: y is the same, to the bit."""

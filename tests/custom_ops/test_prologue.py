@@ -156,14 +156,18 @@ def test_a_token_alone_gives_the_same_bits(rng: np.random.Generator, isa: str, p
 
 
 @pytest.mark.parametrize("prologue", KINDS)
-def test_vector_paths_agree_bit_for_bit(rng: np.random.Generator, prologue: int) -> None:
+@pytest.mark.parametrize(("n", "group", "hadamard"), [(320, 64, 0), (320, 64, 64), (512, 64, 256), (328, 8, 8)])
+def test_vector_paths_agree_bit_for_bit(
+    rng: np.random.Generator, prologue: int, n: int, group: int, hadamard: int
+) -> None:
+    """Whether rows go through vectors of 8 lanes or of 16."""
     paths = [name for name in ISAS if name != "scalar"]
     if len(paths) < 2:
         pytest.skip("this CPU has fewer than two vector paths")
-    n, m = 320, 203
-    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, 64, 64)
+    m = 203
+    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, group, group)
     x = rng.standard_normal((41, width(prologue, n))).astype(np.float32)
-    rest = {"group_size": 64, "act_bits": 8, "act_group": 64, **given(rng, prologue, n)}
+    rest = {"group_size": group, "act_bits": 8, "act_group": group, "hadamard": hadamard, **given(rng, prologue, n)}
     rest["residual"] = rng.standard_normal((41, m)).astype(np.float32)
     first, *others = (matmul(x, weights, path, **rest) for path in paths)
     for y in others:
