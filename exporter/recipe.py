@@ -169,7 +169,7 @@ PRESETS: dict[str, Recipe] = {
         refine_batch=8,
         refine_samples=440,
     ),
-    # Without the branch, which is a fifth of a small model's bytes and of a token's time on a CPU.
+    # Without the branch, which takes a fifth of a small model's time on a CPU (docs/performance.md).
     "fast": Recipe(name="fast", basis="none", subtract=False),
     # The paper's: Fourier basis, 16 frequencies, one scale per output channel and per token.
     "paper": Recipe(

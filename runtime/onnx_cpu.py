@@ -16,7 +16,8 @@ from specquant.runtime.onnx_graph import open_graph, run_graph
 # A block of prefill has at most this many logits: its longest buffer stays at 64 MB whatever the prompt.
 _MAX_LOGITS = 1 << 24
 # Tokens of a block. GroupQueryAttention multiplies all tokens of a call with one another, those ahead too, so that 512
-# tokens take 0.55 s of one core in blocks of 128, 0.82 s at once (docs/performance.md); ours does not.
+# tokens take 0.55 s of one core in blocks of 128, 0.82 s at once; ours does not, but longer blocks need more memory
+# (docs/performance.md).
 _BLOCK, _BLOCK_OUR_ATTENTION = 128, 256
 
 

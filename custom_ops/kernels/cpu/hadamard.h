@@ -33,42 +33,35 @@ inline void walsh_hadamard(float* x, int64_t d) {
   for (int64_t i = 0; i < d; ++i) x[i] *= factor;
 }
 
-// 64 values through the first six steps, by eight vectors of 8 lanes: three of them transposed.
-template <class E>
-inline void butterflies_of_64(typename E::F (&v)[8]) {
-  using F = typename E::F;
-  const auto butterflies = [&] {
+// Sums and differences of vectors 1, 2, 4, … apart.
+template <class F, int N>
+inline __attribute__((always_inline)) void butterflies(F (&v)[N]) {
 #pragma GCC unroll 3
-    for (int step = 1; step < 8; step *= 2)
+  for (int step = 1; step < N; step *= 2)
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i)
-        if (!(i & step)) {
-          const F a = v[i], b = v[i + step];
-          v[i] = a + b;
-          v[i + step] = a - b;
-        }
-  };
-  E::transpose(v);
-  butterflies();
-  E::transpose(v);
-  butterflies();
-}
-
-// By four of 16 lanes: four of the steps between lanes, a + b and a − b by one multiply-add, which rounds once.
-template <class E>
-inline void butterflies_of_64(typename E::F (&v)[4]) {
-  using F = typename E::F;
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) v[i] = E::butterflies(v[i]);
-#pragma GCC unroll 2
-  for (int step = 1; step < 4; step *= 2)
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < N; ++i)
       if (!(i & step)) {
         const F a = v[i], b = v[i + step];
         v[i] = a + b;
         v[i + step] = a - b;
       }
+}
+
+// 64 values through the first six steps, by eight vectors of 8 lanes: three of the steps on transposed ones.
+template <class E>
+inline __attribute__((always_inline)) void butterflies_of_64(typename E::F (&v)[8]) {
+  E::transpose(v);
+  butterflies(v);
+  E::transpose(v);
+  butterflies(v);
+}
+
+// By four of 16 lanes: four of the steps between lanes, a + b and a − b by one multiply-add, which rounds once.
+template <class E>
+inline __attribute__((always_inline)) void butterflies_of_64(typename E::F (&v)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) v[i] = E::butterflies(v[i]);
+  butterflies(v);
 }
 
 // The same bits for d from 64 on, by vectors E of 8 or 16 lanes: 64 values stay in registers for six of the steps.

@@ -10,9 +10,9 @@
 namespace specquant {
 namespace {
 
-// u −= low · B[:, :rank]ᵀ for T rows, features [from, to), 8 at a time; kInside: whatever that reads lies in B. Lanes run
-// along the columns: a lane's products are one sum, then a feature's lanes are added in pairs. kColumns: those of B where
-// all are used, which makes addresses constants; or 0.
+// u −= low · B[:, :rank]ᵀ for T rows, features [from, to), 8 at a time; kInside: whatever that reads lies in B. Lanes
+// run along the columns: a lane's products are one sum, then a feature's lanes are added in pairs. kColumns: those of B
+// where all are used, which makes addresses constants; or 0.
 template <class E, int T, bool kInside, int kColumns>
 void subtract_as_it_lies(const Problem& p, const Activations& x, int64_t row, int64_t from, int64_t to) {
   const int64_t stride = kColumns ? kColumns : p.basis_rank, rank = kColumns ? kColumns : round_up(p.rank, 8);

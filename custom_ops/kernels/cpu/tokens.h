@@ -1,7 +1,7 @@
 // The steps on one run of tokens: prologue, rotation, down-projection, subtraction, quantisation.
 //
-// E is a vector of 8 float lanes: along features, so that groups (multiples of 8) have no tail. V may be one of 16, for sizes that
-// allow it; both do the same to every value, so that their bits are the same.
+// E is a vector of 8 float lanes: along features, so that groups (multiples of 8) have no tail. V may be one of 16, for
+// sizes that allow it; both do the same to every value, so that their bits are the same.
 #pragma once
 
 #include <algorithm>
@@ -133,7 +133,8 @@ void project_down(const Problem& p, const Activations& x, int64_t row) {
   for (; p.rank - column > (C - 1) * V::W; column += C * V::W) project_columns<V, T, C>(p, x, row, column);
   if constexpr (C > 2)
     if (p.rank - column > V::W) project_columns<V, T, 2>(p, x, row, column), column += 2 * V::W;
-  for (; p.rank > column && (V::W == 8 || p.rank - column > 8); column += V::W) project_columns<V, T, 1>(p, x, row, column);
+  for (; p.rank > column && (V::W == 8 || p.rank - column > 8); column += V::W)
+    project_columns<V, T, 1>(p, x, row, column);
   if (p.rank > column) project_columns<E, T, 1>(p, x, row, column);
 }
 
@@ -141,7 +142,7 @@ void project_down(const Problem& p, const Activations& x, int64_t row) {
 template <class E>
 bool in_vectors(const Problem& p) {
   const bool quantised = p.qweight && p.act_bits < 16;
-  return p.in_features % E::W == 0 && (!quantised || segment_length(p) % E::W == 0) && (!p.hadamard || p.hadamard >= 64);
+  return p.in_features % E::W == 0 && (!quantised || segment_length(p) % E::W == 0);
 }
 
 // Prologue and rotation of one row.

@@ -4,6 +4,7 @@
 #include "attention_args.h"
 #include "levels.cuh"
 #include "reductions.cuh"
+#include "row_scale.cuh"
 
 namespace specquant_cuda {
 
@@ -82,17 +83,12 @@ __device__ __forceinline__ void pack(int d, float cut_share, const float (&x)[la
     }
   least = over_warp(least, Smallest());
   most = over_warp(most, Largest());
-  const float span = __fsub_rn(most, least), cut = __fmul_rn(span, cut_share);
-  const __half scale = __float2half_rn(__fdiv_rn(__fsub_rn(span, __fadd_rn(cut, cut)), 15.0f));
-  const __half low = __float2half_rn(__fadd_rn(least, cut));
-  const float wide = __half2float(scale), start = __half2float(low);
-  const bool sound = fabsf(wide) <= 65504.0f && fabsf(start) <= 65504.0f;
-  const float inverse = sound && wide > 0.0f ? __fdiv_rn(1.0f, wide) : 0.0f;
+  const RowScale scale(least, most, cut_share);
 #pragma unroll
   for (int j = 0; j < lanes; ++j)
     if (lane + 32 * j < d) {
-      const float level = rintf(__fmul_rn(__fsub_rn(x[j], start), inverse));
-      levels[lane + 32 * j] = static_cast<uint8_t>(sound ? fminf(fmaxf(level, 0.0f), 15.0f) : 0.0f);
+      const float level = rintf(__fmul_rn(__fsub_rn(x[j], scale.start), scale.inverse));
+      levels[lane + 32 * j] = static_cast<uint8_t>(scale.sound ? fminf(fmaxf(level, 0.0f), 15.0f) : 0.0f);
     }
   __syncwarp();
   uint32_t* words = static_cast<uint32_t*>(to);
@@ -103,10 +99,7 @@ __device__ __forceinline__ void pack(int d, float cut_share, const float (&x)[la
       word |= static_cast<uint32_t>(levels[4 * lane + i] | levels[d / 2 + 4 * lane + i] << 4) << 8 * i;
     words[lane] = word;
   }
-  if (lane == 0) {
-    const uint32_t first = __half_as_ushort(scale), second = start == 0.0f ? 0 : __half_as_ushort(low);  // −0 becomes 0
-    words[d / 8] = sound ? first | second << 16 : 0x7E007E00u;
-  }
+  if (lane == 0) words[d / 8] = scale.stored;
 }
 
 }  // namespace specquant_cuda

@@ -82,8 +82,8 @@ cudaError_t append(const AttentionArgs& args, cudaStream_t stream);
 cudaError_t attend(const AttentionArgs& args, cudaStream_t stream);
 // All of it in one kernel: one new token a row, packed cache, compute capability 9.0 or later.
 cudaError_t decode(const AttentionArgs& args, cudaStream_t stream);
-// The same as `append` and `attend` for prompts on Hopper, float16 models, heads of 64 or 128; between them, of so many
-// kv heads of the batch, the cache as float16.
+// The same as `append` and `attend` for prompts on Hopper, float16 models, heads of 64 or 128, for so many kv
+// heads of the batch; prompt_append leaves the cache's older rows as float16, too.
 cudaError_t prompt_append(const AttentionArgs& args, int first_item, int items, cudaStream_t stream);
 cudaError_t prompt_attend(const AttentionArgs& args, int first_item, int items, cudaStream_t stream);
 // y of the splits.

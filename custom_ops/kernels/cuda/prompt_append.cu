@@ -1,5 +1,5 @@
-// The first stage of attention of prompts on Hopper: new rows to the cache as in append.cu, bit for bit, and these rows and
-// their queries as float16, and beside that the cache's older rows as float16. All of that lies as wgmma reads it
+// The first stage of attention of prompts on Hopper: new rows to the cache as in append.cu, bit for bit, and these rows
+// and their queries as float16, and beside that the cache's older rows as float16. All of that lies as wgmma reads it
 // (prompt_attention.h).
 #include <algorithm>
 
@@ -11,10 +11,11 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kEnoughWarps = 1 << 13;  // for any GPU: with fewer tokens, several of them share a token's heads
-constexpr int kUnpackBlocks = 512;    // enough for every GPU's memory
+constexpr int kUnpackBlocks = 512;     // enough for every GPU's memory
 constexpr int kPieces = kPromptPiece / 8;
 
-// The kv heads at hand of row b of the batch: `count` of them from `first` on; in the workspace they lie from `item` on.
+// The kv heads at hand of row b of the batch: `count` of them from `first` on; in the workspace they lie from `item`
+// on.
 struct Heads {
   int b, first, count, item;
   __device__ __forceinline__ Heads(const AttentionArgs& a, int first_item, int items) {
@@ -26,14 +27,15 @@ struct Heads {
   // Keys or values of the i-th of them, in float16.
   template <int d>
   __device__ __forceinline__ uint4* unpacked(const AttentionArgs& a, int i, bool value) const {
-    return static_cast<uint4*>(a.unpacked) + int64_t(2 * (item + i) + value) * int(unpacked_bytes(a.present_rows, d) / 32);
+    const int pieces = static_cast<int>(unpacked_bytes(a.present_rows, d) / 32);
+    return static_cast<uint4*>(a.unpacked) + int64_t(2 * (item + i) + value) * pieces;
   }
 };
 
 enum Kind { kQuery, kKey, kValue };
 
-// A warp's way through a token's heads, some rows at a time, every shares-th time: queries, then keys, then values. The next
-// rows are on their way meanwhile.
+// A warp's way through a token's heads, some rows at a time, every shares-th time: queries, then keys, then values. The
+// next rows are on their way meanwhile.
 template <int d, bool half_cache>
 struct Append {
   using Row = NewRow<d>;
@@ -53,13 +55,14 @@ struct Append {
     return kind == kQuery ? heads.first * a.group : a.heads + heads.first + (kind == kValue ? a.kv_heads : 0);
   }
   // The first of these rows that is this lane's: those of all kinds are dealt out in one turn.
-  __device__ __forceinline__ static int start(const AttentionArgs& a, const Heads& heads, Kind kind, int share, int shares,
-                                              int which) {
+  __device__ __forceinline__ static int start(const AttentionArgs& a, const Heads& heads, Kind kind, int share,
+                                              int shares, int which) {
     const int queries = ceil_div(heads.count * a.group, Row::kRows), keys = ceil_div(heads.count, Row::kRows);
     const int before = kind == kQuery ? 0 : kind == kKey ? queries : queries + keys;
     return ((share - before) & (shares - 1)) * Row::kRows + which;
   }
-  __device__ __forceinline__ static bool has(const AttentionArgs& a, const Heads& heads, Kind kind, int share, int shares) {
+  __device__ __forceinline__ static bool has(const AttentionArgs& a, const Heads& heads, Kind kind, int share,
+                                             int shares) {
     return start(a, heads, kind, share, shares, 0) < count(a, heads, kind);
   }
   __device__ __forceinline__ static void load(const __half* from, int head, uint4 (&raw)[2]) {
@@ -93,7 +96,7 @@ struct Append {
     }
   }
 
-  // Where the lane's first run of a row goes, of which the second one lies so far.
+  // The lane's two runs to tiles of so many rows.
   __device__ __forceinline__ static void put(uint4* to, const Row& row, int token, int rows) {
     const int place = static_cast<int>(piece_place(token, Row::lane(), rows, d));
     to[place] = row.halves(0), to[d == 128 ? place + rows * kPieces : place ^ kPieces / 2] = row.halves(1);
@@ -163,8 +166,8 @@ __device__ __forceinline__ float level_value(uint32_t level, float2 parameters) 
   return fabsf(value) > 65504.0f ? copysignf(65504.0f, value) : value;
 }
 
-// Features [8p, 8p + 8) and [d/2 + 8p, …) of a cached token a thread, of the i-th kv head at hand: of rows that are older than
-// the call, and zeros up to the end of the last tile. By `blocks`, of which this is one.
+// Features [8p, 8p + 8) and [d/2 + 8p, …) of a cached token a thread, of the i-th kv head at hand: of rows that are older
+// than the call, and zeros up to the end of the last tile. By `blocks`, of which this is one.
 template <int d, bool half_cache>
 __device__ __forceinline__ void unpack_rows(const AttentionArgs& a, const Heads& heads, int i, bool value, int block,
                                             int blocks) {
@@ -206,8 +209,8 @@ __device__ __forceinline__ void unpack_rows(const AttentionArgs& a, const Heads&
 
 // Of `items` kv heads of the batch from `first_item` on: the first blocks take new tokens, the others unpack.
 template <int d, bool half_cache>
-__global__ void __launch_bounds__(kThreads, 3) append_kernel(const AttentionArgs a, int first_item, int items, int new_blocks,
-                                                             int shares) {
+__global__ void __launch_bounds__(kThreads, 3) append_kernel(const AttentionArgs a, int first_item, int items,
+                                                             int new_blocks, int shares) {
   __shared__ float room[kWarps][NewRow<d>::kRows * d];
   const Heads heads(a, first_item, items);
   const int warp = threadIdx.x / 32, block = blockIdx.x;

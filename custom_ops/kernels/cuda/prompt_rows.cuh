@@ -1,12 +1,13 @@
 // What a new row goes through before attention of prompts on Hopper: as append.cuh, bit for bit, by fewer instructions.
 //
-// d / 16 lanes share a row. A lane holds features 8 · lane … + 7 and those d / 2 further: what rotary positions turn together,
-// what the last step of the Hadamard transform adds, and what shares a byte of the cache.
+// d / 16 lanes share a row. A lane holds features 8 · lane … + 7 and those d / 2 further: what rotary positions turn
+// together, what the last step of the Hadamard transform adds, and what shares a byte of the cache.
 #pragma once
 
 #include "levels.cuh"
 #include "prompt_attention.h"
 #include "reductions.cuh"
+#include "row_scale.cuh"
 #include "unpack.cuh"
 
 namespace specquant_cuda {
@@ -109,25 +110,20 @@ struct NewRow {
     for (int j = 0; j < 2 * kEach; ++j) x[j] = __fmul_rn(x[j], factor);
   }
 
-  // A packed row, and in x what it holds, within what float16 holds: only rounding comes beyond. All lanes of the warp take
-  // part.
+  // A packed row, and in x what it holds, within what float16 holds: only rounding comes beyond. All lanes of the warp
+  // take part.
   __device__ __forceinline__ void pack(float cut_share, bool there, uint32_t* words) {
     float least = x[0], most = x[0];
 #pragma unroll
     for (int j = 1; j < 2 * kEach; ++j) least = min_nan(least, x[j]), most = max_nan(most, x[j]);
     least = over_row(least, Smallest());
     most = over_row(most, Largest());
-    const float span = __fsub_rn(most, least), cut = __fmul_rn(span, cut_share);
-    const __half scale = __float2half_rn(__fdiv_rn(__fsub_rn(span, __fadd_rn(cut, cut)), 15.0f));
-    const __half low = __float2half_rn(__fadd_rn(least, cut));
-    const float wide = __half2float(scale), start = __half2float(low);
-    const bool sound = fabsf(wide) <= 65504.0f && fabsf(start) <= 65504.0f;
-    const float inverse = sound && wide > 0.0f ? __fdiv_rn(1.0f, wide) : 0.0f;
-    const float factor = sound ? wide : __int_as_float(0x7FC00000), offset = sound ? start : 0.0f;
+    const RowScale scale(least, most, cut_share);
+    const float factor = scale.sound ? scale.wide : __int_as_float(0x7FC00000), offset = scale.sound ? scale.start : 0.0f;
     uint32_t whole[2 * kEach];
 #pragma unroll
     for (int j = 0; j < 2 * kEach; ++j) {  // clipped, then rounded by kMagic: conversions are slow. NaN becomes 0
-      const float level = fminf(fmaxf(__fmul_rn(__fsub_rn(x[j], start), inverse), 0.0f), 15.0f);
+      const float level = fminf(fmaxf(__fmul_rn(__fsub_rn(x[j], scale.start), scale.inverse), 0.0f), 15.0f);
       const float rounded = __fadd_rn(level, kMagic);
       whole[j] = __float_as_uint(rounded);
       x[j] = fmaf(__fsub_rn(rounded, kMagic), factor, offset);
@@ -142,10 +138,7 @@ struct NewRow {
       words[(kEach * lane() + i) / 4] =
           pack_bytes(whole[i], whole[i + 1], whole[i + 2], whole[i + 3]) |
           pack_bytes(whole[kEach + i], whole[kEach + i + 1], whole[kEach + i + 2], whole[kEach + i + 3]) << 4;
-    if (lane() == 0) {
-      const uint32_t first = __half_as_ushort(scale), second = start == 0.0f ? 0 : __half_as_ushort(low);  // −0 becomes 0
-      words[d / 8] = sound ? first | second << 16 : 0x7E007E00u;
-    }
+    if (lane() == 0) words[d / 8] = scale.stored;
   }
 
   // The lane's two runs as float16.
