@@ -228,7 +228,7 @@ def main() -> int:
     parser.add_argument("--act-group", type=int, default=64, help="features per activation scale (default 64)")
     parser.add_argument("--rank", type=int, default=0, help="columns of our branch; 0: none, as the peer (default)")
     parser.add_argument("--subtract", action="store_true", help="take the branch's part out of x first, as exports do")
-    parser.add_argument("--hadamard", type=int, default=0, help="features that x is rotated by; exports: 64 (default: 0)")
+    parser.add_argument("--hadamard", type=int, default=0, help="features that x is rotated by (exports: 64)")
     parser.add_argument("--threads", type=int, default=2, help="of both (default 2)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring per shape (default 2)")
     parser.add_argument("--cpu-time", action="store_true", help="time on the core, not on the wall; one thread only")
