@@ -10,7 +10,7 @@ from onnx import FunctionProto, parser
 
 from specquant.custom_ops.functions_attention import HALF_KV_ATTENTION
 from specquant.custom_ops.functions_int4_kv import INT4_KV_ATTENTION
-from specquant.custom_ops.schema import DOMAIN, OPS, PROLOGUES, VERSION
+from specquant.custom_ops.schema import DOMAIN, GATES, OPS, PROLOGUES, VERSION
 
 OPSET = 23  # the first with RMSNormalization, which the graph uses
 
@@ -35,50 +35,52 @@ _SPECTRAL_BRANCH = """
 }
 """
 
-# x̂ (docs/ops.md). A shape is inferred of branches that are not taken, too: both halves are as long, whatever x is.
-_GATED = """
-    is_#NAME = Equal (prologue, of_#NAME)
-    x_#NAME = If (is_#NAME) <
-        then_branch = gate_by_#NAME () => (#NAME_gated) {
-            #NAME_axis = Constant <value_ints = [-1]> ()
-            #NAME_start = Constant <value_ints = [0]> ()
-            #NAME_two = Constant <value_ints = [2]> ()
-            #NAME_width = Shape <start = -1> (x_float)
-            #NAME_half = Div (#NAME_width, #NAME_two)
-            #NAME_end = Mul (#NAME_half, #NAME_two)
-            #NAME_gate = Slice (x_float, #NAME_start, #NAME_half, #NAME_axis)
-            #NAME_up = Slice (x_float, #NAME_half, #NAME_end, #NAME_axis)
-            #ACTIVATION
-            #NAME_gated = Mul (#NAME_active, #NAME_up)
-        },
-        else_branch = not_#NAME () => (not_by_#NAME) { not_by_#NAME = Identity (#BEFORE) }
-    >
-"""
-_SILU = """silu_sigmoid = Sigmoid (silu_gate)
-            silu_active = Mul (silu_gate, silu_sigmoid)"""
-_GELU = 'gelu_active = Gelu <approximate = "tanh"> (gelu_gate)'
-
-
-def _gated(name: str, activation: str, before: str) -> str:
-    return _GATED.replace("#NAME", name).replace("#ACTIVATION", activation).replace("#BEFORE", before)
-
-
+# x̂ (docs/ops.md).
 _PROLOGUE = f"""
     x_float = Cast <to = 1> (x)
     prologue = Constant <value_int: int = @prologue> ()
     of_norm = Constant <value_int = {PROLOGUES.index("rms_norm")}> ()
-    of_silu = Constant <value_int = {PROLOGUES.index("silu_gate")}> ()
-    of_gelu = Constant <value_int = {PROLOGUES.index("gelu_gate")}> ()
     is_norm = Equal (prologue, of_norm)
-    x_norm = If (is_norm) <
+    x_hat = If (is_norm) <
         then_branch = norm_x () => (normed) {{
             normed = RMSNormalization <axis = -1, epsilon: float = @epsilon> (x_float, norm)
         }},
         else_branch = no_norm () => (not_normed) {{ not_normed = Identity (x_float) }}
     >
-{_gated("silu", _SILU, "x_norm")}
-{_gated("gelu", _GELU, "x_silu")}
-    x_hat = Identity (x_gelu)
+"""
+
+# From v to y: pairs of outputs by a gate, the residual. Shapes are inferred of branches that are not taken, too: hence
+# whole pairs, whatever v is.
+_FINISH = f"""
+    gate = Constant <value_int: int = @gate> ()
+    is_gated = Cast <to = 9> (gate)
+    y_gated = If (is_gated) <
+        then_branch = gate_v () => (product_of_pairs) {{
+            g_axis = Constant <value_ints = [-1]> ()
+            g_first = Constant <value_ints = [0]> ()
+            g_second = Constant <value_ints = [1]> ()
+            g_step = Constant <value_ints = [2]> ()
+            g_width = Shape <start = -1> (v)
+            g_pairs = Div (g_width, g_step)
+            g_end = Mul (g_pairs, g_step)
+            g = Slice (v, g_first, g_end, g_axis, g_step)
+            up = Slice (v, g_second, g_end, g_axis, g_step)
+            of_gelu = Constant <value_int = {GATES.index("gelu")}> ()
+            is_gelu = Equal (gate, of_gelu)
+            active = If (is_gelu) <
+                then_branch = by_gelu () => (g_gelu) {{ g_gelu = Gelu <approximate = "tanh"> (g) }},
+                else_branch = by_silu () => (g_silu) {{
+                    g_sigmoid = Sigmoid (g)
+                    g_silu = Mul (g, g_sigmoid)
+                }}
+            >
+            product_of_pairs = Mul (active, up)
+        }},
+        else_branch = no_gate () => (not_gated) {{ not_gated = Identity (v) }}
+    >
+    residual32 = Cast <to = 1> (residual)
+    y32 = Add (y_gated, residual32)
+    y = CastLike (y32, x)
 """
 
 # x̂ H: a product with the Hadamard matrix, which is made of its definition, H[i, j] = (−1)^popcount(i & j) / √block, and
@@ -243,10 +245,8 @@ _INT4_RESIDUAL_MATMUL = """
         }
     >
     product = MatMul (padded, weight)
-    biased = Add (product, bias)
-    residual32 = Cast <to = 1> (residual)
-    y32 = Add (biased, residual32)
-    y = CastLike (y32, x)
+    v = Add (product, bias)
+#FINISH
 }
 """
 
@@ -272,10 +272,8 @@ _SPECQUANT_MATMUL = """
         <group_size: int = @group_size, act_bits: int = @act_bits, act_group: int = @act_group,
          act_clip: float = @act_clip>
         (u, qweight, scales, row_sums, bias, absent, absent)
-    sum = Add (branch, product)
-    residual32 = Cast <to = 1> (residual)
-    y32 = Add (sum, residual32)
-    y = CastLike (y32, x)
+    v = Add (branch, product)
+#FINISH
 }
 """
 
@@ -301,7 +299,9 @@ def _function(name: str) -> FunctionProto:
     inputs, outputs = (", ".join(tensor.name for tensor in tensors) for tensors in (op.inputs, op.outputs))
     header = f'<opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}], domain: "{DOMAIN}">'
     signature = f"{name} {f'<{attributes}>' if attributes else ''} ({inputs}) => ({outputs})"
-    body = _BODIES[name].replace("#PROLOGUE", _PROLOGUE).replace("#ROTATED", _ROTATED)
+    body = _BODIES[name]
+    for part, text in (("#PROLOGUE", _PROLOGUE), ("#ROTATED", _ROTATED), ("#FINISH", _FINISH)):
+        body = body.replace(part, text)
     function: FunctionProto = parser.parse_function(f"{header}\n{signature}\n{body}")
     function.doc_string = op.doc
     return function

@@ -19,16 +19,15 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
-from specquant.custom_ops.schema import GATES
 
-ABI = 7  # kAbi of kernels/cpu/kernels.h
+ABI = 8  # kAbi of kernels/cpu/kernels.h
 ORT_MINIMUM = (1, 20)
 FILE = "libspecquant_cpu.so"
 REBUILD = "run `pip install --force-reinstall .` (it needs g++)"
 
 _POINTERS = ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias", "norm", "residual", "y", "low")
 _SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group", "hadamard")
-_FLAGS = ("act_bits", "subtract", "half", "wide_sums", "prologue")
+_FLAGS = ("act_bits", "subtract", "half", "wide_sums", "prologue", "gate")
 
 
 class _Problem(ctypes.Structure):
@@ -204,12 +203,13 @@ def specquant_matmul(
     subtract: int = 0,
     prologue: int = 0,
     epsilon: float = 1e-5,
+    gate: int = 0,
     norm: NDArray[np.float32] | None = None,
     residual: NDArray[Any] | None = None,
     isa: str | None = None,
     within: float = 0.0,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """y and low of x [T, N], or [T, 2N] with a gate (float32 or float16), by the kernels, on one thread.
+    """y and low of x [T, N] (float32 or float16), by the kernels, on one thread.
 
     Shapes as in docs/ops.md, but that norm and residual are None where unused.
 
@@ -222,13 +222,10 @@ def specquant_matmul(
     source = scales if scales is not None else coef
     if source is None or source.ndim != 2:
         raise SpecQuantError("there are neither scales nor coef; give weights, a branch or both")
-    (tokens, width), m, r = x.shape, source.shape[1], 0 if basis is None else basis.shape[1]
-    n = width // 2 if prologue in GATES else width
-    if prologue in GATES and width % 2:
-        raise SpecQuantError(f"x has {width} features; a gate and what it gates are two halves")
+    (tokens, n), m, r = x.shape, source.shape[1], 0 if basis is None else basis.shape[1]
     wide = row_sums is not None and row_sums.dtype == np.int32
     segment = segment_length(n, group_size, act_group)
-    y = np.empty((tokens, m), x.dtype)
+    y = np.empty((tokens, m // 2 if gate else m), x.dtype)
     low = None if basis is None else np.empty((tokens, r), x.dtype)
     operands = (
         np.ascontiguousarray(x),
@@ -244,7 +241,7 @@ def specquant_matmul(
         low,
     )
     sizes = (tokens, n, m, r, r if rank is None else rank, group_size, act_group, hadamard)
-    flags = (act_bits, subtract, x.dtype == np.float16, wide, prologue)
+    flags = (act_bits, subtract, x.dtype == np.float16, wide, prologue, gate)
     problem = _Problem(*sizes, *flags, act_clip, epsilon, within, *map(address, operands))
     error = loaded().specquant_run(ctypes.byref(problem), _encoded(isa))
     if error:

@@ -10,7 +10,7 @@ from onnx import TensorProto, TensorShapeProto, TypeProto, defs, shape_inference
 from onnx.reference.op_run import OpRun
 
 from specquant.custom_ops import attention, reference
-from specquant.custom_ops.schema import DOMAIN, FLOAT, FLOAT_TYPES, GATES, OPS, VERSION, Op, Tensor
+from specquant.custom_ops.schema import DOMAIN, FLOAT, FLOAT_TYPES, OPS, VERSION, Op, Tensor
 
 Dims = list[TensorShapeProto.Dimension]
 
@@ -76,8 +76,6 @@ def _infer(op: Op, context: shape_inference.InferenceContext) -> None:
         if symbols[:1] == ("...",):
             leading = dims[:-1] if index == 0 else leading
             symbols, dims = symbols[1:], dims[-1:]
-        if index == 0 and dims and _is_gated(op, context):
-            dims = [_half(dims[0])]
         if len(dims) != len(symbols):
             raise shape_inference.InferenceError(f"{op.name}: {tensor.name} has {len(dims)} axes, not {len(symbols)}")
         for symbol, dim in zip(symbols, dims, strict=True):
@@ -95,15 +93,17 @@ def _infer(op: Op, context: shape_inference.InferenceContext) -> None:
             symbols = symbols[1:] if leading is not None else ()
         if symbols:
             dims = [sizes.get(symbol, unknown) for symbol in symbols]
+            if dims and _is_gated(op, context):
+                dims = [_half(dims[0])]
             output.tensor_type.shape.dim.extend([*(leading or []), *dims])
         context.set_output_type(index, output)
 
 
 def _is_gated(op: Op, context: shape_inference.InferenceContext) -> bool:
-    if not any(attribute.name == "prologue" for attribute in op.attributes):
+    if not any(attribute.name == "gate" for attribute in op.attributes):
         return False
-    given = context.get_attribute("prologue")
-    return given is not None and given.i in GATES
+    given = context.get_attribute("gate")
+    return given is not None and given.i != 0
 
 
 def _half(dim: TensorShapeProto.Dimension) -> TensorShapeProto.Dimension:

@@ -57,29 +57,39 @@ def quantize_activation(
 
 
 def prologue_of(x: Float, prologue: int, norm: Float | None, epsilon: float) -> NDArray[np.float32]:
-    """x̂ float32 [..., N] (docs/ops.md): x, x / √(mean(x²) + epsilon) · norm [N], or act(gate) · up of x [..., 2N].
+    """x̂ float32 [..., N] (docs/ops.md): x, or x / √(mean(x²) + epsilon) · norm [N].
 
-    Raises SpecQuantError if `prologue` is unknown, there is no norm [N] for rms_norm, or x no two halves for a gate.
+    Raises SpecQuantError if `prologue` is unknown, or there is no norm [N] for rms_norm.
     """
     x32, n = x.astype(np.float32), x.shape[-1]
     if not 0 <= prologue < len(PROLOGUES):
         raise SpecQuantError(f"prologue is {prologue}; use 0 to {len(PROLOGUES) - 1}")
+    if PROLOGUES[prologue] == "none":
+        return x32
+    if norm is None or norm.shape != (n,):
+        raise SpecQuantError(f"norm should be float32 [{n}]")
     with np.errstate(over="ignore", invalid="ignore", divide="ignore", under="ignore"):
-        if PROLOGUES[prologue] == "rms_norm":
-            if norm is None or norm.shape != (n,):
-                raise SpecQuantError(f"norm should be float32 [{n}]")
-            root = np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(epsilon))
-            return x32 / root * norm.astype(np.float32)
-        if prologue not in GATES:
-            return x32
-        if n % 2:
-            raise SpecQuantError(f"x has {n} features; a gate and what it gates are two halves")
-        gate, up = np.split(x32, 2, axis=-1)
-        if PROLOGUES[prologue] == "silu_gate":
-            w = gate
-        else:  # ½ (1 + tanh v) is 1 / (1 + e^−2v), which does not cancel
-            w = np.float32(2 * np.sqrt(2 / np.pi)) * gate * (1 + np.float32(0.044715) * gate * gate)
-        return gate / (1 + np.exp(-w)) * up
+        root = np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(epsilon))
+        return x32 / root * norm.astype(np.float32)
+
+
+def gated(v: NDArray[np.float32], gate: int) -> NDArray[np.float32]:
+    """v [..., M] as it is, or float32 [..., M/2] with a gate (docs/ops.md): act(v[2i]) · v[2i + 1].
+
+    Raises SpecQuantError if `gate` is unknown, or there are no pairs for it.
+    """
+    if not 0 <= gate < len(GATES):
+        raise SpecQuantError(f"gate is {gate}; use 0 to {len(GATES) - 1}")
+    if GATES[gate] == "none":
+        return v
+    if v.shape[-1] % 2:
+        raise SpecQuantError(f"there are {v.shape[-1]} outputs; a gate and what it gates are a pair of them")
+    g, up = v[..., ::2], v[..., 1::2]
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        w = g
+        if GATES[gate] == "gelu":  # ½ (1 + tanh v) is 1 / (1 + e^−2v), which does not cancel
+            w = np.float32(2 * np.sqrt(2 / np.pi)) * g * (1 + np.float32(0.044715) * g * g)
+        return g / (1 + np.exp(-w)) * up
 
 
 def block_hadamard(x: Float, block: int) -> NDArray[np.float32]:
@@ -139,8 +149,8 @@ def _matmul4(
     return y
 
 
-def _finish(y: NDArray[np.float32], bias: Float, residual: Float | None) -> NDArray[np.float32]:
-    y = y + bias.astype(np.float32)
+def _finish(y: NDArray[np.float32], bias: Float, residual: Float | None, gate: int) -> NDArray[np.float32]:
+    y = gated(y + bias.astype(np.float32), gate)
     return y if residual is None else y + residual.astype(np.float32)
 
 
@@ -166,16 +176,17 @@ def int4_residual_matmul(
     hadamard: int = 0,
     prologue: int = 0,
     epsilon: float = 1e-5,
+    gate: int = 0,
 ) -> Float:
-    """`Int4ResidualMatMul`: y = x̂ H · Q4(W) + bias + residual, x̂ as `prologue_of` says.
+    """`Int4ResidualMatMul`: y = x̂ H · Q4(W) + bias + residual, x̂ as `prologue_of` says; then `gated`.
 
-    x [..., N] or [..., 2N], qweight i8[P, Q, 64], scales [G, M], row_sums [S, M], bias [M], residual [..., M] or of
-    one zero → y [..., M].
+    x [..., N], qweight i8[P, Q, 64], scales [G, M], row_sums [S, M], bias [M], residual [..., M] or of one zero
+    → y [..., M], or [..., M/2] with a gate.
     Raises SpecQuantError if sizes or attributes disagree.
     """
     u = block_hadamard(prologue_of(x, prologue, norm, epsilon), hadamard)
     y = _matmul4(u, qweight, scales, row_sums, group_size, act_bits, act_group, act_clip)
-    return _finish(y, bias, residual).astype(x.dtype)
+    return _finish(y, bias, residual, gate).astype(x.dtype)
 
 
 def specquant_matmul(
@@ -198,13 +209,15 @@ def specquant_matmul(
     subtract: int = 0,
     prologue: int = 0,
     epsilon: float = 1e-5,
+    gate: int = 0,
 ) -> Float:
     """`SpecQuantMatMul`: low = x̂ H · B[:, :rank], y = low · C[:rank] + (x̂ H − s · low · Bᵀ) · Q4(R) + bias + residual.
 
-    s is `subtract`. Shapes as in the two ops above. Raises SpecQuantError if sizes or attributes disagree.
+    s is `subtract`; then `gated`. Shapes as in the two ops above.
+    Raises SpecQuantError if sizes or attributes disagree.
     """
     x32 = block_hadamard(prologue_of(x, prologue, norm, epsilon), hadamard)
     y, low = _branch(x32, basis, coef, int(rank[0]))
     u = x32 - low @ basis.astype(np.float32).T if subtract else x32
     y += _matmul4(u, qweight, scales, row_sums, group_size, act_bits, act_group, act_clip)
-    return _finish(y, bias, residual).astype(x.dtype)
+    return _finish(y, bias, residual, gate).astype(x.dtype)

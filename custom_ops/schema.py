@@ -11,8 +11,8 @@ DOMAIN = "specquant"
 VERSION = 1
 FLOAT = "Tf"  # the type variable of x and y
 FLOAT_TYPES = ("float", "float16")
-PROLOGUES = ("none", "rms_norm", "silu_gate", "gelu_gate")  # by the value of the attribute `prologue`
-GATES = (2, 3)  # those with x [..., 2N]: gate, then up
+PROLOGUES = ("none", "rms_norm")  # by the value of the attribute `prologue`
+GATES = ("none", "silu", "gelu")  # by that of `gate`; with one, y has M/2 outputs
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Op:
     attributes: tuple[Attribute, ...]
 
 
-_X = Tensor("x", (FLOAT,), ("...", "N"), "Activations, 2N of them with a gate; every leading axis counts tokens.")
-_Y = Tensor("y", (FLOAT,), ("...", "M"), "Outputs of all linears that share x, side by side.")
+_X = Tensor("x", (FLOAT,), ("...", "N"), "Activations; every leading axis counts tokens.")
+_Y = Tensor("y", (FLOAT,), ("...", "M"), "Outputs of all linears that share x, side by side; M/2 with a gate.")
 _LOW = Tensor("low", (FLOAT,), ("...", "r"), "x · B[:, :rank]; columns from rank on are 0.")
 _BRANCH = (
     Tensor("basis", ("float16",), ("N", "r"), "B: orthonormal columns, most important first."),
@@ -72,9 +72,10 @@ _GROUPS = (
     Attribute("act_clip", 1.0, "Share of the range of a group of activations that the levels span; beyond is clipped."),
     Attribute("hadamard", 0, "Features of a Hadamard transform that x passes through, block by block; 0: none."),
 )
-_PROLOGUE = (
+_AROUND = (
     Attribute("prologue", 0, "What becomes of x first: an index of PROLOGUES."),
     Attribute("epsilon", 1e-5, "Of rms_norm."),
+    Attribute("gate", 0, "What becomes of pairs of outputs last: an index of GATES. Then there is no residual."),
 )
 _SUBTRACT = Attribute("subtract", 0, "1: x loses its part in the span of B before it is quantised.")
 _QKV = Tensor("qkv", (FLOAT,), ("B", "S", "W"), "Queries, keys and values side by side, before rotary positions.")
@@ -118,13 +119,13 @@ OPS = {
     op.name: op
     for op in (
         Op("SpectralBranch", "low = x · B[:, :rank]; y = low · C.", (_X, *_BRANCH), (_Y, _LOW), ()),
-        Op("Int4ResidualMatMul", "y = Qa(x̂ H) · Ŵ + bias + residual.", (_X, *_WEIGHTS), (_Y,), (*_GROUPS, *_PROLOGUE)),
+        Op("Int4ResidualMatMul", "y = Qa(x̂ H) · Ŵ + bias + residual.", (_X, *_WEIGHTS), (_Y,), (*_GROUPS, *_AROUND)),
         Op(
             "SpecQuantMatMul",
             "low = x̂ H · B[:, :rank]; y = low · C + Qa(x̂ H − subtract · low · Bᵀ) · Ŵ + bias + residual.",
             (_X, *_BRANCH, *_WEIGHTS),
             (_Y,),
-            (*_GROUPS, _SUBTRACT, *_PROLOGUE),
+            (*_GROUPS, _SUBTRACT, *_AROUND),
         ),
         Op(
             "Int4KVAttention",

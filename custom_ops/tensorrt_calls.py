@@ -9,7 +9,7 @@ import numpy as np
 
 from specquant.custom_ops import library_cuda, library_cuda_attention, library_cuda_branch
 from specquant.custom_ops.library_cuda import Attention, Branch, Problem
-from specquant.custom_ops.schema import GATES, Op
+from specquant.custom_ops.schema import Op
 
 Shapes = Sequence[Sequence[int]]
 Scaled = Callable[[Any, int, int], Any]  # dimension, times, over -> dimension · times / over
@@ -43,7 +43,8 @@ class MatMulCall:
         self.at = {tensor.name: index for index, tensor in enumerate(op.inputs)}
 
     def output_shapes(self, inputs: Sequence[Sequence[Any]], scaled: Scaled) -> list[list[Any]]:
-        return [[*inputs[0][:-1], inputs[self.at["scales"]][1]]]
+        outputs = inputs[self.at["scales"]][1]
+        return [[*inputs[0][:-1], scaled(outputs, 1, 2) if self.attributes["gate"] else outputs]]
 
     def aliased_input(self, output: int) -> int:
         return -1
@@ -65,10 +66,10 @@ class MatMulCall:
         library_cuda.run(problem, workspace, library_cuda.workspace_bound(problem), stream)
 
     def _problem(self, shapes: Shapes, half: bool) -> Problem:
-        *leading, width = shapes[0]
+        *leading, n = shapes[0]
         rank = shapes[self.at["basis"]][1] if "basis" in self.at else 0
         problem = Problem(tokens=int(np.prod(leading, dtype=np.int64)), half=half, wide_sums=1)
-        problem.in_features = width // 2 if self.attributes["prologue"] in GATES else width
+        problem.in_features = n
         problem.out_features = shapes[self.at["scales"]][1]
         problem.basis_rank = problem.rank = rank
         for name, value in self.attributes.items():

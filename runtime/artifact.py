@@ -19,7 +19,7 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.kv_rows import row_bytes
 
 MANIFEST = "specquant.json"
-FORMAT = 2  # 2: norms, gates and residuals inside the matrix products, and 8-bit activations symmetric
+FORMAT = 3  # 3: gates at the end of the products that make them; 2: norms and residuals inside products
 ATTENTION = {"": (4, 16), "Int4KVAttention": (4,), "HalfKVAttention": (16,), "GroupQueryAttention": (16,)}  # kv_bits
 REQUIRED_FILES = ("model.onnx", "tokenizer.json")
 _BLOCK = 1 << 20
@@ -110,7 +110,7 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """specquant.json, format 2 (docs/formats.md)."""
+    """specquant.json, format 3 (docs/formats.md)."""
 
     format: int
     name: str

@@ -20,7 +20,6 @@ from typing import Any
 from specquant.custom_ops import library
 from specquant.custom_ops.kv_rows import row_bytes
 from specquant.custom_ops.packing import segment_length
-from specquant.custom_ops.schema import GATES
 
 LIST, RUN, ATTEND, QUANTIZE = range(4)
 
@@ -29,7 +28,7 @@ def matmul_bytes(p: Any) -> dict[str, int]:
     """Bytes behind each pointer of a `Problem` (kernels.h)."""
     n, m, r, element = p.in_features, p.out_features, p.basis_rank, 2 if p.half else 4
     return {
-        "x": p.tokens * n * element * (2 if p.prologue in GATES else 1),
+        "x": p.tokens * n * element,
         "basis": n * r * 2,
         "coef": r * m * 2,
         "qweight": -(-m // 16) * -(-n // 8) * 64,
@@ -38,7 +37,7 @@ def matmul_bytes(p: Any) -> dict[str, int]:
         "bias": m * 4,
         "norm": n * 4,
         "residual": p.tokens * m * element,
-        "y": p.tokens * m * element,
+        "y": p.tokens * (m // 2 if p.gate else m) * element,
         "low": p.tokens * r * element,
     }
 

@@ -63,13 +63,14 @@ def op_model(op: str, n: int, weights: Arrays, float_type: Any, attributes: dict
     dummies = {"norm": np.zeros(1, np.float32), "residual": np.zeros(1, float_type)}
     weights = {tensor.name: weights.get(tensor.name, dummies.get(tensor.name)) for tensor in OPS[op].inputs[1:]}
     sizes: dict[str, int] = {}
+    parts = 2 if attributes.get("gate") else 1
     for tensor in operands(OPS[op])[1:]:
         sizes |= dict(zip(tensor.shape, weights[tensor.name].shape, strict=True))
     inputs = [helper.make_tensor_value_info("x", kind, ["a", "b", n])]
     if "rank" in weights:
         inputs.append(helper.make_tensor_value_info("rank", TensorProto.INT64, [1]))
     outputs = [
-        helper.make_tensor_value_info(tensor.name, kind, ["a", "b", sizes[tensor.shape[-1]]])
+        helper.make_tensor_value_info(tensor.name, kind, ["a", "b", sizes[tensor.shape[-1]] // parts])
         for tensor in OPS[op].outputs
     ]
     names = [tensor.name for tensor in OPS[op].inputs], [tensor.name for tensor in OPS[op].outputs]

@@ -7,7 +7,7 @@
 
 namespace specquant::ort {
 
-constexpr int32_t kRmsNormed = 1, kSiluGated = 2, kGeluGated = 3;  // values of `prologue`, docs/ops.md
+constexpr int32_t kRmsNormed = 1;  // a value of `prologue`, docs/ops.md
 
 template <class T>
 void point(const T*& field, const Tensor& tensor) {
@@ -25,6 +25,7 @@ void read_attributes(const Kernel& kernel, const MatMulKind& kind, const KernelI
   p.act_clip = kernel.attribute(info, "act_clip", 1.0f);
   p.prologue = int32_t(std::clamp<int64_t>(kernel.attribute(info, "prologue", int64_t(0)), -1, 99));
   p.epsilon = kernel.attribute(info, "epsilon", 1e-5f);
+  p.gate = int32_t(std::clamp<int64_t>(kernel.attribute(info, "gate", int64_t(0)), -1, 99));
   if (kind.branch) p.subtract = kernel.attribute(info, "subtract", int64_t(0)) != 0;
 }
 
@@ -36,9 +37,7 @@ Shape read_call(const MatMulKind& kind, const std::vector<Tensor>& given, P& p, 
   const Tensor& x = given[0];
   const Tensor* const branch = kind.branch ? &given[1] : nullptr;                      // basis, coef, rank
   const Tensor* const weights = kind.weights ? &given[kind.branch ? 4 : 1] : nullptr;  // qweight, scales, …
-  const int64_t width = x.last("x"), parts = p.prologue == kSiluGated || p.prologue == kGeluGated ? 2 : 1;
-  if (width % parts) throw std::runtime_error("x must be a gate and what it gates, of one size");
-  const int64_t n = p.in_features = width / parts;
+  const int64_t n = p.in_features = x.last("x");
   const int64_t m = p.out_features = weights ? weights[1].last("scales") : branch[1].last("coef");
   p.tokens = 1;
   for (size_t axis = 0; axis + 1 < x.shape.size(); ++axis) p.tokens *= x.shape[axis];
@@ -64,7 +63,7 @@ Shape read_call(const MatMulKind& kind, const std::vector<Tensor>& given, P& p, 
   }
   if (const char* wrong = check(p)) throw std::runtime_error(wrong);
   Shape y = x.shape;
-  y.back() = m;
+  y.back() = p.gate ? m / 2 : m;
   if (!weights) return y;
   const auto [small, large] = std::minmax(p.group_size, p.act_group);
   const int64_t segment = small ? small : large ? large : n;
@@ -75,6 +74,7 @@ Shape read_call(const MatMulKind& kind, const std::vector<Tensor>& given, P& p, 
   if (p.prologue == kRmsNormed) weights[4].expect("norm", {n});
   const Tensor& residual = weights[5];
   if (residual.shape != Shape{1} || y == Shape{1} || !no_residual(residual)) {
+    if (p.gate) throw std::runtime_error("with a gate there is no residual");
     residual.expect("residual", y);
     point(p.residual, residual);
   }

@@ -86,17 +86,28 @@ ElementType read_axes(const Api& api, const ShapeContext* context, size_t index,
   return type;
 }
 
-// The shape of x with the last axis of input `source` in place of its own. ONNX Runtime asks the first op of a name
+// Whether the node has a gate, which leaves half of the outputs.
+bool is_gated(const Api& api, const ShapeContext* context) {
+  const Attribute* given = nullptr;
+  int64_t gate = 0;
+  size_t read;
+  Status* status = api.ShapeInferContext_GetAttribute(context, "gate", &given);
+  if (!status && given) status = api.ReadOpAttr(given, kInteger, &gate, sizeof gate, &read);
+  if (status) api.ReleaseStatus(status);
+  return gate != 0;
+}
+
+// The shape of x with the last axis of input `source`, over `parts`, in place of its own. ONNX Runtime asks the first op of a name
 // on behalf of them all, so x's type is the node's, not op.outputs.
-void infer_output(const Op& op, ShapeContext* context, size_t output, size_t source) {
+void infer_output(const Op& op, ShapeContext* context, size_t output, size_t source, int64_t parts) {
   const Api& api = *op.api;
   Shape sizes, from;
   std::vector<std::string> names, from_names;
   const ElementType type = read_axes(api, context, 0, sizes, names);
   read_axes(api, context, source, from, from_names);
   if (sizes.empty() || from.empty()) return;
-  sizes.back() = from.back();
-  names.back() = from_names.back();
+  sizes.back() = from.back() > 0 ? from.back() / parts : from.back();
+  names.back() = parts == 1 ? from_names.back() : "";
   std::vector<const char*> symbols;
   for (const std::string& name : names) symbols.push_back(name.c_str());
   TensorInfo* owned;
@@ -113,8 +124,9 @@ Status* infer(const CustomOp* custom, ShapeContext* context) {
   const Op& op = self(custom);
   return guarded(op, [&] {
     if (!op.matmul) return;
-    infer_output(op, context, 0, op.matmul->weights ? (op.matmul->branch ? 5 : 2) : 2);  // scales, else coef
-    if (!op.matmul->weights) infer_output(op, context, 1, 1);                            // low: basis
+    const bool gated = op.matmul->weights && is_gated(*op.api, context);
+    infer_output(op, context, 0, op.matmul->weights && op.matmul->branch ? 5 : 2, gated ? 2 : 1);  // scales, else coef
+    if (!op.matmul->weights) infer_output(op, context, 1, 1, 1);                                   // low: basis
   });
 }
 

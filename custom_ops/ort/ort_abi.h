@@ -17,6 +17,7 @@ struct OpDomain;
 struct KernelInfo;
 struct KernelContext;
 struct ShapeContext;
+struct Attribute;
 struct TensorInfo;
 struct Value;
 struct Allocator;
@@ -24,6 +25,7 @@ struct Allocator;
 enum ErrorCode : int32_t { kFail = 1, kInvalidArgument = 2 };
 enum MemoryType : int32_t { kMemoryCpuInput = -2, kMemoryDefault = 0 };
 enum Characteristic : int32_t { kRequired = 0 };
+enum AttributeType : int32_t { kInteger = 1 };
 enum ElementType : int32_t { kFloat = 1, kInt8 = 3, kInt16 = 5, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 
 // X(name, slot, result, arguments)
@@ -55,8 +57,10 @@ enum ElementType : int32_t { kFloat = 1, kInt8 = 3, kInt16 = 5, kInt32 = 6, kInt
   X(KernelInfo_GetInputCount, 230, Status*, (const KernelInfo*, size_t*))                                   \
   X(KernelInfoGetConstantInput_tensor, 249, Status*, (const KernelInfo*, size_t, int*, const Value**))      \
   X(ShapeInferContext_GetInputTypeShape, 268, Status*, (const ShapeContext*, size_t, TensorInfo**))         \
+  X(ShapeInferContext_GetAttribute, 269, Status*, (const ShapeContext*, const char*, const Attribute**))    \
   X(ShapeInferContext_SetOutputTypeShape, 270, Status*, (const ShapeContext*, size_t, const TensorInfo*))   \
   X(SetSymbolicDimensions, 271, Status*, (TensorInfo*, const char**, size_t))                               \
+  X(ReadOpAttr, 272, Status*, (const Attribute*, AttributeType, void*, size_t, size_t*))                    \
   X(KernelContext_ParallelFor, 274, Status*, (const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)) \
   X(KernelInfoGetAllocator, 278, Status*, (const KernelInfo*, MemoryType, Allocator**))
 

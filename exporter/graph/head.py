@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from specquant.exporter.graph.linear import quant_linear
-from specquant.exporter.graph.prologue import RmsNorm
+from specquant.exporter.graph.surroundings import RmsNorm
 from specquant.exporter.graph.writer import GraphWriter
 from specquant.exporter.head import head_linear
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
 from specquant.custom_ops.schema import DOMAIN
 from specquant.exporter.decoder import FloatLinear, Linear, QuantLinear
-from specquant.exporter.graph.prologue import Prologue, RmsNorm
+from specquant.exporter.graph.surroundings import Gate, RmsNorm
 from specquant.exporter.graph.writer import GraphWriter
 
 
@@ -17,18 +17,22 @@ def linear(
     x: ir.Value,
     entry: Linear,
     rank: ir.Value | None,
-    prologue: Prologue | None = None,
+    norm: RmsNorm | None = None,
     residual: ir.Value | None = None,
+    gate: Gate | None = None,
 ) -> ir.Value:
-    """y [batch, sequence, M] of x: the prologue's outcome [batch, sequence, N] times the weights, plus residual (as y).
+    """y [batch, sequence, M] of x [batch, sequence, N]: x or its norm times the weights, plus residual (as y).
+    With a gate the weights' first half are gates, their second ups, and y is [batch, sequence, M/2].
 
     `rank` is the graph's input of that name, if it has one. A quantised linear is one node, whatever surrounds it.
     """
     if isinstance(entry, FloatLinear):
-        y = _float_linear(graph, prologue.nodes(graph, x) if prologue else x, entry)
+        y = _float_linear(graph, norm.nodes(graph, x) if norm else x, entry)
+        y = gate.nodes(graph, y) if gate else y
         return y if residual is None else graph.op("Add", [residual, y], f"{entry.name}.residual", y.shape)
-    output = ir.val(entry.name, graph.float_type, ("batch", "sequence", entry.q.shape[1]))
-    quant_linear(graph, x, entry, rank, output, prologue, residual)
+    outputs = entry.q.shape[1] // 2 if gate else entry.q.shape[1]
+    output = ir.val(entry.name, graph.float_type, ("batch", "sequence", outputs))
+    quant_linear(graph, x, entry, rank, output, norm, residual, gate)
     return output
 
 
@@ -48,22 +52,23 @@ def quant_linear(
     entry: QuantLinear,
     rank: ir.Value | None,
     output: ir.Value,
-    prologue: Prologue | None = None,
+    norm: RmsNorm | None = None,
     residual: ir.Value | None = None,
+    gate: Gate | None = None,
 ) -> None:
     """Write `output` with one `SpecQuantMatMul`, or one `Int4ResidualMatMul` where there is no branch (docs/ops.md)."""
     name, (n, m) = entry.name, entry.q.shape
+    # With a gate, output i of the first half beside output i of the second.
+    order = np.arange(m).reshape(2, -1).T.reshape(-1) if gate else slice(None)
     segment = segment_length(n, entry.group_size, entry.act_group)
     packed = (-(-m // 16), -(-n // 8), 64)
     bias = entry.bias if entry.bias is not None else np.zeros(m, np.float32)
     weights = [
-        graph.lazy(f"{name}.qweight", ir.DataType.INT8, packed, lambda: pack_int4(entry.q)),
-        graph.tensor(f"{name}.scales", entry.scales),
-        graph.tensor(f"{name}.row_sums", row_sums(entry.q, segment)),
-        graph.tensor(f"{name}.bias", bias),
-        graph.tensor(f"{prologue.name}.weight", prologue.weight)
-        if isinstance(prologue, RmsNorm)
-        else graph.once("no_norm", np.zeros(1, np.float32)),
+        graph.lazy(f"{name}.qweight", ir.DataType.INT8, packed, lambda: pack_int4(entry.q[:, order])),
+        graph.tensor(f"{name}.scales", entry.scales[:, order]),
+        graph.tensor(f"{name}.row_sums", row_sums(entry.q, segment)[:, order]),
+        graph.tensor(f"{name}.bias", bias[order]),
+        graph.tensor(f"{norm.name}.weight", norm.weight) if norm else graph.once("no_norm", np.zeros(1, np.float32)),
         residual or graph.once("no_residual", np.zeros(1, graph.float_type.numpy())),
     ]
     attributes: dict[str, int | float] = {
@@ -73,13 +78,13 @@ def quant_linear(
         "act_clip": entry.act_clip,
         "hadamard": entry.hadamard,
     }
-    if prologue:
-        attributes["prologue"] = prologue.index
-    if isinstance(prologue, RmsNorm):
-        attributes["epsilon"] = prologue.epsilon
+    if norm:
+        attributes |= {"prologue": norm.index, "epsilon": norm.epsilon}
+    if gate:
+        attributes["gate"] = gate.index
     op_type, inputs = "Int4ResidualMatMul", [x, *weights]
     if entry.basis is not None and entry.coef is not None:
-        branch = [graph.tensor(f"{name}.basis", entry.basis), graph.tensor(f"{name}.coef", entry.coef), rank]
+        branch = [graph.tensor(f"{name}.basis", entry.basis), graph.tensor(f"{name}.coef", entry.coef[:, order]), rank]
         op_type, inputs = "SpecQuantMatMul", [x, *branch, *weights]
         attributes["subtract"] = int(entry.subtract)
     graph.node(op_type, inputs, [output], name, domain=DOMAIN, **attributes)

@@ -13,7 +13,7 @@ from specquant.exporter.graph.head import embed, embed_half, last_positions, lm_
 from specquant.exporter.graph.kv_attention import cache_row
 from specquant.exporter.graph.linear import linear
 from specquant.exporter.graph.norm import head_norms
-from specquant.exporter.graph.prologue import Gate, Prologue, RmsNorm
+from specquant.exporter.graph.surroundings import Gate, RmsNorm
 from specquant.exporter.graph.writer import FloatType, GraphWriter
 
 IR_VERSION = 11  # the first that knows opset 23
@@ -107,17 +107,16 @@ def _block(
         weight = layer.norms.get(field)
         return None if weight is None else RmsNorm(f"{name}.{field}", weight, config.rms_norm_eps)
 
-    def add(x: ir.Value, h: ir.Value, entry: Linear, before: Prologue | None, after: RmsNorm | None) -> ir.Value:
+    def add(x: ir.Value, h: ir.Value, entry: Linear, after: RmsNorm | None) -> ir.Value:
         """x + norm(linear of h): one node, unless there is a norm."""
         if after is None:
-            return linear(graph, h, entry, rank, before, x)
-        h = after.nodes(graph, linear(graph, h, entry, rank, before))
+            return linear(graph, h, entry, rank, residual=x)
+        h = after.nodes(graph, linear(graph, h, entry, rank))
         return graph.op("Add", [x, h], f"{after.name}.residual", x.shape)
 
     qkv = linear(graph, x, layer.qkv, rank, norm("input_norm"))
     qkv = head_norms(graph, qkv, layer, config, name)
     h = attention(graph, qkv, past, present, shared, layer, decoder, f"{name}.self_attn")
-    x = add(x, h, layer.o, None, norm("attention_output_norm"))
-    both = linear(graph, x, layer.gate_up, rank, norm("mlp_norm"))
-    gate = Gate(f"{name}.mlp", config.activation, config.intermediate_size)
-    return add(x, both, layer.down, gate, norm("mlp_output_norm"))
+    x = add(x, h, layer.o, norm("attention_output_norm"))
+    h = linear(graph, x, layer.gate_up, rank, norm("mlp_norm"), gate=Gate(f"{name}.mlp", config.activation))
+    return add(x, h, layer.down, norm("mlp_output_norm"))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from specquant.custom_ops.packing import unpack_int4
 from specquant.custom_ops.schema import OPS
 from specquant.exporter.lowering.context import Attributes, Lowering, attributes, dims
-from specquant.exporter.lowering.surroundings import add_residual, prologue
+from specquant.exporter.lowering.surroundings import add_residual, gated, prologue
 
 
 def portable_linear(low: Lowering, node: ir.Node) -> ir.Value:
@@ -20,7 +20,7 @@ def portable_linear(low: Lowering, node: ir.Node) -> ir.Value:
     the branch, which is the same as long as activations are not rounded: C′ = C − subtract · Bᵀ Ŵ.
     """
     at, graph, name = _operands(node), low.graph, str(node.name)
-    x, m = prologue(low, node, at["norm"]), int(dims(node.outputs[0])[-1])
+    x, m = prologue(low, node, at["norm"]), int(dims(node.inputs[at["scales"]])[-1])
     n, shape = int(dims(x)[-1]), (*dims(node.outputs[0])[:-1], m)
     x = _rotated(low, x, int(attributes(node).get("hadamard", 0)), n, name)
     y = graph.op("MatMul", [x, _weights(low, node, at, n, m)], f"{name}.residual", shape)
@@ -34,7 +34,7 @@ def portable_linear(low: Lowering, node: ir.Node) -> ir.Value:
     bias = low.array(node, at["bias"])
     if bias.any():
         y = graph.op("Add", [y, graph.floats(f"{name}.bias", bias)], f"{name}.biased", shape)
-    y = add_residual(low, node, at["residual"], y)
+    y = add_residual(low, node, at["residual"], gated(low, node, y))
     y.name = node.outputs[0].name  # of the head: `logits`
     return y
 

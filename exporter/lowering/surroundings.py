@@ -1,11 +1,11 @@
-"""Prologue and residual of a matmul op in standard operators, as nodes around what computes the product."""
+"""Norm, gate and residual of a matmul op in standard operators, as nodes around what computes the product."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 from specquant.custom_ops.schema import GATES, PROLOGUES
-from specquant.exporter.graph.prologue import Gate, RmsNorm
+from specquant.exporter.graph.surroundings import Gate, RmsNorm
 from specquant.exporter.lowering.context import Lowering, attributes, dims
 
 
@@ -15,10 +15,16 @@ def prologue(low: Lowering, node: ir.Node, norm: int) -> ir.Value:
     kind = int(given.get("prologue", 0))
     if kind == PROLOGUES.index("rms_norm"):
         return RmsNorm(f"{name}.norm", low.array(node, norm), float(given["epsilon"])).nodes(low.graph, x)
-    if kind in GATES:
-        activation = "silu" if kind == PROLOGUES.index("silu_gate") else "gelu_tanh"
-        return Gate(f"{name}.gate", activation, int(dims(x)[-1]) // 2).nodes(low.graph, x)
     return x
+
+
+def gated(low: Lowering, node: ir.Node, y: ir.Value) -> ir.Value:
+    """Of y [..., M], whose gates and ups lie side by side in pairs: [..., M/2]; without a gate y itself."""
+    kind = int(attributes(node).get("gate", 0))
+    if not kind:
+        return y
+    activation = "silu" if kind == GATES.index("silu") else "gelu_tanh"
+    return Gate(f"{node.name}.gate", activation).nodes(low.graph, y, interleaved=True)
 
 
 def add_residual(low: Lowering, node: ir.Node, residual: int, y: ir.Value) -> ir.Value:

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMPILER, EMULATOR, LIBRARIES = "aarch64-linux-gnu-g++", "qemu-aarch64-static", "/usr/aarch64-linux-gnu"
 CHOSEN = "not (scalar and kernel_tiles)"  # half of the time, and compiled from the same text as on this machine
-TESTS = ["test_kernels.py", "test_kernel_tiles.py", "test_attention.py", "test_prologue.py"]
+TESTS = ["test_kernels.py", "test_kernel_tiles.py", "test_attention.py", "test_prologue.py", "test_gate.py"]
 
 missing = [tool for tool in (COMPILER, EMULATOR, "cmake") if not shutil.which(tool)]
 if missing:

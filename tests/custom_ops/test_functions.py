@@ -25,7 +25,7 @@ def attributes_of(
     op: str, group_size: int, bits: int, act_group: int, subtract: int | None, hadamard: int = 0, act_clip: float = 1.0
 ) -> dict[str, Any]:
     given = {"group_size": group_size, "act_bits": bits, "act_group": act_group, "subtract": subtract or 0}
-    given |= {"hadamard": hadamard, "act_clip": act_clip, "prologue": 0, "epsilon": 1e-5}
+    given |= {"hadamard": hadamard, "act_clip": act_clip, "prologue": 0, "epsilon": 1e-5, "gate": 0}
     return {attribute.name: given[attribute.name] for attribute in OPS[op].attributes}
 
 
@@ -86,21 +86,35 @@ def test_prologue_and_residual(
     rng: np.random.Generator, op: str, subtract: int | None, bits: int, prologue: int, float_type: type
 ) -> None:
     """x̂ is float32, a unit in the last place apart: where it is quantised, a level may be the next one."""
-    n, width = 48, 96 if prologue in GATES else 48
+    n = 48
     weights = random_weights(rng, op, n, 37, 7, 16, 16)
     weights["norm"] = (rng.uniform(-2, 2, n) if prologue == 1 else np.zeros(1)).astype(np.float32)
     attributes = attributes_of(op, 16, bits, 16, subtract, int(rng.choice([0, 16])))
     attributes |= {"prologue": prologue, "epsilon": float(rng.choice([1e-6, 0.25]))}
-    x = random_input(rng, (2, 3, width), float_type)
+    x = random_input(rng, (2, 3, n), float_type)
     for residual in (rng.standard_normal((2, 3, 37)), np.zeros(1)):
         weights["residual"] = residual.astype(float_type)
-        model = op_model(op, width, weights, float_type, attributes)
+        model = op_model(op, n, weights, float_type, attributes)
         onnx.checker.check_model(model, full_check=True)
         (y,), expected = session(model).run(None, {"x": x}), REFERENCE[op](x, **weights, **attributes)
         assert y.dtype == expected.dtype
         size = max(float(np.abs(expected.astype(np.float32)).max()), 1.0)
         tolerance = 2e-2 if bits == 8 else 1e-5 if float_type is np.float32 else 2e-3
         np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance * size)
+
+
+@pytest.mark.parametrize(("op", "subtract"), VARIANTS[1:])
+@pytest.mark.parametrize("gate", range(1, len(GATES)))
+@pytest.mark.parametrize("float_type", [np.float32, np.float16])
+def test_gate(rng: np.random.Generator, op: str, subtract: int | None, gate: int, float_type: type) -> None:
+    weights = random_weights(rng, op, 48, 38, 7, 16, 16)
+    attributes = attributes_of(op, 16, 4, 16, subtract) | {"gate": gate}
+    model = op_model(op, 48, weights, float_type, attributes)
+    x = random_input(rng, (2, 3, 48), float_type)
+    (y,), expected = session(model).run(None, {"x": x}), REFERENCE[op](x, **weights, **attributes)
+    assert (y.dtype, y.shape) == (expected.dtype, expected.shape) == (float_type, (2, 3, 19))
+    size = max(float(np.abs(expected.astype(np.float32)).max()), 1.0)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=(1e-5 if float_type is np.float32 else 2e-3) * size)
 
 
 @pytest.mark.parametrize(("op", "subtract"), VARIANTS)

@@ -30,6 +30,7 @@ ATTRIBUTES: dict[str, Any] = {
     "subtract": 1,
     "prologue": 0,
     "epsilon": 1e-5,
+    "gate": 0,
 }
 
 
@@ -75,18 +76,36 @@ def test_op_equals_reference(rng: np.random.Generator, op: str, float_type: type
 @pytest.mark.parametrize("float_type", [np.float32, np.float16])
 def test_prologue_and_residual(rng: np.random.Generator, op: str, prologue: int, float_type: type) -> None:
     attributes = attributes_of(op, prologue=prologue, act_bits=16, epsilon=0.25)
-    weights, width = random_weights(rng, op, 48, 37, 7, 16, 8), 96 if prologue in GATES else 48
+    weights = random_weights(rng, op, 48, 37, 7, 16, 8)
     weights["norm"] = (rng.uniform(-2, 2, 48) if prologue == 1 else np.zeros(1)).astype(np.float32)
     for shape in ((2, 5), (1, 1), (3, 0)):
-        x = random_input(rng, (*shape, width), float_type)
+        x = random_input(rng, (*shape, 48), float_type)
         for residual in (rng.standard_normal((*shape, 37)), np.zeros(1)):
             weights["residual"] = residual.astype(float_type)
-            (y,) = session(op_model(op, width, weights, float_type, attributes)).run(None, {"x": x})
+            (y,) = session(op_model(op, 48, weights, float_type, attributes)).run(None, {"x": x})
             (expected,) = expected_outputs(op, x, weights, attributes)
             assert (y.dtype, y.shape) == (expected.dtype, expected.shape)
             size = max(float(np.abs(expected.astype(np.float32)).max(initial=0)), 1.0)
             tolerance = 1e-5 if float_type is np.float32 else 2e-3
             np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance * size)
+
+
+@pytest.mark.parametrize("op", list(REFERENCE)[1:])
+@pytest.mark.parametrize("gate", range(1, len(GATES)))
+@pytest.mark.parametrize("float_type", [np.float32, np.float16])
+def test_gate(rng: np.random.Generator, op: str, gate: int, float_type: type) -> None:
+    attributes = attributes_of(op, gate=gate)
+    weights = random_weights(rng, op, 48, 38, 7, 16, 8)
+    model = op_model(op, 48, weights, float_type, attributes)
+    model.graph.output[0].type.tensor_type.ClearField("shape")  # the op's own inference says it
+    run = session(model)
+    assert run.get_outputs()[0].shape == ["a", "b", 19]
+    for shape in ((2, 5), (1, 1), (3, 0)):
+        x = random_input(rng, (*shape, 48), float_type)
+        (y,), (expected,) = run.run(None, {"x": x}), expected_outputs(op, x, weights, attributes)
+        assert (y.dtype, y.shape) == (expected.dtype, expected.shape)
+        size = max(float(np.abs(expected.astype(np.float32)).max(initial=0)), 1.0)
+        np.testing.assert_allclose(y, expected, rtol=0, atol=(1e-5 if float_type is np.float32 else 2e-3) * size)
 
 
 @pytest.mark.parametrize("rank", [-1, 0, 3, 7, 99])
@@ -175,10 +194,11 @@ def test_shapes_that_do_not_fit_are_one_line(rng: np.random.Generator, changes: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prologue": 7}, "prologue must be 0 to 3"),
+        ({"prologue": 7}, "prologue must be 0 or 1"),
         ({"prologue": 1}, r"norm is \[1\] and should be \[48\]"),
         ({"prologue": 1, "epsilon": -1.0}, "epsilon must be at least 0"),
-        ({"prologue": 3}, "hadamard must be 0, or a power of two"),  # of 24 features
+        ({"gate": 3}, "gate must be 0 to 2"),
+        ({"gate": 1}, "with a gate, out-features must be even"),
         ({"hadamard": 24}, "hadamard must be 0, or a power of two"),
         ({"hadamard": -16}, "hadamard must be 0, or a power of two"),
         ({"act_clip": 0.0}, "act_clip must be more than 0"),

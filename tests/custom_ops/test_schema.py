@@ -12,7 +12,7 @@ from onnx import shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from specquant.custom_ops.onnx_binding import reference_ops, register_schemas
-from specquant.custom_ops.schema import GATES, OPS
+from specquant.custom_ops.schema import GATES, OPS, PROLOGUES
 from tests.ops import REFERENCE, Arrays, op_model, random_weights
 
 N, M, RANK = 48, 37, 5
@@ -20,7 +20,7 @@ N, M, RANK = 48, 37, 5
 
 def attributes_of(op: str) -> dict[str, int]:
     given = {"group_size": 16, "act_bits": 4, "act_group": 8, "act_clip": 0.5, "hadamard": 16, "subtract": 1}
-    given |= {"prologue": 0, "epsilon": 1e-5}
+    given |= {"prologue": 0, "epsilon": 1e-5, "gate": 0}
     return {attribute.name: given[attribute.name] for attribute in OPS[op].attributes}
 
 
@@ -92,21 +92,30 @@ def test_reference_evaluator_runs_the_reference(rng: np.random.Generator, op: st
 def test_shape_inference_of_prologue_and_residual(rng: np.random.Generator, op: str) -> None:
     arrays = random_weights(rng, op, N, M, RANK, 16, 8)
     arrays |= {"residual": rng.standard_normal((2, 3, M)).astype(np.float32)}
-    for prologue in range(4):
-        width, norm = 2 * N if prologue in GATES else N, N if prologue == 1 else 1
+    for prologue in range(len(PROLOGUES)):
+        norm = N if prologue == 1 else 1
         weights = arrays | {"norm": np.ones(norm, np.float32)}
         attributes = attributes_of(op) | {"prologue": prologue}
         for changes, accepted in (({}, True), ({"norm": np.ones(N - 8, np.float32)}, False)):
-            model = without_function(op_model(op, width, weights | changes, np.float32, attributes))
+            model = without_function(op_model(op, N, weights | changes, np.float32, attributes))
             if accepted:
                 onnx.checker.check_model(model, full_check=True)
             else:
                 with pytest.raises(shape_inference.InferenceError, match=op):
                     onnx.checker.check_model(model, full_check=True)
         if op == "SpecQuantMatMul":  # whose basis says what N is
-            model = without_function(op_model(op, width + 16, weights, np.float32, attributes))
+            model = without_function(op_model(op, N + 16, weights, np.float32, attributes))
             with pytest.raises(shape_inference.InferenceError, match="N is 48 in basis"):
                 onnx.checker.check_model(model, full_check=True)
+
+
+@pytest.mark.parametrize("op", list(REFERENCE)[1:])
+@pytest.mark.parametrize("gate", range(len(GATES)))
+def test_shape_inference_of_a_gate(rng: np.random.Generator, op: str, gate: int) -> None:
+    model = op_model(op, N, random_weights(rng, op, N, 38, RANK, 16, 8), np.float32, attributes_of(op) | {"gate": gate})
+    model.graph.output[0].type.tensor_type.shape.dim[-1].dim_param = "unknown"
+    inferred = shape_inference.infer_shapes(without_function(model), check_type=True, strict_mode=True)
+    assert inferred.graph.output[0].type.tensor_type.shape.dim[-1].dim_value == (19 if gate else 38)
 
 
 def test_a_device_needs_no_onnx() -> None:

@@ -9,14 +9,19 @@
 
 namespace specquant {
 
-constexpr int32_t kAbi = 7;  // raised when Problem, Attention, or an exported function, changes
+constexpr int32_t kAbi = 8;  // raised when Problem, Attention, or an exported function, changes
 
 // What becomes of x before anything else, row by row in float32.
 enum Prologue : int32_t {
   kNoPrologue,
-  kRmsNorm,   // x / √(mean(x²) + epsilon) · norm
-  kSiluGate,  // silu(gate) · up, x being gate and up side by side
-  kGeluGate,  // likewise, gelu by tanh
+  kRmsNorm,  // x / √(mean(x²) + epsilon) · norm
+};
+
+// What becomes of pairs of outputs last: y[i] = act(v[2i]) · v[2i + 1].
+enum Gate : int32_t {
+  kNoGate,
+  kSiluGate,
+  kGeluGate,  // by tanh
 };
 
 // One call of an op. SpectralBranch: qweight is null; Int4ResidualMatMul: basis is null; SpecQuantMatMul: neither.
@@ -35,10 +40,11 @@ struct Problem {
   int32_t half;          // 1: x, y and low are float16; 0: float32
   int32_t wide_sums;     // 1: row_sums is int32; 0: int16
   int32_t prologue;      // a Prologue
+  int32_t gate;          // a Gate; with one, y has M / 2 columns
   float act_clip;        // share of a group's range that the levels span, in (0, 1]
   float epsilon;         // of kRmsNorm
   float within;          // 0, or what outputs may lie below the largest before the second half of the features is left out
-  const void* x;         // [T, N], with a gate [T, 2N]
+  const void* x;         // [T, N]
   const uint16_t* basis;   // float16 [N, r]
   const uint16_t* coef;    // float16 [r, M]
   const uint8_t* qweight;  // [P, Q, 64], two nibbles a byte
@@ -46,8 +52,8 @@ struct Problem {
   const void* row_sums;    // [S, M]
   const float* bias;       // [M], or null
   const float* norm;       // [N], of kRmsNorm
-  const void* residual;    // [T, M], added to y; or null
-  void* y;                 // [T, M]
+  const void* residual;    // [T, M], added to y; or null, as it is with a gate
+  void* y;                 // [T, M], with a gate [T, M / 2]
   void* low;               // [T, r], or null when nobody asks for it
 };
 

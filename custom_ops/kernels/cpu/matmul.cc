@@ -142,7 +142,10 @@ const char* check(const Problem& p) {
   const bool power = p.hadamard >= kBlock && p.hadamard <= 4096 && (p.hadamard & (p.hadamard - 1)) == 0;
   if (p.hadamard && (!power || p.in_features % p.hadamard))
     return "hadamard must be 0, or a power of two from 8 to 4096 that divides in-features";
-  if (p.prologue < kNoPrologue || p.prologue > kGeluGate) return "prologue must be 0 to 3";
+  if (p.prologue < kNoPrologue || p.prologue > kRmsNorm) return "prologue must be 0 or 1";
+  if (p.gate < kNoGate || p.gate > kGeluGate) return "gate must be 0 to 2";
+  if (p.gate && p.out_features % 2) return "with a gate, out-features must be even";
+  if (p.gate && p.residual) return "with a gate there is no residual";
   if (p.prologue == kRmsNorm && !p.norm) return "norm is missing";
   if (p.prologue == kRmsNorm && !(p.epsilon >= 0.0f)) return "epsilon must be at least 0";
   if (p.basis) {
@@ -164,8 +167,8 @@ const char* check(const Problem& p) {
     if (!(p.within > 0.0f)) return "within must be 0 or more";
     const bool halves = p.qweight && p.group_size && p.in_features / p.group_size % 2 == 0 && p.act_bits < 16 &&
                         (!p.act_group || p.in_features / p.act_group % 2 == 0);
-    if (p.basis || p.residual || p.half || !halves)
-      return "within needs two halves of whole groups, quantised activations, float32, no branch and no residual";
+    if (p.basis || p.residual || p.gate || p.half || !halves)
+      return "within needs two halves of whole groups, quantised activations, float32, no branch, gate or residual";
   }
   return nullptr;
 }

@@ -126,7 +126,10 @@ int64_t add_whole_panels(const Problem& p, const Activations& x, int64_t panel, 
   for (int64_t i = 0; i < whole; ++i)
     add_panel<V>(p.qweight + (panel + i) * x.panel_bytes, ahead, x.tiles, x.steps, p.scales + (panel + i) * kPanel, x.segments,
                  in_segment, p.out_features, sums + i * kPanel);
-  for (int64_t i = 0; i < whole; ++i)
+  int64_t i = 0;
+  for (; i + 2 <= whole; i += 2)
+    store_tile<V, 1, 2>(p, x, 0, (panel + i) * kPanel, *reinterpret_cast<Tile<V, 1, 2>*>(sums + i * kPanel));
+  if (i < whole)
     store_tile<V, 1, 1>(p, x, 0, (panel + i) * kPanel, *reinterpret_cast<Tile<V, 1, 1>*>(sums + i * kPanel));
   return whole;
 }

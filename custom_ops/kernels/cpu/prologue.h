@@ -1,9 +1,8 @@
-// From x to the float32 row that a product takes: as it is, normed, or one half gated by the other.
+// From x to the float32 row that a product takes: as it is, or normed.
 //
 // E is a vector of 8 or 16 float lanes along features.
 #pragma once
 
-#include "exponential.h"
 #include "half.h"
 #include "steps.h"
 
@@ -39,34 +38,10 @@ void rms_norm(float* u, int64_t n, const float* norm, float epsilon) {
   for (int64_t i = 0; i < n; i += E::W) E::store(u + i, E::load(u + i) * factor * load_x<E>(norm, i, n));
 }
 
-// g / (1 + e^−w), w of g's sign. One exponential, of −|w|, so that nothing overflows: the numerator is g or g e^w.
-template <class E>
-inline __attribute__((always_inline)) typename E::F sigmoid_gate(typename E::F g, typename E::F w) {
-  using F = typename E::F;
-  const F zero = E::splat(0.0f), one = E::splat(1.0f), power = exponential<E>(E::min(w, zero - w));
-  return E::fma(E::min(zero, g), power, E::max(zero, g)) / (one + power);  // this order of min and max keeps a NaN
-}
-
-// u[i] = act(gate[i]) · up[i] of a row of x: n gates from `base` on, then n ups. gelu: by tanh, which is 1 / (1 + e^−w)
-// with w = 2 √(2/π) (g + 0.044715 g³).
 template <class E, class X>
-void gate(const X* x, int64_t base, int64_t n, int64_t total, bool gelu, float* u) {
-  using F = typename E::F;
-  for (int64_t i = 0; i < n; i += E::W) {
-    const F g = load_x<E>(x, base + i, total), up = load_x<E>(x, base + n + i, total);
-    const F w = gelu ? g * E::fma(g * g, E::splat(0.0713548163f), E::splat(1.59576912f)) : g;
-    E::store(u + i, sigmoid_gate<E>(g, w) * up);
-  }
-}
-
-template <class E, class X>
-void prologue_of(const Problem& p, const X* x, int64_t token, float* u) {
+void load_row(const Problem& p, const X* x, int64_t token, float* u) {
   const int64_t n = p.in_features;
-  if (p.prologue == kSiluGate || p.prologue == kGeluGate) {
-    gate<E>(x, token * 2 * n, n, p.tokens * 2 * n, p.prologue == kGeluGate, u);
-  } else {
-    for (int64_t i = 0; i < n; i += E::W) E::store(u + i, load_x<E>(x, token * n + i, p.tokens * n));
-  }
+  for (int64_t i = 0; i < n; i += E::W) E::store(u + i, load_x<E>(x, token * n + i, p.tokens * n));
 }
 
 // A row of u, zeros from in_features on.
@@ -75,9 +50,9 @@ void prologue(const Problem& p, const Activations& x, int64_t row) {
   const int64_t n = p.in_features, token = x.first_token + row;
   float* u = x.u + row * x.features;
   if (p.half) {
-    prologue_of<E>(p, static_cast<const uint16_t*>(p.x), token, u);
+    load_row<E>(p, static_cast<const uint16_t*>(p.x), token, u);
   } else {
-    prologue_of<E>(p, static_cast<const float*>(p.x), token, u);
+    load_row<E>(p, static_cast<const float*>(p.x), token, u);
   }
   std::memset(u + n, 0, size_t(x.features - n) * sizeof(float));
   if (p.prologue == kRmsNorm) rms_norm<E>(u, n, p.norm, p.epsilon);

@@ -1,4 +1,4 @@
-// What is added up for a tile of T tokens × C vectors of outputs: bias and branch, integer or float products, residual.
+// What is added up for a tile of T tokens × C vectors of outputs: bias and branch, integer or float products, residual or gate.
 //
 // V is the instruction set: W lanes along outputs, I of int32, F of float32, and the unpacked Weights of 8 features.
 #pragma once
@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "gate.h"
 #include "tokens.h"
 
 namespace specquant {
@@ -254,17 +255,19 @@ void add_residual(const Problem& p, const Activations& x, int64_t row, int64_t c
 
 template <class V, int T, int C>
 void store_tile(const Problem& p, const Activations& x, int64_t row, int64_t column, Tile<V, T, C>& sums) {
-  const int64_t left = p.out_features - column, lanes = left < C * V::W ? left : C * V::W;
   if (p.residual) add_residual<V, T, C>(p, x, row, column, sums);
+  const int64_t parts = p.gate ? 2 : 1, width = p.out_features / parts, first = column / parts, left = width - first;
+  const int64_t lanes = std::min(left, C * V::W / parts);
   for (int t = 0; t < T; ++t) {
-    const int64_t at = (x.first_token + row + t) * p.out_features + column;
-    if (!p.half && left >= C * V::W) {
-#pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) V::store(static_cast<float*>(p.y) + at + v * V::W, V::load(&sums[t][v * V::W]));
-    } else if (p.half) {
+    if (p.gate) gate_pairs<V, C * V::W>(sums[t], p.gate == kGeluGate);
+    const int64_t at = (x.first_token + row + t) * width + first;
+    if (p.half) {
       uint16_t rounded[C * V::W];
       for (int v = 0; v < C; ++v) V::store_half(rounded + v * V::W, V::load(&sums[t][v * V::W]));
       std::memcpy(static_cast<uint16_t*>(p.y) + at, rounded, size_t(lanes) * sizeof(uint16_t));
+    } else if (lanes == C * V::W) {
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v) V::store(static_cast<float*>(p.y) + at + v * V::W, V::load(&sums[t][v * V::W]));
     } else {
       std::memcpy(static_cast<float*>(p.y) + at, sums[t], size_t(lanes) * sizeof(float));
     }

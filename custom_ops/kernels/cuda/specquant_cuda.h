@@ -28,7 +28,8 @@ typedef struct SpecquantCudaProblem {
   int32_t subtract;      /* 1: the branch's part of x is removed before it is quantised */
   int32_t half;          /* 1: x and y are float16; 0: float32 */
   int32_t wide_sums;     /* 1: row_sums is int32; 0: int16 */
-  int32_t prologue;      /* 0: none; 1: rms_norm; 2: silu_gate; 3: gelu_gate */
+  int32_t prologue;      /* 0: none; 1: rms_norm */
+  int32_t gate;          /* of pairs of outputs; 0: none; 1: silu; 2: gelu */
   float act_clip;        /* share of a group's range that the levels span, in (0, 1] */
   float epsilon;         /* of rms_norm */
   const void* x;         /* [T, N], with a gate [T, 2N] */

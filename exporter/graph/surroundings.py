@@ -1,4 +1,4 @@
-"""What becomes of a linear's input first: a norm or a gate, inside the op or as nodes of their own."""
+"""What surrounds a linear, inside its op or as nodes of their own: a norm before it, a gate after it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from specquant.custom_ops.schema import PROLOGUES
+from specquant.custom_ops.schema import GATES, PROLOGUES
 from specquant.exporter.graph.norm import rms_norm
 from specquant.exporter.graph.writer import GraphWriter
 
@@ -28,26 +28,33 @@ class RmsNorm:
 
 @dataclass(frozen=True)
 class Gate:
-    """act(gate) · up of x [..., 2 · features], gate and up side by side; activation `silu` or `gelu_tanh`."""
+    """act(gate) · up of gate and up; activation `silu` or `gelu_tanh`."""
 
     name: str
     activation: str
-    features: int
 
     @property
     def index(self) -> int:
-        return PROLOGUES.index("silu_gate" if self.activation == "silu" else "gelu_gate")
+        return GATES.index("silu" if self.activation == "silu" else "gelu")
 
-    def nodes(self, graph: GraphWriter, x: ir.Value) -> ir.Value:
-        shape = ("batch", "sequence", self.features)
+    def nodes(self, graph: GraphWriter, x: ir.Value, *, interleaved: bool = False) -> ir.Value:
+        """Of x [..., 2N]: [..., N]. Gates come first, then ups, or each pair side by side."""
+        *leading, width = x.shape or ()
+        shape = (*leading, int(width) // 2)
         gate, up = (ir.val(f"{self.name}.{part}", graph.float_type, shape) for part in ("gate", "up"))
-        graph.node("Split", [x], [gate, up], f"{self.name}.split", axis=-1, num_outputs=2)
+        if interleaved:
+            names = [f"{self.name}.{part}" for part in ("axis", "step", "end", "first", "second")]
+            values = (len(leading), 2, int(width), 0, 1)
+            axis, step, end, *starts = (
+                graph.once(name, np.array([value], np.int64)) for name, value in zip(names, values, strict=True)
+            )
+            for part, start in zip((gate, up), starts, strict=True):
+                graph.node("Slice", [x, start, end, axis, step], [part], str(part.name))
+        else:
+            graph.node("Split", [x], [gate, up], f"{self.name}.split", axis=-1, num_outputs=2)
         if self.activation == "silu":  # g · sigmoid(g): opset 23 has no operator for it
             sigmoid = graph.op("Sigmoid", [gate], f"{self.name}.sigmoid", shape)
             active = graph.op("Mul", [gate, sigmoid], f"{self.name}.silu", shape)
         else:
             active = graph.op("Gelu", [gate], f"{self.name}.gelu", shape, approximate="tanh")
         return graph.op("Mul", [active, up], f"{self.name}.product", shape)
-
-
-Prologue = RmsNorm | Gate
