@@ -14,15 +14,16 @@ enum Weights { kQWeight, kScales, kRowSums, kBias, kNorm, kResidualInput };  // 
 
 #define FIELD(name) SPECQUANT_FIELD(MatMulAttributes, name)
 constexpr Field kFusedFields[] = {FIELD(group_size), FIELD(act_bits), FIELD(act_group), FIELD(act_clip),
-                                  FIELD(hadamard),   FIELD(subtract), FIELD(prologue),  FIELD(epsilon)};
+                                  FIELD(hadamard),   FIELD(subtract), FIELD(prologue),  FIELD(epsilon),
+                                  FIELD(gate)};
 constexpr Field kResidualFields[] = {FIELD(group_size), FIELD(act_bits), FIELD(act_group), FIELD(act_clip),
-                                     FIELD(hadamard),   FIELD(prologue), FIELD(epsilon)};
+                                     FIELD(hadamard),   FIELD(prologue), FIELD(epsilon),  FIELD(gate)};
 #undef FIELD
 
 }  // namespace
 
-const MatMulKind kFused{"SpecQuantMatMul", 4, 10, kFusedFields, 8};
-const MatMulKind kResidual{"Int4ResidualMatMul", 1, 7, kResidualFields, 7};
+const MatMulKind kFused{"SpecQuantMatMul", 4, 10, kFusedFields, 9};
+const MatMulKind kResidual{"Int4ResidualMatMul", 1, 7, kResidualFields, 8};
 
 int32_t MatMulPlugin::getOutputDataTypes(DataType* outputs, int32_t, const DataType* inputs,
                                          int32_t count) const noexcept {
@@ -32,10 +33,12 @@ int32_t MatMulPlugin::getOutputDataTypes(DataType* outputs, int32_t, const DataT
 }
 
 int32_t MatMulPlugin::getOutputShapes(const DimsExprs* inputs, int32_t count, const DimsExprs*, int32_t,
-                                      DimsExprs* outputs, int32_t, IExprBuilder&) noexcept {
+                                      DimsExprs* outputs, int32_t, IExprBuilder& builder) noexcept {
   if (count != kind_.inputs || inputs[0].nbDims < 1 || inputs[kind_.first + kScales].nbDims != 2) return 1;
   outputs[0] = inputs[0];
-  outputs[0].d[inputs[0].nbDims - 1] = inputs[kind_.first + kScales].d[1];
+  const IDimensionExpr* const m = inputs[kind_.first + kScales].d[1];
+  outputs[0].d[inputs[0].nbDims - 1] =
+      attributes_.gate ? builder.operation(DimensionOperation::kFLOOR_DIV, *m, *builder.constant(2)) : m;
   return 0;
 }
 
@@ -76,11 +79,10 @@ const char* MatMulPlugin::sizes(const Dims* shapes, bool half, SpecquantCudaProb
   p.prologue = int32_t(std::clamp<int64_t>(attributes_.prologue, -1, 99));
   p.act_clip = attributes_.act_clip;
   p.epsilon = attributes_.epsilon;
+  p.gate = int32_t(std::clamp<int64_t>(attributes_.gate, -1, 99));
   p.half = half;
   p.wide_sums = 1;
-  const int64_t parts = p.prologue == 2 || p.prologue == 3 ? 2 : 1;  // gate and up
-  const int64_t n = p.in_features = last(x) / parts, m = p.out_features = last(weights[kScales]);
-  if (last(x) % parts) return "x must be a gate and what it gates, of one size";
+  const int64_t n = p.in_features = last(x), m = p.out_features = last(weights[kScales]);
   if (kind_.first > kBasis) {
     const int64_t r = p.basis_rank = p.rank = last(shapes[kBasis]);
     if (!fits(shapes[kBasis], {n, r}) || !fits(shapes[kCoef], {r, m})) return "basis or coef has another shape";

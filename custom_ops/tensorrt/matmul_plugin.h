@@ -12,6 +12,7 @@ struct MatMulAttributes {
   float act_clip = 1.0f;
   int64_t hadamard = 0, subtract = 0, prologue = 0;
   float epsilon = 1e-5f;
+  int64_t gate = 0;
 };
 
 // first: the index of qweight, which scales, row_sums, bias, norm and residual follow. Before it come x and, where that

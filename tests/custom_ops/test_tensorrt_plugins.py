@@ -19,7 +19,7 @@ pytest.importorskip("tensorrt_rtx", reason="the extra `tensorrt-rtx` is not inst
 import tensorrt_rtx as trt
 
 from specquant.custom_ops import tensorrt_plugins
-from specquant.custom_ops.schema import GATES, OPS
+from specquant.custom_ops.schema import OPS
 from specquant.exporter.engine_builder import Limits, build_engine
 from specquant.exporter.graph import build_model, save_model
 from specquant.exporter.lowering import lower
@@ -112,8 +112,8 @@ def run(
 @pytest.mark.parametrize("op", ["SpecQuantMatMul", "Int4ResidualMatMul"])
 @pytest.mark.parametrize("float_type", [np.float32, np.float16])
 @pytest.mark.parametrize(
-    ("act_bits", "group", "hadamard", "prologue"),
-    [(8, 64, 64, 0), (4, 64, 0, 0), (4, 0, 16, 0), (16, 64, 0, 1), (16, 0, 16, 2)],
+    ("act_bits", "group", "hadamard", "prologue", "gate"),
+    [(8, 64, 64, 0, 0), (4, 64, 0, 0, 1), (4, 0, 16, 0, 0), (16, 64, 0, 1, 0), (16, 0, 16, 0, 2)],
 )
 def test_linears(
     rng: np.random.Generator,
@@ -124,19 +124,20 @@ def test_linears(
     group: int,
     hadamard: int,
     prologue: int,
+    gate: int,
 ) -> None:
     """Sizes that do not divide the tiles; with a prologue a residual too."""
     n, m, tokens = 128, 40, 19
     attributes = {"group_size": group, "act_bits": act_bits, "act_group": group, "hadamard": hadamard}
     attributes |= {"subtract": 1} if op == "SpecQuantMatMul" else {}
-    attributes |= {"prologue": prologue}
+    attributes |= {"prologue": prologue, "gate": gate}
     weights = random_weights(rng, op, n, m, 5, group, group)
-    x = random_input(rng, (1, tokens, 2 * n if prologue in GATES else n), float_type)
+    x = random_input(rng, (1, tokens, n), float_type)
     residual = rng.standard_normal((1, tokens, m) if prologue else 1).astype(float_type) * bool(prologue)
     weights |= {"norm": rng.uniform(0.2, 3, n).astype(np.float32), "residual": residual.astype(float_type)}
     expected = REFERENCE[op](x, **weights, **attributes)
     weights["row_sums"] = weights["row_sums"].astype(np.int32)
-    y = np.full((1, tokens, m), np.nan, float_type)
+    y = np.full((1, tokens, m // 2 if gate else m), np.nan, float_type)
     run(creators[op], op, attributes, [aligned(array) for array in (x, *weights.values())], [y])
     bound = 2e-3 if float_type == np.float16 or act_bits == 16 else 1e-4
     np.testing.assert_allclose(y, expected, rtol=bound, atol=bound * np.abs(expected).max())
