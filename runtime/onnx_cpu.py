@@ -44,7 +44,7 @@ class OnnxCpu:
         self.model = model
         self.context = context
         self.dtype: np.dtype[np.floating] = np.dtype(model.float_type)
-        ours = model.kv_bits == 4 or model.attention == "HalfKVAttention"
+        ours = self.our_attention = model.kv_bits == 4 or model.attention == "HalfKVAttention"
         self.prompt_block = _BLOCK_OUR_ATTENTION if ours else _BLOCK
         self.block = max(1, min(self.prompt_block, _MAX_LOGITS // model.vocab_size))  # of prefill with all its logits
         # A head that is ONNX Runtime's own product needs its threads awake.
@@ -114,6 +114,7 @@ class OnnxSequences:
 
     def rewind(self, row: int, tokens: int) -> None:
         self._cache.rewind(row, tokens)
+        self._step = None
 
     def drop(self, row: int) -> None:
         self._cache.drop(row)
@@ -124,7 +125,9 @@ class _Binding:
     """The graph's inputs and outputs bound to fixed memory, for `tokens` new tokens in each of some rows, with logits
     of the last `keep` of them, or of all for 0.
 
-    Everything but the mask keeps its shape from step to step, so a step binds one thing.
+    GroupQueryAttention computes as many scores as the mask is long, so that a step binds another mask. Ours looks at the
+    ones in it alone: its mask has the cache's capacity, nothing changes its shape from step to step, and ONNX Runtime
+    plans its memory once.
     """
 
     def __init__(self, backend: OnnxCpu, cache: KVCache, rows: slice, tokens: int, keep: int = 0) -> None:
@@ -138,13 +141,15 @@ class _Binding:
         self._keep = np.array([keep], np.int64)
         self._kept = [buffer[rows] for buffer in cache.buffers]  # views, alive while they are bound
         self._rank = backend.rank
-        self._mask: NDArray[np.int64]
+        self._in_place = backend.our_attention
+        self._mask: NDArray[np.int64] = _mask(cache.lengths[rows], cache.capacity)
         self._input("input_ids", self._ids)
         self._input("position_ids", self._positions)
         if keep:
             self._input("logits_to_keep", self._keep)
         if self._rank is not None:
             self._input("rank", self._rank)
+        self._input("attention_mask", self._mask)
         for index, buffer in enumerate(self._kept):
             name = f"{index // 2}.{('key', 'value')[index % 2]}"
             self._input(f"past_key_values.{name}", buffer)
@@ -156,9 +161,12 @@ class _Binding:
         tokens = ids.shape[1]
         self._ids[:] = ids
         self._positions[:] = lengths[:, None] + np.arange(tokens)
-        total = lengths + tokens
-        self._mask = (np.arange(total.max()) < total[:, None]).astype(np.int64)
-        self._input("attention_mask", self._mask)
+        if self._in_place:
+            for row, length in enumerate(lengths):
+                self._mask[row, length : length + tokens] = 1
+        else:
+            self._mask = _mask(lengths + tokens, int(lengths.max()) + tokens)
+            self._input("attention_mask", self._mask)
         run_graph(self._session, self._binding)
         return self._logits.astype(np.float32, copy=False)
 
@@ -167,3 +175,8 @@ class _Binding:
 
     def _output(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _mask(lengths: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+    """int64 [rows, width]: as many ones in a row as it has tokens."""
+    return (np.arange(width) < lengths[:, None]).astype(np.int64)
