@@ -17,7 +17,9 @@ class AttentionKernel : public CpuKernel {
 
   void compute(KernelContext* context) const override {
     Attention a = attributes_;
-    const Shape cache = read_call(kind_, inputs(context, kind_.inputs()), a);
+    Inputs given(kind_.inputs());
+    read(context, given);
+    const Shape cache = read_call(kind_, given, a);
     if (const char* wrong = check(a)) throw std::runtime_error(wrong);
 
     a.y = output(context, 0, {a.batch, a.sequence, a.num_heads * a.head_dim});

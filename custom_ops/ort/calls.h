@@ -32,19 +32,20 @@ void read_attributes(const Kernel& kernel, const MatMulKind& kind, const KernelI
 // Sizes and operands of a call, and the shape of y. `check`, which says in one line what is wrong, sees them before
 // shapes are compared. no_residual(tensor): whether a `residual` of one element is the dummy. Throws std::runtime_error.
 template <class P, class Check, class NoResidual>
-Shape read_call(const MatMulKind& kind, const std::vector<Tensor>& given, P& p, const Check& check,
+Shape read_call(const MatMulKind& kind, const Inputs& given, P& p, const Check& check,
                 const NoResidual& no_residual) {
   const Tensor& x = given[0];
-  const Tensor* const branch = kind.branch ? &given[1] : nullptr;                      // basis, coef, rank
-  const Tensor* const weights = kind.weights ? &given[kind.branch ? 4 : 1] : nullptr;  // qweight, scales, …
+  // basis, coef, rank; qweight, scales, row_sums, bias, norm, residual
+  const auto branch = [&](size_t i) -> const Tensor& { return given[1 + i]; };
+  const auto weights = [&](size_t i) -> const Tensor& { return given[(kind.branch ? 4 : 1) + i]; };
   const int64_t n = p.in_features = x.last("x");
-  const int64_t m = p.out_features = weights ? weights[1].last("scales") : branch[1].last("coef");
+  const int64_t m = p.out_features = kind.weights ? weights(1).last("scales") : branch(1).last("coef");
   p.tokens = 1;
   for (size_t axis = 0; axis + 1 < x.shape.size(); ++axis) p.tokens *= x.shape[axis];
   p.half = x.type == kFloat16;
   p.x = x.as<void>();
-  if (branch) {
-    const Tensor &basis = branch[0], &coef = branch[1], &rank = branch[2];
+  if (kind.branch) {
+    const Tensor &basis = branch(0), &coef = branch(1), &rank = branch(2);
     rank.expect("rank", {1});
     const int64_t r = p.basis_rank = basis.last("basis"), wanted = *rank.as<int64_t>();
     basis.expect("basis", {n, r});
@@ -53,26 +54,26 @@ Shape read_call(const MatMulKind& kind, const std::vector<Tensor>& given, P& p, 
     point(p.basis, basis);
     point(p.coef, coef);
   }
-  if (weights) {
-    point(p.qweight, weights[0]);
-    point(p.scales, weights[1]);
-    point(p.row_sums, weights[2]);
-    p.wide_sums = weights[2].type == kInt32;
-    point(p.bias, weights[3]);
-    point(p.norm, weights[4]);
+  if (kind.weights) {
+    point(p.qweight, weights(0));
+    point(p.scales, weights(1));
+    point(p.row_sums, weights(2));
+    p.wide_sums = weights(2).type == kInt32;
+    point(p.bias, weights(3));
+    point(p.norm, weights(4));
   }
   if (const char* wrong = check(p)) throw std::runtime_error(wrong);
   Shape y = x.shape;
   y.back() = p.gate ? m / 2 : m;
-  if (!weights) return y;
+  if (!kind.weights) return y;
   const auto [small, large] = std::minmax(p.group_size, p.act_group);
   const int64_t segment = small ? small : large ? large : n;
-  weights[0].expect("qweight", {(m + 15) / 16, (n + 7) / 8, 64});
-  weights[1].expect("scales", {p.group_size ? n / p.group_size : 1, m});
-  weights[2].expect("row_sums", {n / segment, m});
-  weights[3].expect("bias", {m});
-  if (p.prologue == kRmsNormed) weights[4].expect("norm", {n});
-  const Tensor& residual = weights[5];
+  weights(0).expect("qweight", {(m + 15) / 16, (n + 7) / 8, 64});
+  weights(1).expect("scales", {p.group_size ? n / p.group_size : 1, m});
+  weights(2).expect("row_sums", {n / segment, m});
+  weights(3).expect("bias", {m});
+  if (p.prologue == kRmsNormed) weights(4).expect("norm", {n});
+  const Tensor& residual = weights(5);
   if (residual.shape != Shape{1} || y == Shape{1} || !no_residual(residual)) {
     if (p.gate) throw std::runtime_error("with a gate there is no residual");
     residual.expect("residual", y);
@@ -96,7 +97,7 @@ void read_attributes(const Kernel& kernel, const AttentionKind&, const KernelInf
 // Sizes and operands of a call of attention, not checked but for shapes; the shape of its cache. Throws
 // std::runtime_error.
 template <class P>
-Shape read_call(const AttentionKind& kind, const std::vector<Tensor>& given, P& p) {
+Shape read_call(const AttentionKind& kind, const Inputs& given, P& p) {
   const Tensor &qkv = given[0], &past_key = given[1], &past_value = given[2], &seqlens = given[3];
   const Tensor &total = given[4], &positions = given[5], &cos = given[6], &sin = given[7];
   if (qkv.shape.size() != 3) throw std::runtime_error("qkv must be [batch, sequence, width]");

@@ -35,7 +35,8 @@ class CudaMatMul : public CudaKernel {
   }
 
   void compute(KernelContext* context) const override {
-    const std::vector<Tensor> given = inputs(context, kind_.inputs());
+    Inputs given(kind_.inputs());
+    read(context, given);
     SpecquantCudaProblem p = attributes_;
     // A residual of one element lies on the GPU and is taken for the dummy without a look.
     const Shape shape = read_call(
@@ -60,7 +61,8 @@ class CudaBranch : public CudaKernel {
   CudaBranch(const Api& api, const MatMulKind& kind, const KernelInfo* info) : CudaKernel(api, info), kind_(kind) {}
 
   void compute(KernelContext* context) const override {
-    const std::vector<Tensor> given = inputs(context, kind_.inputs());
+    Inputs given(kind_.inputs());
+    read(context, given);
     SpecquantCudaProblem p{};
     SpecquantCudaBranch b{};
     const auto check = [&](const SpecquantCudaProblem&) {
@@ -91,7 +93,9 @@ class CudaAttention : public CudaKernel {
 
   void compute(KernelContext* context) const override {
     SpecquantCudaAttention a = attributes_;
-    const Shape cache = read_call(kind_, inputs(context, kind_.inputs()), a);
+    Inputs given(kind_.inputs());
+    read(context, given);
+    const Shape cache = read_call(kind_, given, a);
     if (const char* wrong = library_.check_attention(&a)) throw std::runtime_error(wrong);
     a.y = output(context, 0, {a.batch, a.sequence, a.num_heads * a.head_dim});
     a.present_key = output(context, 1, cache);

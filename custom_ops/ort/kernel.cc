@@ -67,7 +67,7 @@ CpuKernel::CpuKernel(const Api& api, const KernelInfo* info, std::shared_ptr<Ses
     int constant = 0;
     const Value* value = nullptr;
     must(api_.KernelInfoGetConstantInput_tensor(info, i, &constant, &value));
-    if (constant && value) constants_[i] = read(api_, value);
+    if (constant && value) constants_[i] = ort::read(api_, value);
   }
 }
 
@@ -89,20 +89,17 @@ float Kernel::attribute(const KernelInfo* info, const char* name, float otherwis
   return value;
 }
 
-std::vector<Tensor> Kernel::inputs(KernelContext* context, size_t count) const {
-  std::vector<Tensor> tensors;
-  tensors.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
+void Kernel::read(KernelContext* context, Inputs& inputs) const {
+  for (size_t i = 0; i < inputs.size(); ++i) {
     if (i < constants_.size() && constants_[i]) {
-      tensors.push_back(*constants_[i]);
+      inputs.keep(i, *constants_[i]);
       continue;
     }
     const Value* value = nullptr;
     must(api_.KernelContext_GetInput(context, i, &value));
     if (!value) throw std::runtime_error("input " + std::to_string(i) + " is missing");
-    tensors.push_back(read(api_, value));
+    inputs.read(i, ort::read(api_, value));
   }
-  return tensors;
 }
 
 void* Kernel::output(KernelContext* context, size_t index, const Shape& shape) const {

@@ -75,6 +75,26 @@ struct Tensor {
   }
 };
 
+// The inputs of a call, of which the constant ones stay where they are.
+class Inputs {
+ public:
+  static constexpr size_t kMost = 10;
+
+  // Throws std::runtime_error if there are more than kMost.
+  explicit Inputs(size_t count) : count_(count) {
+    if (count > kMost) throw std::runtime_error("an op has more than 10 inputs");
+  }
+  size_t size() const { return count_; }
+  const Tensor& operator[](size_t index) const { return *at_[index]; }
+  void keep(size_t index, const Tensor& constant) { at_[index] = &constant; }
+  void read(size_t index, const Tensor& tensor) { at_[index] = &(own_[index] = tensor); }
+
+ private:
+  const size_t count_;
+  const Tensor* at_[kMost];
+  Tensor own_[kMost];
+};
+
 class Kernel {
  public:
   virtual ~Kernel() { api_.ReleaseAllocator(allocator_); }
@@ -92,7 +112,7 @@ class Kernel {
   Kernel(const Api& api, const KernelInfo* info);
 
   // The inputs of a call. Weights are constant, and were looked at when the kernel was made.
-  std::vector<Tensor> inputs(KernelContext* context, size_t count) const;
+  void read(KernelContext* context, Inputs& inputs) const;
   void* output(KernelContext* context, size_t index, const Shape& shape) const;
 
   const Api api_;

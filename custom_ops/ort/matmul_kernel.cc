@@ -34,7 +34,8 @@ class MatMulKernel : public CpuKernel {
   }
 
   void compute(KernelContext* context) const override {
-    const std::vector<Tensor> given = inputs(context, kind_.inputs());
+    Inputs given(kind_.inputs());
+    read(context, given);
     Problem p = attributes_;
     Shape shape = read_call(kind_, given, p, [](const Problem& problem) { return check(problem); }, is_zero);
     if (no_bias_) p.bias = nullptr;

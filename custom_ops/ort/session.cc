@@ -21,7 +21,9 @@ ThreadPool SessionThreads::pool(const Node* node) {
 
 void SessionThreads::done(Node& node, const Problem& problem) {
   std::call_once(node.known, [&] { node.problem = problem; });
-  if (Node* const before = previous_.exchange(&node)) before->next.store(&node, std::memory_order_release);
+  Node* const before = previous_.exchange(&node);
+  if (before && before->next.load(std::memory_order_relaxed) != &node)  // a store would take the line from who reads ahead
+    before->next.store(&node, std::memory_order_release);
   workers_.meanwhile(read_ahead, &node);
 }
 

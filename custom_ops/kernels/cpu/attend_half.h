@@ -182,35 +182,34 @@ struct HalfTile {
   // Scores of N rows and T tokens, of which `keys` is the first and `token` its place in the block.
   template <int N, int T>
   void score_tokens(int64_t row, const uint16_t* keys, int64_t token) {
-    using G = typename E::F;
-    G sums[N][T];
+    F sums[N][T];
 #pragma GCC unroll 16
-    for (int i = 0; i < N * T; ++i) sums[i / T][i % T] = E::splat(0.0f);
-    for (int64_t i = 0; i < d; i += 8) {
-      G key[T];
+    for (int i = 0; i < N * T; ++i) sums[i / T][i % T] = V::splat(0.0f);
+    for (int64_t i = 0; i < d; i += V::W) {
+      F key[T];
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) key[t] = E::half(keys + t * d + i);
+      for (int t = 0; t < T; ++t) key[t] = V::half(keys + t * d + i);
 #pragma GCC unroll 4
       for (int r = 0; r < N; ++r) {
-        const G query = E::load(queries + (row + r) * kMostHeadDim + i);
+        const F query = V::load(queries + (row + r) * kMostHeadDim + i);
 #pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) sums[r][t] = E::fma(query, key[t], sums[r][t]);
+        for (int t = 0; t < T; ++t) sums[r][t] = V::fma(query, key[t], sums[r][t]);
       }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < N * T; ++i) scores[(row + i / T) * kHalfBlock + token + i % T] = E::total(sums[i / T][i % T]);
+    for (int i = 0; i < N * T; ++i) scores[(row + i / T) * kHalfBlock + token + i % T] = V::total(sums[i / T][i % T]);
   }
 
-  // y of N rows and 16 features, over tokens whose values lie from `values` on.
-  template <int N>
+  // y of N rows and P vectors of features, over tokens whose values lie from `values` on: many sums, since each waits for
+  // its last addition.
+  template <int N, int P>
   void add_tokens(int64_t row, int64_t feature, const uint16_t* values, const Seen& tokens) {
-    constexpr int P = 16 / V::W;
     F sums[N][P];
     float* const y = out.y + row * d + feature;
 #pragma GCC unroll 8
     for (int i = 0; i < P * N; ++i)
       sums[i / P][i % P] = V::load(y + i / P * d + i % P * V::W) * V::splat(corrections[row + i / P]);
-    const float* weights = scores + row * kHalfBlock;
+    const float* const weights = scores + row * kHalfBlock;
     for (int64_t j = tokens.from; j < tokens.to; ++j) {
       F value[P];
 #pragma GCC unroll 4
@@ -251,7 +250,10 @@ struct HalfTile {
     const Seen tokens = seen(0, tile.rows, start, count);
     for (int64_t r = 0; r < tile.rows; ++r) weigh(r, tokens, 0, round_up(count, V::W));
     for_runs<kStepRows>([&](int64_t row, auto rows) {
-      for (int64_t feature = 0; feature < d; feature += 16) add_tokens<rows>(row, feature, values, tokens);
+      constexpr int many = V::W == 16 ? 4 : 2, few = 16 / V::W;
+      int64_t feature = 0;
+      for (; feature + many * V::W <= d; feature += many * V::W) add_tokens<rows, many>(row, feature, values, tokens);
+      for (; feature < d; feature += 16) add_tokens<rows, few>(row, feature, values, tokens);
     });
   }
 
