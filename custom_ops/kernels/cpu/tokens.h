@@ -9,53 +9,12 @@
 #include "hadamard.h"
 #include "half.h"
 #include "prologue.h"
+#include "quantize.h"
 #include "steps.h"
 #include "subtract.h"
 
 namespace specquant {
 namespace {
-
-// Levels less their zero-point, which fits a byte (docs/ops.md), with a scale per group and −8 Σ of every segment.
-template <class E>
-void quantize_row(const float* u, int64_t n, int bits, int64_t group, int64_t segment, float clip, int8_t* q,
-                  float* scale, int32_t* start) {
-  using F = typename E::F;
-  const int64_t length = group ? group : n;
-  const float qmax = bits == 8 ? 254.0f : float((1 << bits) - 1);
-  for (int64_t g = 0; g * length < n; ++g) {
-    const float* values = u + g * length;
-    F low = E::splat(0.0f), high = E::splat(0.0f), poison = E::splat(0.0f);
-    for (int64_t i = 0; i < length; i += E::W) {
-      const F value = E::load(values + i);
-      low = E::min(low, value);
-      high = E::max(high, value);
-      poison = poison + (value - value);  // 0 if finite, else NaN
-    }
-    float lo = clip * E::smallest(low), hi = clip * E::largest(high);
-    if (bits == 8) lo = -(hi = hi > -lo ? hi : -lo);
-    const float range = hi - lo;
-    const bool finite = !E::any_nan(poison) && range <= 3.402823466e38f;
-    const bool used = finite && range >= 1e-30f;
-    const float inverse = used ? qmax / range : 0.0f;
-    const float zero = used ? __builtin_rintf(-lo * inverse) : 0.0f;
-    scale[g] = finite ? (used ? range / qmax : 0.0f) : __builtin_nanf("");
-    for (int64_t from = 0; from < length; from += segment) {
-      F sum = E::splat(0.0f);
-      for (int64_t i = from; i < from + segment; i += E::W) {
-        // A multiplication by `used` would keep NaN, so unused groups get their zeros here.
-        const F value = used ? E::load(values + i) : E::splat(0.0f);
-        const F level = E::min(E::max(E::round(value * E::splat(inverse)), E::splat(-zero)), E::splat(qmax - zero));
-        E::store_int8(q + g * length + i, level);
-        sum = sum + level;
-      }
-      float lanes[E::W];  // whole numbers below 2^24, which all of them together may pass
-      E::store(lanes, sum);
-      int32_t total = 0;
-      for (const float lane : lanes) total += int32_t(lane);
-      *start++ = -8 * total;
-    }
-  }
-}
 
 // acc[t][v] += Σ_k a[t·lda + k] · b[k, column + v·W + lane], from ≤ k < to; b is float16 [rows, width], lanes along its
 // columns.
@@ -161,6 +120,7 @@ void quantize_for_product(const Problem& p, const Activations& x, int64_t row) {
   quantize_row<E>(x.u + row * x.features, p.in_features, p.act_bits, p.act_group, segment_length(p), p.act_clip,
                   x.a + row * x.features, scale, x.start + row * x.segments);
   const int64_t groups = p.act_group ? p.in_features / p.act_group : 1;
+  if (groups == x.segments) return;
   for (int64_t s = x.segments - 1; s >= 0; --s) scale[s] = scale[s * groups / x.segments];  // backwards: in place
 }
 
