@@ -62,12 +62,13 @@ def quant_linear(
     order = np.arange(m).reshape(2, -1).T.reshape(-1) if gate else slice(None)
     segment = segment_length(n, entry.group_size, entry.act_group)
     packed = (-(-m // 16), -(-n // 8), 64)
-    bias = entry.bias if entry.bias is not None else np.zeros(m, np.float32)
     weights = [
         graph.lazy(f"{name}.qweight", ir.DataType.INT8, packed, lambda: pack_int4(entry.q[:, order])),
         graph.tensor(f"{name}.scales", entry.scales[:, order]),
         graph.tensor(f"{name}.row_sums", row_sums(entry.q, segment)[:, order]),
-        graph.tensor(f"{name}.bias", bias[order]),
+        graph.once(f"no_bias.{m}", np.zeros(m, np.float32))
+        if entry.bias is None
+        else graph.tensor(f"{name}.bias", entry.bias[order]),
         graph.tensor(f"{norm.name}.weight", norm.weight) if norm else graph.once("no_norm", np.zeros(1, np.float32)),
         residual or graph.once("no_residual", np.zeros(1, graph.float_type.numpy())),
     ]
