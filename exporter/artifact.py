@@ -245,7 +245,13 @@ def _linear_bytes_by_kind(x: Linear, decoder: Decoder) -> dict[str, int]:
     sums = (n // segment) * m * row_sums(x.q[:segment, :1], segment).itemsize
     branch = 0 if x.basis is None or x.coef is None else x.basis.nbytes + x.coef.nbytes
     packed = -(-m // 16) * -(-n // 8) * 64
-    return {"int4": packed, "scales": x.scales.nbytes, "row_sums": sums, "branch": branch, "bias": 0 if x.bias is None else 4 * m}
+    return {
+        "int4": packed,
+        "scales": x.scales.nbytes,
+        "row_sums": sums,
+        "branch": branch,
+        "bias": 0 if x.bias is None else 4 * m,
+    }
 
 
 def _float_bytes(decoder: Decoder) -> int:
