@@ -125,9 +125,9 @@ class _Binding:
     """The graph's inputs and outputs bound to fixed memory, for `tokens` new tokens in each of some rows, with logits
     of the last `keep` of them, or of all for 0.
 
-    GroupQueryAttention computes as many scores as the mask is long, so that a step binds another mask. Ours looks at the
-    ones in it alone: its mask has the cache's capacity, nothing changes its shape from step to step, and ONNX Runtime
-    plans its memory once.
+    GroupQueryAttention computes as many scores as the mask is long, so that a step binds another mask. Ours looks at
+    the ones in it alone: its mask has the cache's capacity, nothing changes its shape from step to step, and ONNX
+    Runtime plans its memory once.
     """
 
     def __init__(self, backend: OnnxCpu, cache: KVCache, rows: slice, tokens: int, keep: int = 0) -> None:
