@@ -203,11 +203,10 @@ size_t prompt_shared(const Args& args) {
 }
 
 cudaError_t prompt(const Args& args, const Source& source, cudaStream_t stream) {
-  const bool gates = source.prologue >= kSiluGate, exact = !source.prologue && !args.hadamard;
-  const auto pick = [&](auto run) { return run(args, source, stream); };
-  if (!source.half) return gates ? pick(start_threads<float, kGates>) : pick(start_threads<float, kValues>);
-  return gates ? pick(start_threads<__half, kGates>)
-               : exact ? pick(start_threads<__half, kExact>) : pick(start_threads<__half, kValues>);
+  if (!source.half) return start_threads<float, kValues>(args, source, stream);
+  const bool exact = !source.prologue && !args.hadamard;
+  return exact ? start_threads<__half, kExact>(args, source, stream)
+               : start_threads<__half, kValues>(args, source, stream);
 }
 
 }  // namespace specquant_cuda

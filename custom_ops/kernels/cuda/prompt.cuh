@@ -11,8 +11,8 @@
 
 namespace specquant_cuda {
 
-// How x is read: float16 that is x̂ already, whose products are exact in float16; any x̂ but one with a gate; that.
-enum Reads { kExact, kValues, kGates };
+// How x is read: float16 that is x̂ already, whose products are exact in float16; any other.
+enum Reads { kExact, kValues };
 
 // Where a feature of 64 has its row of the basis.
 __device__ __forceinline__ int basis_row_of(int feature) { return feature % 16 / 2 * 8 + feature / 16 * 2 + feature % 2; }
@@ -45,42 +45,39 @@ __device__ __forceinline__ void fetch_basis(const Args& args, int first, int fea
   }
 }
 
-// x as it lies in memory: of a thread's two tokens, its 16 features, and with a gate what it gates.
+// x as it lies in memory: of a thread's two tokens, its 16 features.
 template <class X, Reads reads>
 struct Raw {
-  static constexpr int kPieces = 16 * sizeof(X) / 16, kEach = 16 / sizeof(X), kParts = reads == kGates ? 2 : 1;
-  uint4 v[kParts][2][kPieces];
+  static constexpr int kPieces = 16 * sizeof(X) / 16, kEach = 16 / sizeof(X);
+  uint4 v[2][kPieces];
 
   // A token's row; past the last one that of the last, of which nothing is kept.
-  __device__ __forceinline__ static const X* row_of(const Args& args, const Source& source, int token, int part) {
-    const int64_t row = static_cast<int64_t>(min(token, args.tokens - 1)) * kParts + part;
-    return static_cast<const X*>(source.x) + row * args.n;
+  __device__ __forceinline__ static const X* row_of(const Args& args, const Source& source, int token) {
+    return static_cast<const X*>(source.x) + static_cast<int64_t>(min(token, args.tokens - 1)) * args.n;
   }
 
   __device__ __forceinline__ void load(const Args& args, const Source& source, int token, int feature) {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part)
+    for (int h = 0; h < 2; ++h) {
+      const X* from = row_of(args, source, token + 8 * h) + feature;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const X* from = row_of(args, source, token + 8 * h, part) + feature;
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i)  // not __ldg: x may have been written while this kernel was already starting
-          v[part][h][i] = feature + i * kEach < args.n ? *reinterpret_cast<const uint4*>(from + i * kEach)
-                                                       : make_uint4(0, 0, 0, 0);
-      }
+      for (int i = 0; i < kPieces; ++i)  // not __ldg: x may have been written while this kernel was already starting
+        v[h][i] = feature + i * kEach < args.n ? *reinterpret_cast<const uint4*>(from + i * kEach)
+                                               : make_uint4(0, 0, 0, 0);
+    }
   }
 
   // The same of later tokens, a line a thread, on its way to the second-level cache.
   __device__ __forceinline__ static void prefetch_ahead(const Args& args, const Source& source, int token, int feature) {
     if (feature >= args.n) return;
 #pragma unroll
-    for (int i = 0; i < kParts * 2; ++i) prefetch(row_of(args, source, token + i % 2 * 8, i / 2) + feature);
+    for (int h = 0; h < 2; ++h) prefetch(row_of(args, source, token + 8 * h) + feature);
   }
 
-  __device__ __forceinline__ void floats(int part, int h, float (&to)[16]) const {
+  __device__ __forceinline__ void floats(int h, float (&to)[16]) const {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const uint4 raw = v[part][h][i];
+      const uint4 raw = v[h][i];
       if constexpr (sizeof(X) == 2) {
         widen(raw, *reinterpret_cast<float(*)[8]>(to + 8 * i));
       } else {
@@ -95,7 +92,7 @@ struct Raw {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float x[16];
-      floats(0, h, x);
+      floats(h, x);
       sum[h] = 0.0f;
 #pragma unroll
       for (int i = 0; i < 16; ++i) sum[h] = fmaf(x[i], x[i], sum[h]);
@@ -108,16 +105,8 @@ struct Raw {
   __device__ __forceinline__ void values(const Args& args, const Source& source, int feature, const Root (&roots)[2],
                                          float (&u)[2][16]) const {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) floats(0, h, u[h]);
-    if constexpr (reads == kGates) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float up[16];
-        floats(1, h, up);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) u[h][i] = gated(u[h][i], up[i], source.prologue == kGeluGate);
-      }
-    } else if (reads == kValues && source.prologue == kRmsNorm) {
+    for (int h = 0; h < 2; ++h) floats(h, u[h]);
+    if (reads == kValues && source.prologue == kRmsNorm) {
 #pragma unroll
       for (int i = 0; i < 16; i += 4) {
         const float4 norm = feature + i < args.n ? __ldg(reinterpret_cast<const float4*>(source.norm + feature + i))
