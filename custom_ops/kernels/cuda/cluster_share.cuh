@@ -78,11 +78,11 @@ __device__ __forceinline__ void load(const Source& source, const Args& args, int
   const X* row = static_cast<const X*>(source.x) + static_cast<int64_t>(token) * args.n;
   if (source.prologue == kRmsNorm) {
     const float value = static_cast<int>(threadIdx.x) < count ? to_float(row[first + threadIdx.x]) : 0.0f;
-    const float root = root_mean_square(row, args.n, source.epsilon, scratch);
-    if (static_cast<int>(threadIdx.x) < count) values[threadIdx.x] = __fdiv_rn(value, root) * norm;
+    const float inverse = inverse_rms(row, args.n, source.epsilon, scratch);
+    if (static_cast<int>(threadIdx.x) < count) values[threadIdx.x] = value * inverse * norm;
 #pragma unroll 1
     for (int i = threadIdx.x + kThreads; i < count; i += kThreads)
-      values[i] = __fdiv_rn(to_float(row[first + i]), root) * source.norm[first + i];
+      values[i] = to_float(row[first + i]) * inverse * source.norm[first + i];
     return;
   }
 #pragma unroll 2

@@ -109,6 +109,7 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   const int each = a.tokens < kManyTokens ? kPromptUnits : kPromptUnitsOfMany;
   while (a.spread * each < units && a.spread < (hopper ? 16 : 8)) a.spread *= 2;
   a.units = int(round_up(ceil_div(units, a.spread), std::max(1, a.hadamard / kStep)));
+  a.late_norm = p.prologue && p.half && !a.hadamard && a.rank;
   plan.prompt = device.major >= 9 && a.n % kBlock == 0 && a.r <= kFastRank && aligned(p.x) && aligned(p.basis) &&
                 (!p.prologue || aligned(p.norm)) && a.units <= kPromptWarps &&
                 (halves || a.act_group == a.n || (a.act_group == kStep && a.segment == kStep)) &&

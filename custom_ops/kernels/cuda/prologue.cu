@@ -10,8 +10,8 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(const X* all, const 
                                                             float epsilon) {
   __shared__ float scratch[kNormThreads / 32];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * n;
-  const float root = root_mean_square(all + row, n, epsilon, scratch);
-  for (int i = threadIdx.x; i < n; i += kNormThreads) to[row + i] = __fdiv_rn(to_float(all[row + i]), root) * norm[i];
+  const float inverse = inverse_rms(all + row, n, epsilon, scratch);
+  for (int i = threadIdx.x; i < n; i += kNormThreads) to[row + i] = to_float(all[row + i]) * inverse * norm[i];
 }
 
 template <class X>

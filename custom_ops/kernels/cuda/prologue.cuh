@@ -10,9 +10,14 @@ constexpr int kNormThreads = 512;  // that sum a row up, wherever: in the same o
 
 enum Prologue { kNoPrologue, kRmsNorm };
 
-// √(mean(row²) + epsilon), by kNormThreads threads; scratch has a float a warp.
+// What normed x is multiplied by, then by the norm: 1 / √(squares / n + epsilon).
+__device__ __forceinline__ float inverse_rms(float squares, int n, float epsilon) {
+  return __frsqrt_rn(squares / static_cast<float>(n) + epsilon);
+}
+
+// That of a row, by kNormThreads threads; scratch has a float a warp.
 template <class X>
-__device__ __forceinline__ float root_mean_square(const X* row, int n, float epsilon, float* scratch) {
+__device__ __forceinline__ float inverse_rms(const X* row, int n, float epsilon, float* scratch) {
   float sum = 0.0f;
 #pragma unroll 8
   for (int i = threadIdx.x; i < n; i += kNormThreads) {
@@ -20,7 +25,7 @@ __device__ __forceinline__ float root_mean_square(const X* row, int n, float eps
     sum = fmaf(value, value, sum);
   }
   sum = over_block<kNormThreads / 32>(sum, Sum(), scratch);
-  return __fsqrt_rn(sum / static_cast<float>(n) + epsilon);
+  return inverse_rms(sum, n, epsilon);
 }
 
 }  // namespace specquant_cuda
