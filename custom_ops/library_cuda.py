@@ -18,9 +18,8 @@ import numpy as np
 
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
-from specquant.custom_ops.schema import GATES
 
-ABI = 5  # SPECQUANT_CUDA_ABI
+ABI = 6  # SPECQUANT_CUDA_ABI
 FILE = "libspecquant_cuda.so"
 PATHS = (
     "cluster",
@@ -34,7 +33,7 @@ PATHS = (
 REBUILD = "install nvcc of CUDA 12.8 or later and run `pip install --force-reinstall .`, or use the CPU"
 
 _SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group", "hadamard")
-_FLAGS = ("act_bits", "subtract", "half", "wide_sums", "prologue")
+_FLAGS = ("act_bits", "subtract", "half", "wide_sums", "prologue", "gate")
 _POINTERS = ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias", "norm", "residual", "y")
 _OFFSETS = ("rotated", "reduced", "partial", "low", "low_factor", "levels", "scale", "zero", "bytes")
 _LENGTHS = ("batch", "sequence", "past_rows", "present_rows", "num_heads", "kv_num_heads", "head_dim")
@@ -202,20 +201,18 @@ def _problem(
     hadamard: int = 0,
     prologue: int = 0,
     epsilon: float = 1e-5,
+    gate: int = 0,
     norm: Any = None,
     residual: Any = None,
 ) -> Problem:
     kind = dtype_of("x", x)
     if kind not in (np.float32, np.float16):
         raise SpecQuantError(f"x is {kind}; give float32 or float16")
-    (tokens, width), m = x.shape, scales.shape[1]
-    n = width // 2 if prologue in GATES else width
-    if prologue in GATES and width % 2:
-        raise SpecQuantError(f"x has {width} features; a gate and what it gates are two halves")
+    (tokens, n), m = x.shape, scales.shape[1]
     r = 0 if basis is None else basis.shape[1]
     segment = segment_length(n, group_size, act_group)
     addresses = {
-        "x": address("x", x, (tokens, width), (kind.type,)),
+        "x": address("x", x, (tokens, n), (kind.type,)),
         "basis": address("basis", basis, (n, r), (np.float16,)),
         "coef": address("coef", coef, (r, m), (np.float16,)),
         "qweight": address("qweight", qweight, (-(-m // 16), -(-n // 8), 64), (np.int8,)),
@@ -224,10 +221,10 @@ def _problem(
         "bias": address("bias", bias, (m,), (np.float32,)),
         "norm": address("norm", norm, (n,), (np.float32,)),
         "residual": address("residual", residual, (tokens, m), (kind.type,)),
-        "y": address("y", y, (tokens, m), (kind.type,)),
+        "y": address("y", y, (tokens, m // 2 if gate else m), (kind.type,)),
     }
     sizes = (tokens, n, m, r, r if rank is None else rank, group_size, act_group, hadamard)
-    flags = (act_bits, subtract, kind == np.float16, dtype_of("row_sums", row_sums) == np.int32, prologue)
+    flags = (act_bits, subtract, kind == np.float16, dtype_of("row_sums", row_sums) == np.int32, prologue, gate)
     return Problem(*sizes, *flags, act_clip, epsilon, *(addresses[name] for name in _POINTERS))
 
 
@@ -242,7 +239,7 @@ def layout(x: Any, **operands: Any) -> Layout:
 
 
 def matmul(x: Any, y: Any, workspace: Any, *, stream: int = 0, path: str | None = None, **operands: Any) -> None:
-    """y [T, M] = `SpecQuantMatMul` of x [T, N], or [T, 2N] with a gate, in order on the CUDA stream.
+    """y [T, M], or [T, M/2] with a gate, = `SpecQuantMatMul` of x [T, N], in order on the CUDA stream.
 
     x and y are both float32 or float16. Operands are the op's inputs and attributes by name (docs/ops.md), arrays on
     the GPU, norm and residual None where unused; without basis and coef it is `Int4ResidualMatMul`. rank None: all

@@ -31,7 +31,7 @@ class Call:
         self.x = DeviceArray(x, offsets.get("x", 0))
         self.layout = library_cuda.layout(self.x, **operands, **rest)
         self.space = DeviceArray(np.full(self.layout.bytes, POISON, np.uint8))
-        m = weights["scales"].shape[1]
+        m = weights["scales"].shape[1] // (2 if rest.get("gate") else 1)
         # A row more, which nobody may write.
         y = DeviceArray(np.full((len(x) + 1, m), np.nan, x.dtype), offsets.get("y", 0))
         view = _Rows(y, len(x))

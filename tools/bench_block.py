@@ -2,7 +2,7 @@
 
 The four linears (q, k and v in one, output, gate and up in one, down) are float16 matrices or INT4 weights with a
 branch of --rank columns. RMSNorm, SiLU, residuals, rotary embedding and attention (scaled_dot_product_attention, the
-fastest torch has) are torch's in the first. In the second norms, gates and residuals are the ops' own inputs, and
+fastest torch has) are torch's in the first. In the second norms, the gate and residuals are within the products, and
 attention is Int4KVAttention, which turns queries and keys and writes the 4-bit cache besides; with --attention torch it
 is that of the first. Random weights and activations. Times are medians of replayed CUDA graphs, the two in turn. Memory
 is what torch has allocated at most during one pass, weights, input, cache and workspaces included, each variant alone:
@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from specquant.custom_ops import library_cuda, library_cuda_attention
 from specquant.custom_ops.kv_rows import row_bytes
-from specquant.custom_ops.schema import PROLOGUES
+from specquant.custom_ops.schema import GATES, PROLOGUES
 from tools.bench_cuda_kernels import Linear, graph_of, kernel_times, medians
 
 
@@ -148,7 +148,7 @@ class OurBlock:
         norm = {"prologue": PROLOGUES.index("rms_norm"), "epsilon": EPSILON}
         for operands in (self.qkv, self.gate_up):
             operands |= norm | {"norm": torch.ones(shape.hidden, device="cuda")}
-        self.down["prologue"] = PROLOGUES.index("silu_gate")
+        self.gate_up["gate"] = GATES.index("silu")
         own, rows = args.attention == "ours", -(-args.batch // self.parts)
         counts = [min(rows, args.batch - first) for first in range(0, args.batch, rows)]
         self.attentions = [OurAttention(shape, count, sequence) for count in counts] if own else []
@@ -163,7 +163,7 @@ class OurBlock:
 
     def multiply(self, operands: dict[str, Any], x: Tensor, y: Tensor | None = None, **more: Tensor) -> Tensor:
         if y is None:
-            y = x.new_empty(x.shape[0], operands["scales"].shape[1])
+            y = x.new_empty(x.shape[0], operands["scales"].shape[1] // (2 if operands.get("gate") else 1))
         space = self.space(library_cuda.layout(x, **operands, **more).bytes)
         stream = torch.cuda.current_stream().cuda_stream
         library_cuda.matmul(x, y, space, stream=stream, **operands, **more)

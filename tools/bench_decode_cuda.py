@@ -25,26 +25,25 @@ from tools.bench_cuda_attention import Ours as Attention
 from tools.bench_cuda_kernels import Linear, graph_of, kernel_times, medians
 
 LAYERS = {"llama-2-7b": 32, "llama-3-8b": 32, "llama-2-13b": 40, "llama-30b": 60}
-RMS_NORM, SILU_GATE = 1, 2  # prologues (docs/ops.md)
-PROLOGUES = [{"prologue": RMS_NORM}, {}, {"prologue": RMS_NORM}, {"prologue": SILU_GATE}]
+NORMED = {"prologue": 1, "epsilon": EPSILON}  # rms_norm (docs/ops.md)
+FUSED = [NORMED, {}, NORMED | {"gate": 1}, {}]  # of q/k/v, output, gate/up with silu, and down
 
 
 class Product:
     """y = product(x) of one token by our kernels, with what its node has fused in."""
 
     def __init__(
-        self, n: int, m: int, args: argparse.Namespace, prologue: dict[str, int], residual: Tensor | None
+        self, n: int, m: int, args: argparse.Namespace, fused: dict[str, Any], residual: Tensor | None
     ) -> None:
         self.linear = Linear(n, m, args)
         operands = self.linear.operands
         operands["scales"] *= n**-0.5 / 0.07  # outputs of about the inputs' size
-        if prologue:
-            operands |= {**prologue, "epsilon": EPSILON}
-        if prologue.get("prologue") == RMS_NORM:
+        operands |= fused
+        if "prologue" in fused:
             operands["norm"] = torch.ones(n, device="cuda")
         if residual is not None:
             operands["residual"] = residual
-        self.y = torch.empty(1, m, device="cuda", dtype=torch.float16)
+        self.y = torch.empty(1, m // 2 if "gate" in fused else m, device="cuda", dtype=torch.float16)
         self.space: Tensor | None = None
 
     @property
@@ -74,13 +73,13 @@ class Ours:
         for _ in range(layers):
             products: list[Product] = []
             for i, (n, m) in enumerate(sizes(shape)):
-                products.append(Product(n, m, args, PROLOGUES[i], stream if i % 2 else None))
+                products.append(Product(n, m, args, FUSED[i], stream if i % 2 else None))
                 if i % 2:
                     stream = products[-1].y
             self.layers.append((products, Attention(past, 1, args.cache_bits, options)))
         # 8-bit weights are two planes of 4 bits, on the same activations twice.
         head = argparse.Namespace(**vars(args) | {"act_bits": 8, "rank": 0, "hadamard": 0})
-        self.head = Product(2 * shape.hidden, args.vocabulary, head, {"prologue": RMS_NORM}, None)
+        self.head = Product(2 * shape.hidden, args.vocabulary, head, NORMED, None)
         self.bytes = self.head.bytes
         for products, attention in self.layers:
             attention.problem.qkv = products[0].y.data_ptr()  # where the product before it writes

@@ -10,7 +10,7 @@ import pytest
 from specquant.custom_ops import library_cuda, reference
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import pack_int4, row_sums, segment_length, unpack_int4
-from specquant.custom_ops.schema import GATES, PROLOGUES
+from specquant.custom_ops.schema import PROLOGUES
 from tests.cuda_arrays import POISON, DeviceArray, capability, require_kernels
 from tests.cuda_matmul import Call, paths
 from tests.ops import random_input, random_weights
@@ -91,7 +91,7 @@ def test_one_token(rng: np.random.Generator, n: int, m: int, groups: tuple[int, 
         weights["row_sums"] = weights["row_sums"].astype(np.int32)
     x = random_input(rng, (1, n), rng.choice([np.float32, np.float16]))
     residual = rng.standard_normal((1, m)).astype(x.dtype)
-    attributes = {"group_size": group_size, "act_group": act_group, "act_bits": bits, "subtract": 1}
+    attributes: dict[str, Any] = {"group_size": group_size, "act_group": act_group, "act_bits": bits, "subtract": 1}
     expected = reference.specquant_matmul(x.astype(np.float32), **weights, **attributes) + residual
     tolerance = (1e-5 if x.dtype == np.float32 else 1e-3) * float(np.abs(expected).max())
     for path in ["matvec", *(["cluster"] if HOPPER and r <= 64 else [])]:
@@ -109,7 +109,7 @@ def test_prologue_and_residual(rng: np.random.Generator, index: int, kind: Any, 
     group_size, act_group, n = groups
     m, bits, rotated = int(rng.choice([8, 144, 19])), int(rng.choice([4, 8, 16])), 8 if n % 64 == 0 and index % 2 else 0
     weights = random_weights(rng, "SpecQuantMatMul", n, m, min(n, 9), group_size, act_group)
-    x = random_input(rng, (tokens, 2 * n if prologue in GATES else n), kind)  # the sum of its squares is exact, too
+    x = random_input(rng, (tokens, n), kind)  # the sum of its squares is exact, too
     residual = (9 * rng.standard_normal((tokens, m))).astype(kind)
     norm = rng.uniform(-2, 2, n).astype(np.float32)
     plain: dict[str, Any] = {"group_size": group_size, "act_bits": bits, "act_group": act_group, "subtract": 1}
@@ -133,6 +133,54 @@ def test_prologue_and_residual(rng: np.random.Generator, index: int, kind: Any, 
             np.testing.assert_array_equal(y, wanted, text)
         else:  # the branch's trailing bits do not count
             np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max(), err_msg=text)
+
+
+@pytest.mark.parametrize("gate", [1, 2])
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+@pytest.mark.parametrize("index", range(COUNT))
+def test_gate(rng: np.random.Generator, index: int, kind: Any, gate: int) -> None:
+    """By every path what the reference makes of that path's own outputs in float32, of any size."""
+    tokens, groups = case(rng, index)
+    group_size, act_group, n = groups
+    m, bits, r = int(rng.choice([8, 40, 272, 528, 22])), int(rng.choice([4, 8, 16])), int(rng.choice([0, 9, 32, 40]))
+    r = min(n, r)
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, group_size, act_group)
+    weights["scales"] = (weights["scales"] * np.float32(4.0 / n**0.5)).astype(np.float16)
+    weights["coef"] = (weights["coef"] / np.float32(max(n, 1) ** 0.5)).astype(np.float16)
+    weights["bias"] *= np.float32(20)
+    x = random_input(rng, (tokens, n), kind)
+    attributes: dict[str, Any] = {"group_size": group_size, "act_bits": bits, "act_group": act_group, "subtract": 1}
+    if rng.integers(2):
+        attributes |= {"prologue": 1, "epsilon": 0.01}
+        weights["norm"] = rng.uniform(-2, 2, n).astype(np.float32)
+    for path in paths(tokens, groups, bits, m, r, r):
+        y = Call(x, weights, path, **attributes, gate=gate).y
+        assert (y.dtype, y.shape) == (kind, (tokens, m // 2))
+        text = f"{path} T={tokens} M={m} r={r} {groups} {attributes}"
+        v = Call(x.astype(np.float32), weights, path, **attributes).y
+        expected = reference.gated(v, gate)
+        if kind == np.float32:
+            np.testing.assert_allclose(y, expected, rtol=3e-6 * max(1.0, float(np.abs(v).max())), err_msg=text)
+        else:
+            np.testing.assert_allclose(y, expected, rtol=0, atol=1e-3 * np.abs(expected).max(), err_msg=text)
+
+
+@pytest.mark.parametrize("gate", [1, 2])
+def test_gates_of_every_size(rng: np.random.Generator, gate: int) -> None:
+    """Without overflow; a token that is not finite becomes NaN alone. By every path."""
+    n, m = 128, 272
+    groups = [(0, 0, n), (64, 64, n), (8, 8, n)][int(rng.integers(3))]
+    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, *groups[:2])
+    weights["bias"] = (rng.standard_normal(m) * 10.0 ** rng.integers(-9, 6, m)).astype(np.float32)
+    x = random_input(rng, (12, n))
+    x[3], x[5, 7], x[8, 0] = 0, np.nan, -np.inf
+    attributes: dict[str, Any] = {"group_size": groups[0], "act_group": groups[1], "act_bits": int(rng.choice([4, 8]))}
+    good = [i for i in range(len(x)) if i not in (5, 8)]
+    for path in paths(len(x), groups, attributes["act_bits"], m):
+        y, v = (Call(x, weights, path, **attributes, **rest).y for rest in ({"gate": gate}, {}))
+        assert np.isnan(y[[5, 8]]).all(), path
+        expected = reference.gated(v, gate)[good]
+        np.testing.assert_allclose(y[good], expected, rtol=1e-4, atol=1e-30, err_msg=f"{path} {groups} {attributes}")
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
@@ -233,7 +281,10 @@ def test_arrays_off_their_alignment(rng: np.random.Generator) -> None:
         ({"act_clip": 0.0}, "act_clip"),
         ({"hadamard": 48}, "hadamard must be"),
         ({"rank": 9}, "rank must be"),
-        ({"prologue": 4}, "prologue must be"),
+        ({"prologue": 2}, "prologue must be"),
+        ({"gate": 3}, "gate must be"),
+        ({"gate": 1, "m": 7}, "with a gate, out-features must be even"),
+        ({"gate": 2, "residual": np.zeros((2, 8), np.float32)}, "with a gate there is no residual"),
         ({"prologue": 1}, "norm is missing"),
         ({"path": "fast"}, "path must be"),
         ({"path": "matvec", "group_size": 8, "act_group": 8}, "does not take these sizes"),
@@ -241,8 +292,10 @@ def test_arrays_off_their_alignment(rng: np.random.Generator) -> None:
 )
 def test_what_is_refused(rng: np.random.Generator, change: dict[str, Any], words: str) -> None:
     attributes: dict[str, Any] = {"group_size": 64, "act_bits": 4, "act_group": 64} | change
-    small = attributes["group_size"] == 8
-    weights = random_weights(rng, "SpecQuantMatMul", 128, 8, 8, 8 if small else 64, 8 if small else 64)
+    small, m = attributes["group_size"] == 8, attributes.pop("m", 8)
+    weights = random_weights(rng, "SpecQuantMatMul", 128, m, 8, 8 if small else 64, 8 if small else 64)
+    if "residual" in attributes:
+        weights["residual"] = attributes.pop("residual")
     if "rank" in attributes:
         weights["rank"] = np.array([attributes.pop("rank")])
     with pytest.raises(SpecQuantError, match=words):

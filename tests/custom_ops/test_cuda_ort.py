@@ -17,7 +17,7 @@ pytest.importorskip("onnxruntime")
 import onnxruntime as ort
 
 from specquant.custom_ops import library
-from specquant.custom_ops.schema import GATES, OPS, PROLOGUES
+from specquant.custom_ops.schema import OPS, PROLOGUES
 from tests.attention import HALF, INT4, call_model, random_call
 from tests.cuda_arrays import EMULATED, require_kernels
 from tests.ops import REFERENCE, op_model, random_input, random_weights
@@ -30,7 +30,7 @@ if EMULATED and not os.environ.get("SPECQUANT_LIBRARY"):
     pytest.skip("the emulated ONNX Runtime library was not built: --ort", allow_module_level=True)
 
 ATTRIBUTES: dict[str, Any] = {"group_size": 16, "act_bits": 4, "act_group": 8, "act_clip": 0.75, "hadamard": 16}
-ATTRIBUTES |= {"subtract": 1, "prologue": 0, "epsilon": 0.25}
+ATTRIBUTES |= {"subtract": 1, "prologue": 0, "epsilon": 0.25, "gate": 0}
 
 
 def session(model: onnx.ModelProto, profile: Path | None = None, **provider: str) -> Any:
@@ -70,17 +70,31 @@ def test_matmul_equals_reference(rng: np.random.Generator, op: str, float_type: 
 @pytest.mark.parametrize("prologue", range(len(PROLOGUES)))
 @pytest.mark.parametrize("float_type", [np.float32, np.float16])
 def test_prologue_and_residual(rng: np.random.Generator, prologue: int, float_type: Any) -> None:
-    op, width = "SpecQuantMatMul", 256 if prologue in GATES else 128
+    op = "SpecQuantMatMul"
     _, weights, attributes = matmul_case(rng, op, float_type, prologue=prologue, act_bits=16)
     weights["norm"] = (rng.uniform(-2, 2, 128) if prologue == 1 else np.zeros(1)).astype(np.float32)
     for residual in (rng.standard_normal((2, 5, 40)), np.zeros(1)):
         weights["residual"] = residual.astype(float_type)
-        x = random_input(rng, (2, 5, width), float_type)
-        (y,) = session(op_model(op, width, weights, float_type, attributes)).run(None, {"x": x})
+        x = random_input(rng, (2, 5, 128), float_type)
+        (y,) = session(op_model(op, 128, weights, float_type, attributes)).run(None, {"x": x})
         expected = REFERENCE[op](x, **weights, **attributes)
         size = max(float(np.abs(expected.astype(np.float32)).max()), 1.0)
         tolerance = 1e-3 if float_type is np.float32 else 4e-3  # activations are float16 inside
         np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance * size)
+
+
+@pytest.mark.parametrize("gate", [1, 2])
+@pytest.mark.parametrize("op", ["Int4ResidualMatMul", "SpecQuantMatMul"])
+def test_gate(rng: np.random.Generator, op: str, gate: int) -> None:
+    """y has half as many outputs, of every shape of x."""
+    model, weights, attributes = matmul_case(rng, op, np.float32, gate=gate)
+    run = session(model)
+    for shape in ((2, 5, 128), (1, 1, 128), (3, 0, 128)):
+        x = random_input(rng, shape)
+        expected = REFERENCE[op](x, **weights, **attributes)
+        (y,) = run.run(None, {"x": x})
+        assert y.shape == expected.shape == (*shape[:2], 20)
+        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max(initial=1))
 
 
 @pytest.mark.parametrize("float_type", [np.float32, np.float16])

@@ -174,6 +174,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __frsqrt_rn(float a) { return float(1 / std::sqrt(double(a))); }
 template <class T>
 T __ldg(const T* from) {
   return *from;

@@ -71,6 +71,8 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
   multiply_add<2, float>(d, a, b, double(), [](uint32_t word, int i) { return half_of(word, i); });
 }
 
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[2], uint32_t b) { mma_f16(d, {a[0], a[1], 0, 0}, {b, 0}); }
+
 inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   multiply_add<1, float>(d, a, b, double(), [](uint32_t word, int) { return tf32_of(word); });
 }

@@ -78,6 +78,7 @@ template <int count>
 void leave_registers() {}
 
 inline void hold(int&) {}
+inline void hold(uint32_t&) {}
 inline void hold(int64_t&) {}
 inline uint64_t wgmma_operand(const void* shared) {
   const size_t at = static_cast<const char*>(shared) - emulator::self->shared;

@@ -41,9 +41,11 @@ struct Args {
   int hadamard, splits, bits;    // splits: shares of the features in `down`
   int shares;                    // and in `reduce`
   int x_half, y_half, wide_sums;
+  int gate, width;               // a Gate (gate.cuh), and columns of y: M, or M / 2
   int cluster;                   // blocks that share a token in `first_stage`
   int most_shared;               // bytes of shared memory that a block may take
   int spread, units;             // blocks that share tokens in `prompt`, and 64 features each of theirs
+  bool late_norm;                // `prompt` norms low, not what it is made of
   bool early;                    // later kernels may start before earlier ones end
   int subtract;                  // only where there is a branch
   Order order;                   // of the levels

@@ -86,6 +86,22 @@ __device__ __forceinline__ void box_send(float4* shared, int rank, float4 value,
 #endif
 }
 
+__device__ __forceinline__ void box_send(float2* shared, int rank, float2 value, uint64_t* box, int blocks) {
+  if (blocks == 1) {
+    *shared = value;
+    return;
+  }
+#if __CUDA_ARCH__ >= 900
+  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t count = static_cast<uint32_t>(__cvta_generic_to_shared(box));
+  asm volatile(
+      "{\n.reg .u32 there, counter;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [there], {%3, %4}, [counter];\n}\n" ::"r"(own),
+      "r"(count), "r"(rank), "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y))
+      : "memory");
+#endif
+}
+
 // Until all of it is there; by all threads. parity: 0 the first time, 1 the second, and so on.
 __device__ __forceinline__ void box_wait(uint64_t* box, int blocks, int parity = 0) {
   if (blocks == 1) {

@@ -75,22 +75,18 @@ __device__ __forceinline__ void fetch(const Args& args, int first, int count, __
 template <class X>
 __device__ __forceinline__ void load(const Source& source, const Args& args, int token, int first, int count,
                                      float norm, float* scratch, float* values) {
-  const int gates = source.prologue >= kSiluGate;
-  const X* row = static_cast<const X*>(source.x) + static_cast<int64_t>(token) * args.n * (1 + gates);
+  const X* row = static_cast<const X*>(source.x) + static_cast<int64_t>(token) * args.n;
   if (source.prologue == kRmsNorm) {
     const float value = static_cast<int>(threadIdx.x) < count ? to_float(row[first + threadIdx.x]) : 0.0f;
-    const float root = root_mean_square(row, args.n, source.epsilon, scratch);
-    if (static_cast<int>(threadIdx.x) < count) values[threadIdx.x] = __fdiv_rn(value, root) * norm;
+    const float inverse = inverse_rms(row, args.n, source.epsilon, scratch);
+    if (static_cast<int>(threadIdx.x) < count) values[threadIdx.x] = value * inverse * norm;
 #pragma unroll 1
     for (int i = threadIdx.x + kThreads; i < count; i += kThreads)
-      values[i] = __fdiv_rn(to_float(row[first + i]), root) * source.norm[first + i];
+      values[i] = to_float(row[first + i]) * inverse * source.norm[first + i];
     return;
   }
 #pragma unroll 2
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const float value = to_float(row[first + i]);
-    values[i] = gates ? gated(value, to_float(row[args.n + first + i]), source.prologue == kGeluGate) : value;
-  }
+  for (int i = threadIdx.x; i < count; i += kThreads) values[i] = to_float(row[first + i]);
 }
 
 // low of the token and u in place of x̂. Every warp sums what the others found, for itself: that is sooner than to meet.

@@ -10,8 +10,7 @@
 // activations in the order in which ldmatrix hands them out (args.h, place_of).
 #pragma once
 
-#include "args.h"
-#include "levels.cuh"
+#include "gate.cuh"
 #include "unpack.cuh"
 
 namespace specquant_cuda {
@@ -334,7 +333,20 @@ struct Gemm {
     }
   }
 
-  // + bias and residual, and out: 8 neighbouring outputs of a token a thread.
+  // y of 4 pairs. at: of the first; a row may start at a multiple of 8 bytes only.
+  __device__ __forceinline__ void store_pairs(const float (&v)[8], int64_t at) const {
+    float y[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = gated(v[2 * i], v[2 * i + 1], args.gate);
+    if (args.y_half) {
+      *reinterpret_cast<uint2*>(static_cast<__half*>(args.y) + at) =
+          make_uint2(bits_of(__floats2half2_rn(y[0], y[1])), bits_of(__floats2half2_rn(y[2], y[3])));
+    } else {
+      *reinterpret_cast<float4*>(static_cast<float*>(args.y) + at) = make_float4(y[0], y[1], y[2], y[3]);
+    }
+  }
+
+  // + bias and residual, or gated, and out: 8 neighbouring outputs of a token a thread.
   __device__ __forceinline__ void store() const {
 #pragma unroll
     for (int o = 0; o < 2; ++o) {
@@ -351,6 +363,10 @@ struct Gemm {
           float v[8];
 #pragma unroll
           for (int i = 0; i < 8; ++i) v[i] = acc[o][i % 4][f][2 * h + i / 4] + bias[i];
+          if (args.gate) {
+            store_pairs(v, static_cast<int64_t>(token) * args.width + output / 2);
+            continue;
+          }
           const int64_t at = static_cast<int64_t>(token) * args.m + output;
           if (args.residual) {
             float residual[8];

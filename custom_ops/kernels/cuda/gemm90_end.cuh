@@ -1,11 +1,14 @@
-// The end of a tile of gemm90.cuh: scales where there are no groups, the branch, bias and residual, from sums to y.
+// The end of a tile of gemm90.cuh: scales where there are no groups, the branch, bias, residual or gate, from sums to y.
 #pragma once
 
+#include "gate.cuh"
 #include "gemm90_ring.cuh"
-#include "levels.cuh"
 #include "unpack.cuh"
 
 namespace specquant_cuda {
+
+// What becomes of outputs last: nothing, a residual that there may be, a gate, a gate of silu.
+enum End90 { kPlain, kAdded, kPairs, kSiluPairs };
 
 // What a thread of the two multiplying warpgroups holds, and what it does at the end of a tile.
 template <Mode mode, int tokens, int folds>
@@ -70,7 +73,7 @@ struct Sums90 {
       }
   }
 
-  // y of a tile: scales where there are no groups, the branch, bias, residual.
+  // y of a tile: scales where there are no groups, the branch, bias, residual or gate.
   __device__ __forceinline__ void finish(int2 corner, int turn) {
     gemm.args.y_half ? finish_rank<true>(corner, turn) : finish_rank<false>(corner, turn);
   }
@@ -79,18 +82,23 @@ struct Sums90 {
   template <bool halves>
   __device__ __forceinline__ void finish_rank(int2 corner, int turn) {
     switch (gemm.args.rank ? gemm.args.rp / kRankStep : 0) {
-      case 0: finish_added<0, halves>(corner, turn); break;
-      case 1: finish_added<1, halves>(corner, turn); break;
-      default: finish_as<2, halves, true>(corner, turn);
+      case 0: finish_end<0, halves>(corner, turn); break;
+      case 1: finish_end<1, halves>(corner, turn); break;
+      default: finish_end<2, halves>(corner, turn);
     }
   }
 
   template <int blocks, bool halves>
-  __device__ __forceinline__ void finish_added(int2 corner, int turn) {
-    if (mode == kChannel && halves && !gemm.args.residual) {
-      finish_as<blocks, halves, false>(corner, turn);
+  __device__ __forceinline__ void finish_end(int2 corner, int turn) {
+    constexpr bool often = mode == kChannel && halves && blocks < 2;
+    if (often && gemm.args.gate == kSiluGate) {
+      finish_as<blocks, halves, kSiluPairs>(corner, turn);
+    } else if (gemm.args.gate) {
+      finish_as<blocks, halves, kPairs>(corner, turn);
+    } else if (often && !gemm.args.residual) {
+      finish_as<blocks, halves, kPlain>(corner, turn);
     } else {
-      finish_as<blocks, halves, true>(corner, turn);
+      finish_as<blocks, halves, kAdded>(corner, turn);
     }
   }
 
@@ -112,9 +120,8 @@ struct Sums90 {
     }
   }
 
-  // blocks: of 32 columns of the branch. added: there may be a residual. Few jumps: while 8 tokens wait for something,
-  // others go on.
-  template <int blocks, bool halves, bool added>
+  // blocks: of 32 columns of the branch. Few jumps: while 8 tokens wait for something, others go on.
+  template <int blocks, bool halves, End90 end>
   __device__ __forceinline__ void finish_as(int2 corner, int turn) {
     const Args& args = gemm.args;
     constexpr int together = blocks > 1 ? 1 : 2;  // times 8 tokens
@@ -133,9 +140,10 @@ struct Sums90 {
     const float scale[4] = {low_scales.x * unit, low_scales.y * unit, high_scales.x * unit, high_scales.y * unit};
     barrier_wait(gemm.end_full, turn & 1);
     if (zeros) subtract_zeros(output);
+    constexpr bool added = end == kAdded, pairs = end == kPairs || end == kSiluPairs;
     constexpr int size = halves ? 2 : 4;
-    const int64_t step = static_cast<int64_t>(args.m) * size;
-    int64_t at = first_token * step + static_cast<int64_t>(output) * size;  // of this thread's outputs, in bytes
+    const int64_t step = static_cast<int64_t>(args.width) * size;
+    int64_t at = first_token * step + static_cast<int64_t>(pairs ? output / 2 : output) * size;  // of y here, in bytes
 #pragma unroll
     for (int start = 0; start < tokens / 8; start += together) {
       uint4 residual[together][2];
@@ -182,7 +190,14 @@ struct Sums90 {
             }
           }
           if (added && args.residual) add_residual<halves>(v, residual[k][e]);
-          if (8 * (start + k) + e < tokens_left) store<halves>(v, at + e * step);
+          const bool there = 8 * (start + k) + e < tokens_left;
+          if constexpr (pairs) {
+            const int gate = end == kSiluPairs ? int(kSiluGate) : args.gate;
+            const float y[2] = {gated(v[0], v[1], gate), gated(v[2], v[3], gate)};
+            if (there) store<halves>(y, at + e * step);
+          } else {
+            if (there) store<halves>(v, at + e * step);
+          }
         }
       }
       hold(at);  // or the places of all tokens are worked out at once, and take registers
@@ -208,6 +223,16 @@ struct Sums90 {
     } else {
       v[0] += __uint_as_float(raw.x), v[1] += __uint_as_float(raw.y);
       v[2] += __uint_as_float(raw.z), v[3] += __uint_as_float(raw.w);
+    }
+  }
+
+  template <bool halves>
+  __device__ __forceinline__ void store(const float (&v)[2], int64_t at) const {
+    uint8_t* to = static_cast<uint8_t*>(gemm.args.y) + at;
+    if constexpr (halves) {
+      *reinterpret_cast<uint32_t*>(to) = bits_of(__floats2half2_rn(v[0], v[1]));
+    } else {
+      *reinterpret_cast<float2*>(to) = make_float2(v[0], v[1]);
     }
   }
 

@@ -1,4 +1,5 @@
 // The product of up to 32 tokens, bound by how fast the weights come from memory.
+#include "gate.cuh"
 #include "launch.h"
 #include "matvec.cuh"
 
@@ -57,8 +58,7 @@ __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
   __syncthreads();
 
   for (int i = threadIdx.x; i < min(M::kTokens, args.tokens) * kOutputs; i += warps * 32) {
-    const int token = i / kOutputs, output = work.first_output + i % kOutputs;
-    if (output >= args.m) continue;
+    const int token = i / kOutputs, place = work.first_output + i % kOutputs, output = min(place, args.m - 1);
     float y = 0.0f;
     if constexpr (mode == kChannel) {
       int sum = 0;
@@ -75,13 +75,8 @@ __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
       for (int w = 0; w < warps; ++w) y += reinterpret_cast<const float*>(shares4[w])[i];
     }
     if (args.bias) y += args.bias[output];
-    const int64_t at = static_cast<int64_t>(token) * args.m + output;
-    if (args.residual) y += residual_at(args, at);
-    if (args.y_half) {
-      static_cast<__half*>(args.y)[at] = __float2half_rn(y);
-    } else {
-      static_cast<float*>(args.y)[at] = y;
-    }
+    if (args.residual) y += residual_at(args, static_cast<int64_t>(token) * args.m + output);
+    store_outputs(args, token, output, y, place < args.m);
   }
 }
 

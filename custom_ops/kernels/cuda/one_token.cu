@@ -3,6 +3,7 @@
 // One wave of blocks, each warp of which has a unit's weights under way: before the first stage is done, too.
 #include <algorithm>
 
+#include "gate.cuh"
 #include "launch.h"
 #include "one_token.cuh"
 
@@ -105,17 +106,12 @@ __global__ void __launch_bounds__(kMostWarps * 32, 1) one_token_kernel(const Arg
   __syncthreads();
 
   for (int i = threadIdx.x; i < (last - first) * kTile; i += blockDim.x) {
-    const int output = first * kTile + i;
-    if (output >= args.m) break;
+    const int place = first * kTile + i, output = min(place, args.m - 1);
     float y = together<mode>(args, shares, kept, i, output);
     const bool here = i == static_cast<int>(threadIdx.x);
     if (args.bias) y += here ? bias : args.bias[output];
     if (args.residual) y += here ? residual : residual_at(args, output);
-    if (args.y_half) {
-      static_cast<__half*>(args.y)[output] = __float2half_rn(y);
-    } else {
-      static_cast<float*>(args.y)[output] = y;
-    }
+    store_outputs(args, 0, output, y, place < args.m);
   }
 #endif
 }

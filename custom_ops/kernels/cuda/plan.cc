@@ -44,9 +44,12 @@ const char* check(const SpecquantCudaProblem& p) {
     return "the basis must have 0 to in-features columns, at most 4096";
   if (p.rank < 0 || p.rank > p.basis_rank) return "rank must be 0 to the columns of the basis";
   if (p.basis ? p.basis_rank && !p.coef : p.basis_rank != 0) return "basis and coef must both be there, or neither";
-  if (p.prologue < 0 || p.prologue > 3) return "prologue must be 0 to 3";
-  if (p.prologue == 1 && !p.norm) return "norm is missing";
-  if (p.prologue == 1 && !(p.epsilon >= 0.0f && p.epsilon <= 3.4e38f)) return "epsilon must be 0 or more, and finite";
+  if (p.prologue < 0 || p.prologue > 1) return "prologue must be 0 or 1";
+  if (p.gate < 0 || p.gate > 2) return "gate must be 0 to 2";
+  if (p.gate && p.out_features % 2) return "with a gate, out-features must be even";
+  if (p.gate && p.residual) return "with a gate there is no residual";
+  if (p.prologue && !p.norm) return "norm is missing";
+  if (p.prologue && !(p.epsilon >= 0.0f && p.epsilon <= 3.4e38f)) return "epsilon must be 0 or more, and finite";
   if (p.act_bits != 16 && (p.act_bits < 2 || p.act_bits > 8)) return "act_bits must be 2 to 8, or 16";
   if (!(p.act_clip > 0.0f && p.act_clip <= 1.0f)) return "act_clip must be more than 0, and at most 1";
   if (!divides(p.group_size, p.in_features) || !divides(p.act_group, p.in_features))
@@ -72,7 +75,7 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   a.segment = halves ? a.weight_group : std::min(a.weight_group, a.act_group);
   a.segments = a.n / a.segment;
   a.group_steps = reciprocal(ceil_div(a.weight_group, kStep)), a.segment_steps = reciprocal(ceil_div(a.segment, kStep));
-  a.hadamard = int(p.hadamard);
+  a.hadamard = int(p.hadamard), a.gate = p.gate, a.width = p.gate ? a.m / 2 : a.m;
   const bool moved = a.hadamard || p.prologue;
   a.x_half = p.half && !moved, a.y_half = p.half, a.wide_sums = p.wide_sums;
   a.subtract = p.subtract && a.rank;
@@ -106,8 +109,9 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   const int each = a.tokens < kManyTokens ? kPromptUnits : kPromptUnitsOfMany;
   while (a.spread * each < units && a.spread < (hopper ? 16 : 8)) a.spread *= 2;
   a.units = int(round_up(ceil_div(units, a.spread), std::max(1, a.hadamard / kStep)));
+  a.late_norm = p.prologue && p.half && !a.hadamard && a.rank;
   plan.prompt = device.major >= 9 && a.n % kBlock == 0 && a.r <= kFastRank && aligned(p.x) && aligned(p.basis) &&
-                (p.prologue != 1 || aligned(p.norm)) && a.units <= kPromptWarps &&
+                (!p.prologue || aligned(p.norm)) && a.units <= kPromptWarps &&
                 (halves || a.act_group == a.n || (a.act_group == kStep && a.segment == kStep)) &&
                 int64_t(prompt_shared(a)) <= shared;
 

@@ -1,10 +1,8 @@
-// x̂ (docs/ops.md): x normed, or one half of it gated by the other, row by row in float32.
+// x̂ (docs/ops.md): x normed, row by row in float32.
 #include "prologue.cuh"
 
 namespace specquant_cuda {
 namespace {
-
-constexpr int kThreads = 256;
 
 // x / √(mean(x²) + epsilon) · norm of one token a block.
 template <class X>
@@ -12,29 +10,15 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(const X* all, const 
                                                             float epsilon) {
   __shared__ float scratch[kNormThreads / 32];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * n;
-  const float root = root_mean_square(all + row, n, epsilon, scratch);
-  for (int i = threadIdx.x; i < n; i += kNormThreads) to[row + i] = __fdiv_rn(to_float(all[row + i]), root) * norm[i];
-}
-
-template <class X>
-__global__ void __launch_bounds__(kThreads) gate_kernel(const X* all, float* to, int n, int gelu) {
-  const X *gates = all + static_cast<int64_t>(blockIdx.x) * 2 * n, *ups = gates + n;
-  for (int i = blockIdx.y * kThreads + threadIdx.x; i < n; i += gridDim.y * kThreads) {
-    to[static_cast<int64_t>(blockIdx.x) * n + i] = gated(to_float(gates[i]), to_float(ups[i]), gelu);
-  }
+  const float inverse = inverse_rms(all + row, n, epsilon, scratch);
+  for (int i = threadIdx.x; i < n; i += kNormThreads) to[row + i] = to_float(all[row + i]) * inverse * norm[i];
 }
 
 template <class X>
 void launch(const SpecquantCudaProblem& problem, float* to, cudaStream_t stream) {
   const X* x = static_cast<const X*>(problem.x);
   const int tokens = static_cast<int>(problem.tokens), n = static_cast<int>(problem.in_features);
-  if (problem.prologue == kRmsNorm) {
-    norm_kernel<<<tokens, kNormThreads, 0, stream>>>(x, problem.norm, to, n, problem.epsilon);
-  } else {
-    const int gelu = problem.prologue == kGeluGate;
-    const dim3 grid(tokens, ceil_div(n, 4 * kThreads));
-    gate_kernel<<<grid, kThreads, 0, stream>>>(x, to, n, gelu);
-  }
+  norm_kernel<<<tokens, kNormThreads, 0, stream>>>(x, problem.norm, to, n, problem.epsilon);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The arithmetic of prologues, the same wherever they are computed: in float32, in one order.
+// The arithmetic of the prologue, the same wherever it is computed: in float32, in one order.
 #pragma once
 
 #include "levels.cuh"
@@ -8,11 +8,16 @@ namespace specquant_cuda {
 
 constexpr int kNormThreads = 512;  // that sum a row up, wherever: in the same order
 
-enum Prologue { kNoPrologue, kRmsNorm, kSiluGate, kGeluGate };
+enum Prologue { kNoPrologue, kRmsNorm };
 
-// √(mean(row²) + epsilon), by kNormThreads threads; scratch has a float a warp.
+// What normed x is multiplied by, then by the norm: 1 / √(squares / n + epsilon).
+__device__ __forceinline__ float inverse_rms(float squares, int n, float epsilon) {
+  return __frsqrt_rn(squares / static_cast<float>(n) + epsilon);
+}
+
+// That of a row, by kNormThreads threads; scratch has a float a warp.
 template <class X>
-__device__ __forceinline__ float root_mean_square(const X* row, int n, float epsilon, float* scratch) {
+__device__ __forceinline__ float inverse_rms(const X* row, int n, float epsilon, float* scratch) {
   float sum = 0.0f;
 #pragma unroll 8
   for (int i = threadIdx.x; i < n; i += kNormThreads) {
@@ -20,14 +25,7 @@ __device__ __forceinline__ float root_mean_square(const X* row, int n, float eps
     sum = fmaf(value, value, sum);
   }
   sum = over_block<kNormThreads / 32>(sum, Sum(), scratch);
-  return __fsqrt_rn(sum / static_cast<float>(n) + epsilon);
-}
-
-// gate / (1 + e^−w) · up: w is the gate, or what makes it GELU by tanh. Approximate to some 2^-21: of a prompt these are the
-// most instructions of the first stage.
-__device__ __forceinline__ float gated(float gate, float up, int gelu) {
-  const float w = gelu ? gate * fmaf(gate * gate, 0.0713548163f, 1.59576912f) : gate;
-  return gate * reciprocal_of(1.0f + power_of_two(w * -1.44269504f)) * up;
+  return inverse_rms(sum, n, epsilon);
 }
 
 }  // namespace specquant_cuda

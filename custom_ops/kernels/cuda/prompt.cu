@@ -16,16 +16,16 @@ constexpr int kMostThreads = kPromptWarps * 32, kFewThreads = 448;
 
 template <class X, int rank_blocks, Reads reads>
 struct Prompt {
-  static constexpr int kStride = prompt_stride(rank_blocks * kRankStep);
+  static constexpr bool kHalves = rank_blocks > 0 && reads != kValues;  // low is made of x as it lies
   const Args& args;
   const Source& source;
-  PromptExchange<rank_blocks> others;
+  PromptExchange<rank_blocks, reads == kNormed> others;
   int g, t, unit, feature;
   const __half* rows;  // of the basis: those that this lane names in ldmatrix
   bool norm, whole;    // whole: one range for all features of a token
 
   __device__ __forceinline__ Prompt(const Args& a, const Source& s, uint8_t* memory)
-      : args(a), source(s), others(a, memory), norm(reads == kValues && s.prologue == kRmsNorm),
+      : args(a), source(s), others(a, s, memory), norm(reads == kValues && s.prologue == kRmsNorm),
         whole(a.bits == 16 || a.act_group == a.n) {
     renew();
   }
@@ -33,10 +33,10 @@ struct Prompt {
   // Has the compiler work addresses out again from here on: kept for all of the loop, they would take u's registers.
   __device__ __forceinline__ void renew() {
     hold(others.warp), hold(others.lane);
-    const int lane = others.lane;
+    const uint32_t lane = others.lane;
     g = lane / 4, t = lane % 4;
     unit = others.rank * others.warps + others.warp, feature = unit * kStep + 16 * t;
-    rows = others.at.basis + (others.warp * kStep + lane % 8) * kStride + lane / 8 * 8;
+    rows = others.at.basis + others.warp * rank_blocks * kBasisBlock + lane % 8 * kRankStep + (lane / 8 ^ lane % 8 / 2) * 8;
   }
 
   __device__ __forceinline__ void rotate(float (&u)[2][16]) const {
@@ -52,14 +52,36 @@ struct Prompt {
     __syncthreads();  // sums take its place
   }
 
-  // Roots of the mean squares of tokens g and g + 8.
-  __device__ __forceinline__ void find_roots(const Raw<X, reads>& raw, Root (&roots)[2]) const {
+  // What tokens g and g + 8 are multiplied by.
+  __device__ __forceinline__ void find_inverses(const Raw<X, reads>& raw, float (&inverse)[2]) const {
     float squares[2];
     raw.squares(squares);
-    const Root root = Root::of(others.square(squares), args.n, source.epsilon);
+    const float own = inverse_rms(others.square(squares), args.n, source.epsilon);
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      roots[h] = {__shfl_sync(~0u, root.root, g + 8 * h), __shfl_sync(~0u, root.inverse, g + 8 * h)};
+    for (int h = 0; h < 2; ++h) inverse[h] = __shfl_sync(~0u, own, g + 8 * h);
+  }
+
+  // low of x that is float16 and not normed yet.
+  __device__ __forceinline__ void low_of_halves(const Raw<X, reads>& raw, int token) {
+    if constexpr (reads == kNormed) {
+      float squares[2];
+      square_halves(raw, g, squares);
+      others.tell_squares(squares);
+    }
+    renew();
+    const uint32_t lane = others.lane, slot = lane / 16 ^ lane % 8 / 2;
+    const __half* from = others.at.basis + others.warp * rank_blocks * kBasisBlock + lane % 16 * kRankStep;
+    const __half* parts = reinterpret_cast<const __half*>(others.at.norm + others.warps * kStep);
+#pragma unroll
+    for (int b = 0; b < rank_blocks; ++b) {
+      float sums[4][4] = {};
+      const __half* block = from + b * kBasisBlock;
+      project_halves<reads == kNormed>(raw, block + slot * 8, block + (slot ^ 2) * 8,
+                                       parts + others.warp * 2 * kStep + 8 * t, sums);
+      others.put(sums, b);
+    }
+    others.add_up(token);
+    renew();
   }
 
   // Of whole tokens: where two kernels of other first stages would read x again.
@@ -119,8 +141,9 @@ struct Prompt {
     const bool inside = unit * kStep < args.kp;
     others.open();
     cluster_arrive();
-    if (args.rank)
-      fetch_basis(args, others.rank * others.warps * kStep, others.warps * kStep, others.at.basis);
+    const int features = others.warps * kStep;
+    if (args.rank) fetch_basis(args, others.rank * features, features, others.at.basis);
+    if constexpr (reads == kNormed) fetch_norm(args, source.norm, others.rank * features, features, others.at);
     __syncthreads();
     cluster_wait();  // all boxes are open
     wait_for_previous();
@@ -131,19 +154,30 @@ struct Prompt {
         Raw<X, reads> raw;
         raw.load(args, source, token + g, feature);
         Raw<X, reads>::prefetch_ahead(args, source, token + step + g, feature);
-        Root roots[2] = {};
-        if (norm) find_roots(raw, roots);
-        raw.values(args, source, feature, roots, u);
+        float inverse[2] = {};
+        if constexpr (kHalves) {
+          low_of_halves(raw, token);
+          if constexpr (reads == kNormed) inverse[0] = others.at.token[g].y, inverse[1] = others.at.token[g + 8].y;
+        } else {
+          if (norm) find_inverses(raw, inverse);
+        }
+        raw.values(args, source, feature, others.at.norm + others.warp * kStep + 4 * t, inverse, u);
       }
-      if (args.hadamard) rotate(u);
-      renew();
+      if (!kHalves && args.hadamard) rotate(u);
       if constexpr (rank_blocks > 0) {
-        float sums[rank_blocks * 4][4];
-        project<rank_blocks, reads == kExact>(u, rows, sums);
-        others.add_up(sums, token);
+        if constexpr (!kHalves) {
+          renew();
+#pragma unroll
+          for (int b = 0; b < rank_blocks; ++b) {
+            float sums[4][4] = {};
+            project(u, rows + b * kBasisBlock, sums);
+            others.put(sums, b);
+          }
+          others.add_up(token);
+        }
         renew();
         const PromptPlaces& at = others.at;
-        const float factor[2] = {at.factor[g], at.factor[g + 8]};
+        const float factor[2] = {at.token[g].x, at.token[g + 8].x};
         if (args.subtract) subtract_low<rank_blocks>(u, rows, at.low, factor, g, t);
         renew();
       }
@@ -184,7 +218,7 @@ cudaError_t start(const Args& args, const Source& source, cudaStream_t stream) {
 template <class X, Reads reads, int most>
 cudaError_t start_rank(const Args& args, const Source& source, cudaStream_t stream) {
   switch (args.rp / kRankStep) {
-    case 0: return start<X, 0, reads, most>(args, source, stream);
+    case 0: return start<X, 0, reads == kNormed ? kValues : reads, most>(args, source, stream);
     case 1: return start<X, 1, reads, most>(args, source, stream);
     default: return start<X, 2, reads, most>(args, source, stream);
   }
@@ -199,15 +233,16 @@ cudaError_t start_threads(const Args& args, const Source& source, cudaStream_t s
 }  // namespace
 
 size_t prompt_shared(const Args& args) {
-  return PromptPlaces::take(nullptr, nullptr, args.units, args.spread, args.rp, args.hadamard > 0);
+  return PromptPlaces::take(nullptr, nullptr, args.units, args.spread, args.rp, args.hadamard > 0,
+                            args.late_norm);
 }
 
 cudaError_t prompt(const Args& args, const Source& source, cudaStream_t stream) {
-  const bool gates = source.prologue >= kSiluGate, exact = !source.prologue && !args.hadamard;
-  const auto pick = [&](auto run) { return run(args, source, stream); };
-  if (!source.half) return gates ? pick(start_threads<float, kGates>) : pick(start_threads<float, kValues>);
-  return gates ? pick(start_threads<__half, kGates>)
-               : exact ? pick(start_threads<__half, kExact>) : pick(start_threads<__half, kValues>);
+  if (!source.half) return start_threads<float, kValues>(args, source, stream);
+  if (args.late_norm) return start_threads<__half, kNormed>(args, source, stream);
+  const bool exact = !source.prologue && !args.hadamard;
+  return exact ? start_threads<__half, kExact>(args, source, stream)
+               : start_threads<__half, kValues>(args, source, stream);
 }
 
 }  // namespace specquant_cuda

@@ -14,31 +14,26 @@ constexpr int kPromptTokens = 16;
 constexpr int kPromptSent = 20;  // floats from a token's numbers to the next one's, of blocks or of warps: other banks
 static_assert(kPromptSent >= kPromptWarps && kPromptSent % 4 == 0);
 
-// Halves in a row of the basis and of low: padded, so that rows start in different banks.
+// Halves in a row of low: padded, so that rows start in different banks.
 __host__ __device__ constexpr int prompt_stride(int rp) { return rp + 8; }
 
-// What a token is divided by: as __fdiv_rn would, in three instructions (its reciprocal is rounded correctly, and so then is
-// the quotient, unless it is smaller than any that matters).
-struct Root {
-  float root, inverse;
-  __device__ __forceinline__ static Root of(float squares, int n, float epsilon) {
-    const float root = __fsqrt_rn(squares / static_cast<float>(n) + epsilon), inverse = __fdiv_rn(1.0f, root);
-    return {inverse == 0.0f ? 1.0f : root, inverse};  // all over infinity is 0
-  }
-  __device__ __forceinline__ float divide(float x) const {
-    const float quotient = x * inverse;
-    return fmaf(fmaf(-quotient, root, x), inverse, quotient);
-  }
-};
+// Halves of 64 features of the basis and 32 of its columns: rows of 64 bytes, two in a line, swizzled.
+constexpr int kBasisBlock = kStep * kRankStep;
+
+// Bytes of a feature's norm: in float32, and in two float16 parts over a power of two of the block.
+constexpr int kNormBytes = sizeof(float) + 2 * sizeof(__half);
 
 struct PromptPlaces {
-  __half *basis, *low;  // [features], [2 parts, tokens]
+  __half *basis, *low;  // [64 features, 32 columns], [2 parts, tokens]
+  float* norm;          // with late_norm: [64 features], as threads take them; then their parts, likewise
   float* sums;          // [warps, tokens] of a block; before that, with a Hadamard transform, x̂
   float* shares;        // sent: [tokens of this block, blocks] of low
   __half* finished;     // [tokens of this block, 2 parts] of low, to be sent
-  float *squares, *ranges;  // sent: [buffers, tokens, kPromptSent], [buffers, 2, tokens, kPromptSent]
+  float *squares, *ranges;  // sent: [buffers, tokens, kPromptSent], [buffers, 2, tokens, kPromptSent]; with late_norm
+                            // squares of this block's tokens
   float* found;         // of warps: [buffers, 3, tokens, kPromptSent]: squares, −lowest, highest
-  float* factor;        // sent, with low
+  float2* token;        // sent, with low: its factor, and with late_norm what x is multiplied by
+  float* norm_factor;   // what low is over, of this block's features
   uint64_t* boxes;      // of shares, of low; of squares and of ranges, for each buffer
   int values_stride;    // floats from a token's x̂ to the next
 
@@ -48,7 +43,8 @@ struct PromptPlaces {
   __host__ __device__ static constexpr int sent(int rp) { return buffers(rp) * 3 * kPromptTokens * kPromptSent; }
 
   // rp: 0 without a branch.
-  __host__ __device__ static size_t take(PromptPlaces* at, uint8_t* memory, int warps, int spread, int rp, bool rotates) {
+  __host__ __device__ static size_t take(PromptPlaces* at, uint8_t* memory, int warps, int spread, int rp, bool rotates,
+                                         bool late_norm) {
     const int stride = prompt_stride(rp), values = warps * kStep + 8;
     size_t end = 0;
     const auto next = [&](size_t bytes) {
@@ -56,7 +52,8 @@ struct PromptPlaces {
       end += (bytes + 15) / 16 * 16;
       return place;
     };
-    uint8_t* basis = next(rp ? warps * kStep * stride * sizeof(__half) : 0);
+    uint8_t* basis = next(warps * (rp / kRankStep) * kBasisBlock * sizeof(__half));
+    uint8_t* norm = next(late_norm ? warps * kStep * kNormBytes : 0);
     uint8_t* low = next(rp ? 2 * kPromptTokens * stride * sizeof(__half) : 0);
     const size_t sums = warps * kPromptTokens * rp * sizeof(float);
     const size_t rotated = rotates ? kPromptTokens * values * sizeof(float) : 0;
@@ -65,35 +62,40 @@ struct PromptPlaces {
     uint8_t* finished = next(kPromptTokens / spread * 2 * rp * sizeof(__half));
     uint8_t* squares = next(sent(rp) * sizeof(float));
     uint8_t* found = next(sent(rp) * sizeof(float));
-    uint8_t* factor = next(kPromptTokens * sizeof(float));
+    uint8_t* token = next((kPromptTokens + 1) * sizeof(float2));
     uint8_t* boxes = next(kBoxes * sizeof(uint64_t));
     if (at) {
       at->basis = reinterpret_cast<__half*>(basis), at->low = reinterpret_cast<__half*>(low);
+      at->norm = reinterpret_cast<float*>(norm);
       at->sums = reinterpret_cast<float*>(all_sums), at->shares = reinterpret_cast<float*>(shares);
       at->finished = reinterpret_cast<__half*>(finished), at->squares = reinterpret_cast<float*>(squares);
       at->ranges = at->squares + buffers(rp) * kPromptTokens * kPromptSent;
-      at->found = reinterpret_cast<float*>(found), at->factor = reinterpret_cast<float*>(factor);
+      at->found = reinterpret_cast<float*>(found), at->token = reinterpret_cast<float2*>(token);
+      at->norm_factor = reinterpret_cast<float*>(at->token + kPromptTokens);
       at->boxes = reinterpret_cast<uint64_t*>(boxes), at->values_stride = values;
     }
     return end;
   }
 };
 
-template <int rank_blocks>
+template <int rank_blocks, bool late_norm>
 struct PromptExchange {
   static constexpr int kColumns = rank_blocks * kRankStep, kStride = prompt_stride(kColumns);
   static constexpr int kBuffers = PromptPlaces::buffers(kColumns), kFloat = sizeof(float);
-  static constexpr int kShareBytes = kPromptTokens * kColumns * kFloat;
-  static constexpr int kLowBytes = kPromptTokens * (2 * kColumns * int(sizeof(__half)) + kFloat);
+  static constexpr int kShareBytes = kPromptTokens * (kColumns + late_norm) * kFloat;
+  static constexpr int kLowBytes = kPromptTokens * (2 * kColumns * int(sizeof(__half)) + int(sizeof(float2)));
 
   const Args& args;
+  const Source& source;
   PromptPlaces at;
-  int warps, warp, lane, rank;
+  int warps, rank;
+  uint32_t warp, lane;
   int round = 0;
 
-  __device__ __forceinline__ PromptExchange(const Args& a, uint8_t* memory)
-      : args(a), warps(blockDim.x / 32), warp(threadIdx.x / 32), lane(threadIdx.x % 32), rank(cluster_rank()) {
-    PromptPlaces::take(&at, memory, warps, a.spread, kColumns, a.hadamard);
+  __device__ __forceinline__ PromptExchange(const Args& a, const Source& s, uint8_t* memory)
+      : args(a), source(s), warps(blockDim.x / 32), rank(cluster_rank()), warp(threadIdx.x / 32),
+        lane(threadIdx.x % 32) {
+    PromptPlaces::take(&at, memory, warps, a.spread, kColumns, a.hadamard, late_norm);
   }
 
   // Before all others' `cluster_wait`.
@@ -134,6 +136,12 @@ struct PromptExchange {
   __device__ __forceinline__ void tell(int which, const float (&value)[2]) const {
     const int g = lane / 4;
     if (lane % 4 == 0) found(which, g)[warp] = value[0], found(which, g + 8)[warp] = value[1];
+  }
+
+  // The same of squares, which one of the four threads has.
+  __device__ __forceinline__ void tell_squares(const float (&squares)[2]) const {
+    const int g = lane / 4;
+    if (lane % 4 == g / 2) found(0, g)[warp] = squares[0], found(0, g + 8)[warp] = squares[1];
   }
 
   // What the warps told of a token as one, to all blocks: a warp for each of them. `to` is the token's.
@@ -180,16 +188,28 @@ struct PromptExchange {
     return lane < 16 ? make_float2(-one, other) : make_float2(-other, one);
   }
 
-  // low of all tokens, and its factors, from the warps' parts of it (project). A token is finished by one block.
-  __device__ __forceinline__ void add_up(const float (&sum)[rank_blocks ? rank_blocks * 4 : 1][4], int token) const {
-    const auto place = [](int row, int column) { return row * kColumns + (column ^ row % 4 * 8); };  // in other banks
-    const int g = lane / 4, t = lane % 4;
+  // Where a warp's part of low lies, rows in other banks.
+  __device__ __forceinline__ static uint32_t place(uint32_t row, uint32_t column) {
+    return row * kColumns + (column ^ row % 4 * 8);
+  }
+
+  // The warp's part of 32 columns of low, the b-th (project).
+  __device__ __forceinline__ void put(const float (&sum)[4][4], int b) const {
+    const uint32_t g = lane / 4, t = lane % 4;
+    float* to = at.sums + warp * kPromptTokens * kColumns;
 #pragma unroll
-    for (int i = 0; i < rank_blocks * 8; ++i)
-      *reinterpret_cast<float2*>(at.sums + warp * kPromptTokens * kColumns + place(g + i % 2 * 8, i / 2 * 8 + 2 * t)) =
+    for (int i = 0; i < 8; ++i)
+      *reinterpret_cast<float2*>(to + place(g + i % 2 * 8, b * kRankStep + i / 2 * 8 + 2 * t)) =
           make_float2(sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
+  }
+
+  // low of all tokens, and its factors, from the warps' parts of it. A token is finished by one block.
+  __device__ __forceinline__ void add_up(int token) const {
     __syncthreads();
     const int spread = args.spread, owned = kPromptTokens / spread, shift = __popc(owned - 1);  // a power of two
+    if (late_norm && warp == warps - 1 && lane < kPromptTokens)
+      box_send(at.squares + (lane & (owned - 1)) * kPromptSent + rank, lane >> shift,
+               together(found(0, lane), warps, Sum()), at.boxes, spread);
     for (int i = threadIdx.x; i < kPromptTokens * kColumns / 4; i += warps * 32) {
       const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
       const float* from = at.sums + place(row, column);
@@ -198,6 +218,10 @@ struct PromptExchange {
       for (int w = 0; w < warps; ++w) {
         const float4 more = *reinterpret_cast<const float4*>(from + w * kPromptTokens * kColumns);
         all = make_float4(all.x + more.x, all.y + more.y, all.z + more.z, all.w + more.w);
+      }
+      if constexpr (late_norm) {
+        const float factor = *at.norm_factor;
+        all = make_float4(all.x * factor, all.y * factor, all.z * factor, all.w * factor);
       }
       float* to = at.shares + ((row & (owned - 1)) * spread + rank) * kColumns + column;
       box_send(reinterpret_cast<float4*>(to), row >> shift, all, at.boxes, spread);
@@ -213,6 +237,8 @@ struct PromptExchange {
   __device__ __forceinline__ void finish_low(int i, int row, int token) const {
     const int spread = args.spread;
     float low[rank_blocks ? rank_blocks : 1], largest = 0.0f, factor, inverse;
+    const float inverse_root =
+        late_norm ? inverse_rms(together(at.squares + i * kPromptSent, spread, Sum()), args.n, source.epsilon) : 1.0f;
 #pragma unroll
     for (int b = 0; b < rank_blocks; ++b) {
       const int column = 32 * b + lane;
@@ -220,6 +246,7 @@ struct PromptExchange {
       low[b] = 0.0f;
 #pragma unroll 8
       for (int block = 0; block < spread; ++block) low[b] += from[block * kColumns];
+      if (late_norm) low[b] *= inverse_root;
       if (column >= args.rank) low[b] = 0.0f;
       largest = max_nan(largest, fabsf(low[b]));
     }
@@ -244,7 +271,7 @@ struct PromptExchange {
     __half* there = at.low + (part * kPromptTokens + row) * kStride + 8 * piece - part * kColumns;
     for (int block = lane / kPieces; block < spread; block += 32 / kPieces)
       box_send(reinterpret_cast<float4*>(there), block, halves, at.boxes + 1, spread);
-    if (lane < spread) box_send(at.factor + row, lane, factor, at.boxes + 1, spread);
+    if (lane < spread) box_send(at.token + row, lane, make_float2(factor, inverse_root), at.boxes + 1, spread);
     if (lane == 0 && stores) args.low_factor[token + row] = factor;
   }
 };

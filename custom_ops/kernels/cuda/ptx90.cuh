@@ -64,6 +64,7 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Keeps the compiler from touching a register of a product under way before this point.
 __device__ __forceinline__ void hold(int& value) { asm volatile("" : "+r"(value)::"memory"); }
+__device__ __forceinline__ void hold(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
 __device__ __forceinline__ void hold(int64_t& value) { asm volatile("" : "+l"(value)); }
 
 // Operand B in shared memory: rows of 128 bytes of k, 8 of them 1024 bytes apart, 16-byte columns swizzled by row % 8.

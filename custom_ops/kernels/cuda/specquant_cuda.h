@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define SPECQUANT_CUDA_ABI 5
+#define SPECQUANT_CUDA_ABI 6
 
 /* One call of SpecQuantMatMul, or of Int4ResidualMatMul when basis is null. library_cuda.py mirrors it. */
 typedef struct SpecquantCudaProblem {
@@ -29,10 +29,10 @@ typedef struct SpecquantCudaProblem {
   int32_t half;          /* 1: x and y are float16; 0: float32 */
   int32_t wide_sums;     /* 1: row_sums is int32; 0: int16 */
   int32_t prologue;      /* 0: none; 1: rms_norm */
-  int32_t gate;          /* of pairs of outputs; 0: none; 1: silu; 2: gelu */
+  int32_t gate;          /* 0: none; 1: silu, 2: gelu by tanh: y[i] = act(output 2i) . output 2i + 1 */
   float act_clip;        /* share of a group's range that the levels span, in (0, 1] */
   float epsilon;         /* of rms_norm */
-  const void* x;         /* [T, N], with a gate [T, 2N] */
+  const void* x;         /* [T, N] */
   const void* basis;     /* float16 [N, r], or null */
   const void* coef;      /* float16 [r, M] */
   const void* qweight;   /* [P, Q, 64], two nibbles a byte */
@@ -40,8 +40,8 @@ typedef struct SpecquantCudaProblem {
   const void* row_sums;  /* [S, M] */
   const float* bias;     /* [M], or null */
   const float* norm;     /* [N], of rms_norm */
-  const void* residual;  /* [T, M], added to y, which it may be but not overlap otherwise; or null */
-  void* y;               /* [T, M] */
+  const void* residual;  /* [T, M], added to y, which it may be but not overlap otherwise; or null, as with a gate */
+  void* y;               /* [T, M], with a gate [T, M / 2] */
 } SpecquantCudaProblem;
 
 /* What the first stage leaves in the workspace, as byte offsets (-1: not there). Tests read it. */
