@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from specquant.custom_ops import library_cuda, reference
 from specquant.custom_ops.errors import SpecQuantError
@@ -135,6 +136,14 @@ def test_prologue_and_residual(rng: np.random.Generator, index: int, kind: Any, 
             np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max(), err_msg=text)
 
 
+def rounding(v: NDArray[np.float32], gate: int) -> NDArray[np.float32]:
+    """What gated outputs may be apart from the reference, relatively: the exponent is rounded, and may be large."""
+    g = np.abs(v[:, ::2])
+    with np.errstate(over="ignore"):
+        exponent = np.minimum(g if gate == 1 else 1.6 * g + 0.072 * g**3, 150)
+    return np.float32(1e-6) * (3 + exponent)
+
+
 @pytest.mark.parametrize("gate", [1, 2])
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
 @pytest.mark.parametrize("index", range(COUNT))
@@ -160,7 +169,7 @@ def test_gate(rng: np.random.Generator, index: int, kind: Any, gate: int) -> Non
         v = Call(x.astype(np.float32), weights, path, **attributes).y
         expected = reference.gated(v, gate)
         if kind == np.float32:
-            np.testing.assert_allclose(y, expected, rtol=3e-6 * max(1.0, float(np.abs(v).max())), err_msg=text)
+            np.testing.assert_array_less(np.abs(y - expected), rounding(v, gate) * np.abs(expected) + 1e-30, text)
         else:
             np.testing.assert_allclose(y, expected, rtol=0, atol=1e-3 * np.abs(expected).max(), err_msg=text)
 
