@@ -160,11 +160,12 @@ def write_artifact(folder: Path, args: argparse.Namespace) -> None:
 
     from specquant.exporter.export import export
     from specquant.exporter.recipe import Recipe
+    from specquant.exporter.text import BUILTIN
     from tests.model_folder import CORPUS, fresh_seed, random_llama, save_model_folder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.model:
-        text = str(args.calibration) if args.calibration else None
+        text = str(args.calibration or BUILTIN)
         export(args.model, folder, Recipe(float_type="float16"), calibration_text=text, device=device, force=True)
         return
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": args.layers, "num_attention_heads": 9}

@@ -13,5 +13,5 @@ export SPECQUANT_LIBRARY="$PWD/build/sanitize/custom_ops/libspecquant_cpu.so"
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 exec "$python" -m pytest -q -p no:cacheprovider \
-  tests/custom_ops/test_kernels.py tests/custom_ops/test_kernel_tiles.py tests/custom_ops/test_prologue.py \
+  tests/custom_ops/test_kernels.py tests/custom_ops/test_kernel_tiles.py tests/custom_ops/test_prologue.py tests/custom_ops/test_gate.py \
   tests/custom_ops/test_ort_ops.py tests/custom_ops/test_attention.py tests/custom_ops/test_threads.py -k "not race"
