@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -39,12 +40,13 @@ class Gate:
 
     def nodes(self, graph: GraphWriter, x: ir.Value, *, interleaved: bool = False) -> ir.Value:
         """Of x [..., 2N]: [..., N]. Gates come first, then ups, or each pair side by side."""
-        *leading, width = x.shape or ()
-        shape = (*leading, int(width) // 2)
+        sizes: list[Any] = list(x.shape or ())
+        last, width = len(sizes) - 1, int(sizes[-1])
+        shape = (*sizes[:-1], width // 2)
         gate, up = (ir.val(f"{self.name}.{part}", graph.float_type, shape) for part in ("gate", "up"))
         if interleaved:
             names = [f"{self.name}.{part}" for part in ("axis", "step", "end", "first", "second")]
-            values = (len(leading), 2, int(width), 0, 1)
+            values = (last, 2, width, 0, 1)
             axis, step, end, *starts = (
                 graph.once(name, np.array([value], np.int64)) for name, value in zip(names, values, strict=True)
             )
