@@ -1,6 +1,7 @@
 #include "matmul_plugin.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace specquant_trt {
 
@@ -19,11 +20,12 @@ constexpr Field kFusedFields[] = {FIELD(group_size), FIELD(act_bits), FIELD(act_
 constexpr Field kResidualFields[] = {FIELD(group_size), FIELD(act_bits), FIELD(act_group), FIELD(act_clip),
                                      FIELD(hadamard),   FIELD(prologue), FIELD(epsilon),  FIELD(gate)};
 #undef FIELD
+static_assert(std::size(kFusedFields) <= kMostFields && std::size(kResidualFields) <= kMostFields);
 
 }  // namespace
 
-const MatMulKind kFused{"SpecQuantMatMul", 4, 10, kFusedFields, 9};
-const MatMulKind kResidual{"Int4ResidualMatMul", 1, 7, kResidualFields, 8};
+const MatMulKind kFused{"SpecQuantMatMul", 4, 10, kFusedFields, int(std::size(kFusedFields))};
+const MatMulKind kResidual{"Int4ResidualMatMul", 1, 7, kResidualFields, int(std::size(kResidualFields))};
 
 int32_t MatMulPlugin::getOutputDataTypes(DataType* outputs, int32_t, const DataType* inputs,
                                          int32_t count) const noexcept {

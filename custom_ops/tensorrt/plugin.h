@@ -13,7 +13,7 @@ namespace specquant_trt {
 
 constexpr const char* kNamespace = "specquant";  // the ONNX domain
 constexpr const char* kVersion = "1";            // of the op set
-constexpr int kMostFields = 8;
+constexpr int kMostFields = 9;
 
 // An attribute: a member of a struct of int64_t and float, at `offset` in it.
 struct Field {
