@@ -95,8 +95,8 @@ class OnnxSequences:
 
     def _prefill(self, row: int, ids: NDArray[np.int64], block: int, keep: int) -> Iterator[NDArray[np.float32]]:
         cache = self._cache
-        if cache.reserve(int(cache.lengths[row]) + len(ids)):
-            self._step = None
+        cache.reserve(int(cache.lengths[row]) + len(ids))
+        self._step = None  # its mask does not have these tokens
         for part in (ids[start : start + block] for start in range(0, len(ids), block)):
             binding = _Binding(self._backend, cache, slice(row, row + 1), len(part), keep)
             logits = binding.run(part[None], cache.lengths[row : row + 1])[0]

@@ -15,9 +15,13 @@ def typical(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float
 
 
 def error_in_pieces(model: Model, rng: np.random.Generator) -> float:
-    """`typical` error of 50 tokens given in two blocks and then one by one, against the same in one pass."""
+    """`typical` error of 50 tokens given in two blocks, one by one, in a block again and one by one to the end, against
+    the same in one pass."""
     ids = rng.integers(3, 320, 50)
     sequences = model.sequences(1)
-    parts = [block.copy() for start in (0, 13) for block in sequences.prefill(0, ids[start : (13, 20)[start > 0]])]
-    parts += [sequences.decode(ids[t : t + 1]).copy() for t in range(20, 50)]
+    parts = []
+    for start, end in ((0, 6), (6, 10), (12, 17)):
+        parts += [sequences.decode(ids[t : t + 1]).copy() for t in range(sum(map(len, parts)), start)]
+        parts += [block.copy() for block in sequences.prefill(0, ids[start:end])]
+    parts += [sequences.decode(ids[t : t + 1]).copy() for t in range(17, 50)]
     return typical(np.concatenate(parts), model.logits(ids))
