@@ -50,55 +50,37 @@ __device__ __forceinline__ void box_again(uint64_t* box, int bytes) {
 #endif
 }
 
-// A value to the same place of another block's shared memory, counted in its box. `blocks` are the cluster's: one alone
-// has nobody to send to, and only meets.
-__device__ __forceinline__ void box_send(float* shared, int rank, float value, uint64_t* box, int blocks) {
+// A float, float2 or float4 to the same place of another block's shared memory, counted in its box. `blocks` are the
+// cluster's: one alone has nobody to send to, and only meets.
+template <class V>
+__device__ __forceinline__ void box_send(V* shared, int rank, V value, uint64_t* box, int blocks) {
   if (blocks == 1) {
     *shared = value;
     return;
   }
 #if __CUDA_ARCH__ >= 900
+  constexpr int kWords = sizeof(V) / 4;
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4);
   const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const uint32_t count = static_cast<uint32_t>(__cvta_generic_to_shared(box));
-  asm volatile(
-      "{\n.reg .u32 there, counter;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, [counter];\n}\n" ::"r"(own),
-      "r"(count), "r"(rank), "r"(__float_as_uint(value))
-      : "memory");
-#endif
-}
-
-__device__ __forceinline__ void box_send(float4* shared, int rank, float4 value, uint64_t* box, int blocks) {
-  if (blocks == 1) {
-    *shared = value;
-    return;
+#define SPECQUANT_SEND                                                                                              \
+  "{\n.reg .u32 there, counter;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n" \
+  "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes"
+  if constexpr (kWords == 1) {
+    asm volatile(SPECQUANT_SEND ".b32 [there], %3, [counter];\n}\n" ::"r"(own), "r"(count), "r"(rank),
+                 "r"(__float_as_uint(value))
+                 : "memory");
+  } else if constexpr (kWords == 2) {
+    asm volatile(SPECQUANT_SEND ".v2.b32 [there], {%3, %4}, [counter];\n}\n" ::"r"(own), "r"(count), "r"(rank),
+                 "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y))
+                 : "memory");
+  } else {
+    asm volatile(SPECQUANT_SEND ".v4.b32 [there], {%3, %4, %5, %6}, [counter];\n}\n" ::"r"(own), "r"(count), "r"(rank),
+                 "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)), "r"(__float_as_uint(value.z)),
+                 "r"(__float_as_uint(value.w))
+                 : "memory");
   }
-#if __CUDA_ARCH__ >= 900
-  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const uint32_t count = static_cast<uint32_t>(__cvta_generic_to_shared(box));
-  asm volatile(
-      "{\n.reg .u32 there, counter;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [there], {%3, %4, %5, %6}, [counter];\n}\n" ::"r"(
-          own),
-      "r"(count), "r"(rank), "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y)), "r"(__float_as_uint(value.z)),
-      "r"(__float_as_uint(value.w))
-      : "memory");
-#endif
-}
-
-__device__ __forceinline__ void box_send(float2* shared, int rank, float2 value, uint64_t* box, int blocks) {
-  if (blocks == 1) {
-    *shared = value;
-    return;
-  }
-#if __CUDA_ARCH__ >= 900
-  const uint32_t own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const uint32_t count = static_cast<uint32_t>(__cvta_generic_to_shared(box));
-  asm volatile(
-      "{\n.reg .u32 there, counter;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [there], {%3, %4}, [counter];\n}\n" ::"r"(own),
-      "r"(count), "r"(rank), "r"(__float_as_uint(value.x)), "r"(__float_as_uint(value.y))
-      : "memory");
+#undef SPECQUANT_SEND
 #endif
 }
 
