@@ -21,12 +21,12 @@ struct Quantizers {
 
   // Nothing here is done for some of them only, so that the compiler takes a vector of groups at once.
   void find(int bits, float clip, float qmax) {
-    const float symmetric = bits == 8 ? 1.0f : 0.0f;
+    const bool symmetric = bits == 8;
     for (int g = 0; g < kGroupsAtOnce; ++g) {
       float lo = clip * low[g], hi = clip * high[g];
       const float most = hi > -lo ? hi : -lo;
-      hi = symmetric != 0.0f ? most : hi;
-      lo = symmetric != 0.0f ? -most : lo;
+      hi = symmetric ? most : hi;
+      lo = symmetric ? -most : lo;
       const float range = hi - lo;
       const bool finite = range <= 3.402823466e38f, large = range >= 1e-30f;
       used[g] = finite & large;
