@@ -271,7 +271,7 @@ _SPECQUANT_MATMUL = """
     product = specquant.Int4ResidualMatMul
         <group_size: int = @group_size, act_bits: int = @act_bits, act_group: int = @act_group,
          act_clip: float = @act_clip>
-        (u, qweight, scales, row_sums, bias, absent, absent)
+        (u, qweight, scales, bias, absent, absent)
     v = Add (branch, product)
 #FINISH
 }

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
 
-ABI = 8  # kAbi of kernels/cpu/kernels.h
+ABI = 9  # kAbi of kernels/cpu/kernels.h
 ORT_MINIMUM = (1, 20)
 FILE = "libspecquant_cpu.so"
 REBUILD = "run `pip install --force-reinstall .` (it needs g++)"
 
-_POINTERS = ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias", "norm", "residual", "y", "low")
+_POINTERS = ("x", "basis", "coef", "qweight", "scales", "bias", "norm", "residual", "y", "low")
 _SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group", "hadamard")
-_FLAGS = ("act_bits", "subtract", "half", "wide_sums", "prologue", "gate")
+_FLAGS = ("act_bits", "subtract", "half", "prologue", "gate")
 
 
 class _Problem(ctypes.Structure):
@@ -193,7 +193,6 @@ def specquant_matmul(
     rank: int | None = None,
     qweight: NDArray[np.int8] | None = None,
     scales: NDArray[np.float16] | None = None,
-    row_sums: NDArray[Any] | None = None,
     bias: NDArray[np.float32] | None = None,
     group_size: int = 0,
     act_bits: int = 16,
@@ -223,8 +222,7 @@ def specquant_matmul(
     if source is None or source.ndim != 2:
         raise SpecQuantError("there are neither scales nor coef; give weights, a branch or both")
     (tokens, n), m, r = x.shape, source.shape[1], 0 if basis is None else basis.shape[1]
-    wide = row_sums is not None and row_sums.dtype == np.int32
-    segment = segment_length(n, group_size, act_group)
+    segment_length(n, group_size, act_group)  # says which group does not fit
     y = np.empty((tokens, m // 2 if gate else m), x.dtype)
     low = None if basis is None else np.empty((tokens, r), x.dtype)
     operands = (
@@ -233,7 +231,6 @@ def specquant_matmul(
         operand("coef", coef, (r, m), np.float16),
         operand("qweight", qweight, (-(-m // 16), -(-n // 8), 64), np.int8),
         operand("scales", scales, (n // (group_size or n), m), np.float16),
-        operand("row_sums", row_sums, (n // segment, m), np.int32 if wide else np.int16),
         operand("bias", bias, (m,), np.float32),
         operand("norm", norm, (n,), np.float32),
         operand("residual", residual, (tokens, m), x.dtype.type),
@@ -241,7 +238,7 @@ def specquant_matmul(
         low,
     )
     sizes = (tokens, n, m, r, r if rank is None else rank, group_size, act_group, hadamard)
-    flags = (act_bits, subtract, x.dtype == np.float16, wide, prologue, gate)
+    flags = (act_bits, subtract, x.dtype == np.float16, prologue, gate)
     problem = _Problem(*sizes, *flags, act_clip, epsilon, within, *map(address, operands))
     error = loaded().specquant_run(ctypes.byref(problem), _encoded(isa))
     if error:

@@ -19,7 +19,7 @@ import numpy as np
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
 
-ABI = 6  # SPECQUANT_CUDA_ABI
+ABI = 7  # SPECQUANT_CUDA_ABI
 FILE = "libspecquant_cuda.so"
 PATHS = (
     "cluster",
@@ -33,9 +33,9 @@ PATHS = (
 REBUILD = "install nvcc of CUDA 12.8 or later and run `pip install --force-reinstall .`, or use the CPU"
 
 _SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group", "hadamard")
-_FLAGS = ("act_bits", "subtract", "half", "wide_sums", "prologue", "gate")
-_POINTERS = ("x", "basis", "coef", "qweight", "scales", "row_sums", "bias", "norm", "residual", "y")
-_OFFSETS = ("rotated", "reduced", "partial", "low", "low_factor", "levels", "scale", "zero", "bytes")
+_FLAGS = ("act_bits", "subtract", "half", "prologue", "gate")
+_POINTERS = ("x", "basis", "coef", "qweight", "scales", "bias", "norm", "residual", "y")
+_OFFSETS = ("rotated", "reduced", "partial", "low", "low_factor", "levels", "scale", "bytes")
 _LENGTHS = ("batch", "sequence", "past_rows", "present_rows", "num_heads", "kv_num_heads", "head_dim")
 _CACHE_INPUTS = ("qkv", "past_key", "past_value", "seqlens_k", "position_ids", "cos", "sin", "key_offset")
 _STEP = ("logits", "uniforms", "ids", "position_ids", "attention_mask", "results")
@@ -188,7 +188,6 @@ def _problem(
     *,
     qweight: Any,
     scales: Any,
-    row_sums: Any,
     bias: Any = None,
     basis: Any = None,
     coef: Any = None,
@@ -210,21 +209,20 @@ def _problem(
         raise SpecQuantError(f"x is {kind}; give float32 or float16")
     (tokens, n), m = x.shape, scales.shape[1]
     r = 0 if basis is None else basis.shape[1]
-    segment = segment_length(n, group_size, act_group)
+    segment_length(n, group_size, act_group)  # says which group does not fit
     addresses = {
         "x": address("x", x, (tokens, n), (kind.type,)),
         "basis": address("basis", basis, (n, r), (np.float16,)),
         "coef": address("coef", coef, (r, m), (np.float16,)),
         "qweight": address("qweight", qweight, (-(-m // 16), -(-n // 8), 64), (np.int8,)),
         "scales": address("scales", scales, (n // (group_size or n), m), (np.float16,)),
-        "row_sums": address("row_sums", row_sums, (n // segment, m), (np.int16, np.int32)),
         "bias": address("bias", bias, (m,), (np.float32,)),
         "norm": address("norm", norm, (n,), (np.float32,)),
         "residual": address("residual", residual, (tokens, m), (kind.type,)),
         "y": address("y", y, (tokens, m // 2 if gate else m), (kind.type,)),
     }
     sizes = (tokens, n, m, r, r if rank is None else rank, group_size, act_group, hadamard)
-    flags = (act_bits, subtract, kind == np.float16, dtype_of("row_sums", row_sums) == np.int32, prologue, gate)
+    flags = (act_bits, subtract, kind == np.float16, prologue, gate)
     return Problem(*sizes, *flags, act_clip, epsilon, *(addresses[name] for name in _POINTERS))
 
 

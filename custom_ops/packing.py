@@ -13,7 +13,6 @@ from specquant.custom_ops.errors import SpecQuantError
 LANES = 16  # outputs in a panel
 BLOCK = 8  # features in a block
 OFFSET = 8  # the stored nibble is q + OFFSET
-INT16_SEGMENT = 4095  # longest segment whose sum, at most 8 per feature, fits int16
 
 
 def pack_int4(q: NDArray[np.int8]) -> NDArray[np.int8]:
@@ -61,16 +60,3 @@ def segment_length(n: int, group_size: int, act_group: int) -> int:
     if max(groups) % min(groups):
         raise SpecQuantError(f"group_size {group_size} and act_group {act_group}: let one divide the other")
     return min(groups)
-
-
-def row_sums(q: NDArray[np.int8], segment: int) -> NDArray[np.int16] | NDArray[np.int32]:
-    """Σ q over each segment of features: int8 [N, M] → [N / segment, M].
-
-    int16 if no sum can overflow it (segment ≤ 4,095), else int32.
-    Raises SpecQuantError if the segment does not divide N.
-    """
-    n, m = q.shape
-    if segment < 1 or n % segment:
-        raise SpecQuantError(f"segments of {segment} do not divide {n} features; use a divisor of {n}")
-    dtype = np.int16 if segment <= INT16_SEGMENT else np.int32
-    return q.reshape(n // segment, segment, m).sum(axis=1, dtype=dtype)

@@ -119,7 +119,6 @@ def _matmul4(
     u: NDArray[np.float32],
     qweight: NDArray[np.int8],
     scales: Float,
-    row_sums: NDArray[np.integer[Any]],
     group_size: int,
     act_bits: int,
     act_group: int,
@@ -129,11 +128,8 @@ def _matmul4(
     n, m = u.shape[-1], scales.shape[1]
     segment = segment_length(n, group_size, act_group)
     count, groups = n // segment, n // (group_size or n)
-    if scales.shape != (groups, m) or row_sums.shape != (count, m):
-        raise SpecQuantError(
-            f"scales {list(scales.shape)} and row_sums {list(row_sums.shape)} "
-            f"should be [{groups}, {m}] and [{count}, {m}]: export the model again"
-        )
+    if len(scales) != groups:
+        raise SpecQuantError(f"scales {list(scales.shape)} should be [{groups}, {m}]: export the model again")
     q_w = unpack_int4(qweight, n, m)
     if act_bits == 16:
         return u @ (np.repeat(scales.astype(np.float32), n // groups, axis=0) * q_w)
@@ -143,8 +139,8 @@ def _matmul4(
         features = slice(s * segment, (s + 1) * segment)
         g, a = s * groups // count, s * scale.shape[-1] // count
         # Integers below 2^53 are exact in float64, whose product is the fast one.
-        total = q[..., features].astype(np.float64) @ q_w[features].astype(np.float64)
-        total -= zero_point[..., a, None] * row_sums[s].astype(np.float64)
+        centred = q[..., features].astype(np.float64) - zero_point[..., a, None]
+        total = centred @ q_w[features].astype(np.float64)
         y += scale[..., a, None] * scales[g].astype(np.float32) * total.astype(np.float32)
     return y
 
@@ -164,7 +160,6 @@ def int4_residual_matmul(
     x: Float,
     qweight: NDArray[np.int8],
     scales: Float,
-    row_sums: NDArray[np.integer[Any]],
     bias: Float,
     norm: Float | None = None,
     residual: Float | None = None,
@@ -180,12 +175,12 @@ def int4_residual_matmul(
 ) -> Float:
     """`Int4ResidualMatMul`: y = x̂ H · Q4(W) + bias + residual, x̂ as `prologue_of` says; then `gated`.
 
-    x [..., N], qweight i8[P, Q, 64], scales [G, M], row_sums [S, M], bias [M], residual [..., M] or of one zero
+    x [..., N], qweight i8[P, Q, 64], scales [G, M], bias [M], residual [..., M] or of one zero
     → y [..., M], or [..., M/2] with a gate.
     Raises SpecQuantError if sizes or attributes disagree.
     """
     u = block_hadamard(prologue_of(x, prologue, norm, epsilon), hadamard)
-    y = _matmul4(u, qweight, scales, row_sums, group_size, act_bits, act_group, act_clip)
+    y = _matmul4(u, qweight, scales, group_size, act_bits, act_group, act_clip)
     return _finish(y, bias, residual, gate).astype(x.dtype)
 
 
@@ -196,7 +191,6 @@ def specquant_matmul(
     rank: NDArray[np.int64],
     qweight: NDArray[np.int8],
     scales: Float,
-    row_sums: NDArray[np.integer[Any]],
     bias: Float,
     norm: Float | None = None,
     residual: Float | None = None,
@@ -219,5 +213,5 @@ def specquant_matmul(
     x32 = block_hadamard(prologue_of(x, prologue, norm, epsilon), hadamard)
     y, low = _branch(x32, basis, coef, int(rank[0]))
     u = x32 - low @ basis.astype(np.float32).T if subtract else x32
-    y += _matmul4(u, qweight, scales, row_sums, group_size, act_bits, act_group, act_clip)
+    y += _matmul4(u, qweight, scales, group_size, act_bits, act_group, act_clip)
     return _finish(y, bias, residual, gate).astype(x.dtype)

@@ -60,7 +60,6 @@ _BRANCH = (
 _WEIGHTS = (
     Tensor("qweight", ("int8",), ("P", "Q", "64"), "INT4 weights as packing.py lays them out."),
     Tensor("scales", ("float16",), ("G", "M"), "A scale per weight group and output."),
-    Tensor("row_sums", ("int16", "int32"), ("S", "M"), "Σ q over each segment: the zero-point's share."),
     Tensor("bias", ("float",), ("M",), "Added to y; zeros where there is none."),
     Tensor("norm", ("float",), ("N",), "Factors of rms_norm; else a dummy of one element.", optional=True),
     Tensor("residual", (FLOAT,), ("...", "M"), "Added to y; a dummy of one zero where there is none.", optional=True),

@@ -16,8 +16,7 @@ from specquant.custom_ops.schema import DOMAIN, FLOAT, OPS, VERSION, Op, Tensor
 from specquant.custom_ops.tensorrt_calls import CALLS
 
 _ALIGNMENT = 256  # of the workspace; TensorRT promises none
-# TensorRT has no int16: row_sums are int32 in a lowered graph.
-_TYPES = {name: name.upper() for name in ("float", "int8", "int32", "int64")} | {"float16": "HALF", "int16": "INT32"}
+_TYPES = {name: name.upper() for name in ("float", "int8", "int32", "int64")} | {"float16": "HALF"}
 
 
 def register(api: Any) -> None:

@@ -235,20 +235,15 @@ def linear_bytes(x: Linear, decoder: Decoder) -> int:
 
 
 def _linear_bytes_by_kind(x: Linear, decoder: Decoder) -> dict[str, int]:
-    from specquant.custom_ops.packing import row_sums, segment_length
-
     if isinstance(x, FloatLinear):
         floats = x.weight.size + (0 if x.bias is None else x.bias.size)
         return {"float_linears": floats * _float_bytes(decoder)}
     n, m = x.q.shape
-    segment = segment_length(n, x.group_size, x.act_group)
-    sums = (n // segment) * m * row_sums(x.q[:segment, :1], segment).itemsize
     branch = 0 if x.basis is None or x.coef is None else x.basis.nbytes + x.coef.nbytes
     packed = -(-m // 16) * -(-n // 8) * 64
     return {
         "int4": packed,
         "scales": x.scales.nbytes,
-        "row_sums": sums,
         "branch": branch,
         "bias": 0 if x.bias is None else 4 * m,
     }

@@ -98,8 +98,7 @@ def build_engine(
     parser = api.OnnxParser(network, log)
     report("reading the graph", 0, 1)
     if not parser.parse_from_file(str(path)):
-        reason = parser.get_error(0).desc() if parser.num_errors else log.reason()
-        raise SpecQuantError(f"{target} does not take this graph: {reason}")
+        raise SpecQuantError(f"{target} does not take this graph: {_refusal(parser, log)}")
     _let_attention_decompose(api, network)
     config = builder.create_builder_config()
     if target == "tensorrt-rtx":
@@ -196,6 +195,15 @@ def _profile(builder: Any, network: Any, rows: int, tokens: int, max_seq: int) -
         usual = [max(1, max_seq // 2) if s == "total" else most.get(s, s) for s in symbols]
         profile.set_shape(tensor.name, least, usual, [most.get(s, s) for s in symbols])
     return profile
+
+
+def _refusal(parser: Any, log: Any) -> str:
+    """Why, as the parser says first; of an operator that TensorRT lacks, all that it says is a condition: "false"."""
+    if not parser.num_errors:
+        return str(log.reason())
+    error = parser.get_error(0)
+    operator = error.node_operator()
+    return f"{operator}: {error.desc()}" if operator else str(error.desc())
 
 
 def _log(api: Any) -> Any:

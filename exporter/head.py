@@ -103,5 +103,5 @@ def head_bytes(vocab: int, hidden: int, bits: int) -> dict[str, int]:
     """Kind -> bytes of the tensors that the embedding and the head are stored as."""
     groups, inputs = hidden // group_of(hidden), hidden * bits // 4
     packed = -(-vocab // 16) * -(-inputs // 8) * 64
-    scales_and_sums = 2 * 2 * vocab * groups * bits // 4
-    return {"embedding": 2 * vocab * hidden, "lm_head": packed + scales_and_sums}
+    scales = 2 * vocab * groups * bits // 4
+    return {"embedding": 2 * vocab * hidden, "lm_head": packed + scales}

@@ -19,7 +19,7 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.kv_rows import row_bytes
 
 MANIFEST = "specquant.json"
-FORMAT = 3  # 3: gates at the end of the products that make them; 2: norms and residuals inside products
+FORMAT = 4  # 4: no sums of weights; 3: gates at the end of products; 2: norms and residuals inside products
 ATTENTION = {"": (4, 16), "Int4KVAttention": (4,), "HalfKVAttention": (16,), "GroupQueryAttention": (16,)}  # kv_bits
 REQUIRED_FILES = ("model.onnx", "tokenizer.json")
 _BLOCK = 1 << 20

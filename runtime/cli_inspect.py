@@ -19,7 +19,7 @@ EPILOG = """examples:
 
 In the table, a rank of 0 is no branch, a group of 0 is one scale per output, clip is the share of the range that the
 levels of activations span, rotated the block of the Hadamard transform, alpha is the smoothing exponent, bits/w counts
-scales, row sums and branch, and error is |y - y'|^2 / |y|^2 on the calibration text.
+scales and branch, and error is |y - y'|^2 / |y|^2 on the calibration text.
 """
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from specquant.custom_ops import library
 from specquant.custom_ops.kv_rows import row_bytes
-from specquant.custom_ops.packing import segment_length
 
 LIST, RUN, ATTEND, QUANTIZE = range(4)
 
@@ -33,7 +32,6 @@ def matmul_bytes(p: Any) -> dict[str, int]:
         "coef": r * m * 2,
         "qweight": -(-m // 16) * -(-n // 8) * 64,
         "scales": n // (p.group_size or n) * m * 2,
-        "row_sums": n // segment_length(n, p.group_size, p.act_group) * m * (4 if p.wide_sums else 2),
         "bias": m * 4,
         "norm": n * 4,
         "residual": p.tokens * m * element,

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from specquant.custom_ops import reference
 from specquant.custom_ops.functions import OPSET, function_protos
-from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
+from specquant.custom_ops.packing import pack_int4
 from specquant.custom_ops.schema import DOMAIN, OPS, VERSION, Op, Tensor
 
 Arrays = dict[str, NDArray[Any]]
@@ -24,9 +24,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
 }
 
 
-def random_weights(
-    rng: np.random.Generator, op: str, n: int, m: int, rank: int, group_size: int = 0, act_group: int = 0
-) -> Arrays:
+def random_weights(rng: np.random.Generator, op: str, n: int, m: int, rank: int, group_size: int = 0) -> Arrays:
     """Operands of `op` but x, in order: weights of n in-features and m out-features, a branch of `rank`.
 
     With `random_input`, low and x − low · Bᵀ are exact in float32, so no order of summation moves a level.
@@ -38,7 +36,6 @@ def random_weights(
         "rank": np.array([rank], np.int64),
         "qweight": pack_int4(q),
         "scales": rng.uniform(0.05, 0.3, (n // (group_size or n), m)).astype(np.float16),
-        "row_sums": row_sums(q, segment_length(n, group_size, act_group)),
         "bias": rng.standard_normal(m).astype(np.float32),
     }
     return {tensor.name: arrays[tensor.name] for tensor in operands(OPS[op]) if tensor.name != "x"}

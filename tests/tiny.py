@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
+from specquant.custom_ops.packing import pack_int4
 from specquant.custom_ops.reference import int4_residual_matmul, specquant_matmul
 from specquant.exporter.decoder import Decoder, FloatLinear, Linear, QuantLinear
 from specquant.exporter.kv import use_half_cache
@@ -180,10 +180,8 @@ class _Simulated(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         e = self.entry
-        n, m = e.q.shape
-        bias = np.zeros(m, np.float32) if e.bias is None else e.bias
-        sums = row_sums(e.q, segment_length(n, e.group_size, e.act_group))
-        weights = pack_int4(e.q), e.scales, sums, bias
+        bias = np.zeros(e.q.shape[1], np.float32) if e.bias is None else e.bias
+        weights = pack_int4(e.q), e.scales, bias
         groups: dict[str, Any] = {"group_size": e.group_size, "act_bits": e.act_bits, "act_group": e.act_group}
         groups |= {"act_clip": e.act_clip, "hadamard": e.hadamard}
         if e.basis is None or e.coef is None:

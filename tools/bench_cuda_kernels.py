@@ -31,16 +31,12 @@ class Linear:
     """Random INT4 weights with a branch, in torch tensors on the GPU, and what a call needs."""
 
     def __init__(self, n: int, m: int, args: argparse.Namespace) -> None:
-        group, segment = args.group_size or n, min(args.group_size or n, args.act_group or n)
+        group = args.group_size or n
         options: dict[str, Any] = {"device": "cuda"}
         packed = torch.randint(-128, 128, (m // 16, n // 8, 64), dtype=torch.int8, **options)
-        nibbles = packed.view(torch.uint8).view(m // 16, n // segment, segment // 8, 16, 4)
-        sums = ((nibbles & 15).int() + (nibbles >> 4).int() - 16).sum((2, 4), dtype=torch.int32)
-        kind = torch.int16 if segment <= 4095 else torch.int32
         self.operands: dict[str, Any] = {
             "qweight": packed,
             "scales": (0.01 + 0.01 * torch.rand(n // group, m, **options)).half(),
-            "row_sums": sums.transpose(0, 1).reshape(n // segment, m).to(kind),
             "bias": torch.randn(m, **options),
             "group_size": args.group_size,
             "act_group": args.act_group,

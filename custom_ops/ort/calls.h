@@ -35,7 +35,7 @@ template <class P, class Check, class NoResidual>
 Shape read_call(const MatMulKind& kind, const Inputs& given, P& p, const Check& check,
                 const NoResidual& no_residual) {
   const Tensor& x = given[0];
-  // basis, coef, rank; qweight, scales, row_sums, bias, norm, residual
+  // basis, coef, rank; qweight, scales, bias, norm, residual
   const auto branch = [&](size_t i) -> const Tensor& { return given[1 + i]; };
   const auto weights = [&](size_t i) -> const Tensor& { return given[(kind.branch ? 4 : 1) + i]; };
   const int64_t n = p.in_features = x.last("x");
@@ -57,23 +57,18 @@ Shape read_call(const MatMulKind& kind, const Inputs& given, P& p, const Check& 
   if (kind.weights) {
     point(p.qweight, weights(0));
     point(p.scales, weights(1));
-    point(p.row_sums, weights(2));
-    p.wide_sums = weights(2).type == kInt32;
-    point(p.bias, weights(3));
-    point(p.norm, weights(4));
+    point(p.bias, weights(2));
+    point(p.norm, weights(3));
   }
   if (const char* wrong = check(p)) throw std::runtime_error(wrong);
   Shape y = x.shape;
   y.back() = p.gate ? m / 2 : m;
   if (!kind.weights) return y;
-  const auto [small, large] = std::minmax(p.group_size, p.act_group);
-  const int64_t segment = small ? small : large ? large : n;
   weights(0).expect("qweight", {(m + 15) / 16, (n + 7) / 8, 64});
   weights(1).expect("scales", {p.group_size ? n / p.group_size : 1, m});
-  weights(2).expect("row_sums", {n / segment, m});
-  weights(3).expect("bias", {m});
-  if (p.prologue == kRmsNormed) weights(4).expect("norm", {n});
-  const Tensor& residual = weights(5);
+  weights(2).expect("bias", {m});
+  if (p.prologue == kRmsNormed) weights(3).expect("norm", {n});
+  const Tensor& residual = weights(4);
   if (residual.shape != Shape{1} || y == Shape{1} || !no_residual(residual)) {
     if (p.gate) throw std::runtime_error("with a gate there is no residual");
     residual.expect("residual", y);

@@ -27,7 +27,7 @@ class MatMulKernel : public CpuKernel {
     read_attributes(*this, kind, info, attributes_);
     if (!kind.weights) return;
     if (within > 0.0f && !kind.branch && constants_[2] && in_two_digits(*constants_[2])) within_ = within;
-    const std::optional<Tensor>& bias = constants_[kind.branch ? 7 : 4];
+    const std::optional<Tensor>& bias = constants_[kind.bias()];
     if (!bias || bias->type != kFloat || bias->shape.size() != 1) return;
     const float* const values = bias->as<float>();
     no_bias_ = std::all_of(values, values + bias->shape[0], [](float value) { return value == 0.0f; });

@@ -169,10 +169,8 @@ std::vector<Op> describe_all(Registry* registry, const Api& api) {
       };
       if (!cuda && std::string(kCudaProvider) == kCpuProvider) continue;
       matmul(kBranch, {real, kFloat16, kFloat16, kInt64}, {real, real});
-      for (const ElementType sums : {kInt16, kInt32}) {
-        matmul(kResidual, {real, kInt8, kFloat16, sums, kFloat, kFloat, real}, {real});
-        matmul(kFused, {real, kFloat16, kFloat16, kInt64, kInt8, kFloat16, sums, kFloat, kFloat, real}, {real});
-      }
+      matmul(kResidual, {real, kInt8, kFloat16, kFloat, kFloat, real}, {real});
+      matmul(kFused, {real, kFloat16, kFloat16, kInt64, kInt8, kFloat16, kFloat, kFloat, real}, {real});
       for (const AttentionKind* kind : {&kInt4Cache, &kHalfCache}) {
         const ElementType cache = kind->kv_bits == 4 ? kInt8 : kFloat16;
         std::vector<ElementType> inputs{real, cache, cache, kInt32, kInt32, kInt64, kFloat, kFloat};

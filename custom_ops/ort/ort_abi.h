@@ -26,7 +26,7 @@ enum ErrorCode : int32_t { kFail = 1, kInvalidArgument = 2 };
 enum MemoryType : int32_t { kMemoryCpuInput = -2, kMemoryDefault = 0 };
 enum Characteristic : int32_t { kRequired = 0 };
 enum AttributeType : int32_t { kInteger = 1 };
-enum ElementType : int32_t { kFloat = 1, kInt8 = 3, kInt16 = 5, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
+enum ElementType : int32_t { kFloat = 1, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
 
 // X(name, slot, result, arguments)
 #define SPECQUANT_ORT_SLOTS(X)                                                                              \

@@ -9,9 +9,9 @@ using namespace nvinfer1;
 
 namespace {
 
-constexpr int kMostInputs = 10;
+constexpr int kMostInputs = 9;
 enum Branch { kBasis = 1, kCoef, kRank };
-enum Weights { kQWeight, kScales, kRowSums, kBias, kNorm, kResidualInput };  // from `first` on
+enum Weights { kQWeight, kScales, kBias, kNorm, kResidualInput };  // from `first` on
 
 #define FIELD(name) SPECQUANT_FIELD(MatMulAttributes, name)
 constexpr Field kFusedFields[] = {FIELD(group_size), FIELD(act_bits), FIELD(act_group), FIELD(act_clip),
@@ -24,8 +24,8 @@ static_assert(std::size(kFusedFields) <= kMostFields && std::size(kResidualField
 
 }  // namespace
 
-const MatMulKind kFused{"SpecQuantMatMul", 4, 10, kFusedFields, int(std::size(kFusedFields))};
-const MatMulKind kResidual{"Int4ResidualMatMul", 1, 7, kResidualFields, int(std::size(kResidualFields))};
+const MatMulKind kFused{"SpecQuantMatMul", 4, 9, kFusedFields, int(std::size(kFusedFields))};
+const MatMulKind kResidual{"Int4ResidualMatMul", 1, 6, kResidualFields, int(std::size(kResidualFields))};
 
 int32_t MatMulPlugin::getOutputDataTypes(DataType* outputs, int32_t, const DataType* inputs,
                                          int32_t count) const noexcept {
@@ -55,7 +55,6 @@ bool MatMulPlugin::supportsFormatCombination(int32_t position, const DynamicPlug
   switch (position - kind_.first) {
     case kQWeight: return type == DataType::kINT8;
     case kScales: return type == DataType::kHALF;
-    case kRowSums: return type == DataType::kINT32;
     case kBias:
     case kNorm: return type == DataType::kFLOAT;
     default: return type == tensors[0].desc.type;  // residual
@@ -83,18 +82,14 @@ const char* MatMulPlugin::sizes(const Dims* shapes, bool half, SpecquantCudaProb
   p.epsilon = attributes_.epsilon;
   p.gate = int32_t(std::clamp<int64_t>(attributes_.gate, -1, 99));
   p.half = half;
-  p.wide_sums = 1;
   const int64_t n = p.in_features = last(x), m = p.out_features = last(weights[kScales]);
   if (kind_.first > kBasis) {
     const int64_t r = p.basis_rank = p.rank = last(shapes[kBasis]);
     if (!fits(shapes[kBasis], {n, r}) || !fits(shapes[kCoef], {r, m})) return "basis or coef has another shape";
   }
-  const int64_t small = std::min(p.group_size, p.act_group), large = std::max(p.group_size, p.act_group);
-  const int64_t segment = small > 0 ? small : large > 0 ? large : n;
-  if (n < 1 || n % segment || (p.group_size > 0 && n % p.group_size)) return "groups do not divide the features of x";
+  if (n < 1 || (p.group_size > 0 && n % p.group_size)) return "groups do not divide the features of x";
   if (!fits(weights[kQWeight], {(m + 15) / 16, (n + 7) / 8, 64})) return "qweight has another shape";
   if (!fits(weights[kScales], {p.group_size > 0 ? n / p.group_size : 1, m})) return "scales has another shape";
-  if (!fits(weights[kRowSums], {n / segment, m})) return "row_sums has another shape";
   if (!fits(weights[kBias], {m})) return "bias has another shape";
   if (p.prologue == 1 && !fits(weights[kNorm], {n})) return "norm has another shape";
   if (!adds(shapes)) return fits(weights[kResidualInput], {1}) ? nullptr : "residual has another shape";
@@ -128,7 +123,6 @@ int32_t MatMulPlugin::enqueue(const PluginTensorDesc* descs, const PluginTensorD
   p.coef = p.basis_rank ? inputs[kCoef] : nullptr;
   p.qweight = weights[kQWeight];
   p.scales = weights[kScales];
-  p.row_sums = weights[kRowSums];
   p.bias = static_cast<const float*>(weights[kBias]);
   p.norm = static_cast<const float*>(weights[kNorm]);
   p.residual = adds(shapes) ? weights[kResidualInput] : nullptr;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
+from specquant.custom_ops.packing import pack_int4
 from specquant.custom_ops.schema import DOMAIN
 from specquant.exporter.decoder import FloatLinear, Linear, QuantLinear
 from specquant.exporter.graph.surroundings import Gate, RmsNorm
@@ -60,12 +60,10 @@ def quant_linear(
     name, (n, m) = entry.name, entry.q.shape
     # With a gate, output i of the first half beside output i of the second.
     order = np.arange(m).reshape(2, -1).T.reshape(-1) if gate else slice(None)
-    segment = segment_length(n, entry.group_size, entry.act_group)
     packed = (-(-m // 16), -(-n // 8), 64)
     weights = [
         graph.lazy(f"{name}.qweight", ir.DataType.INT8, packed, lambda: pack_int4(entry.q[:, order])),
         graph.tensor(f"{name}.scales", entry.scales[:, order]),
-        graph.tensor(f"{name}.row_sums", row_sums(entry.q, segment)[:, order]),
         graph.once(f"no_bias.{m}", np.zeros(m, np.float32))
         if entry.bias is None
         else graph.tensor(f"{name}.bias", entry.bias[order]),

@@ -13,9 +13,9 @@ _I64, _I32 = ir.DataType.INT64, ir.DataType.INT32
 
 
 def plugin_linear(low: Lowering, node: ir.Node) -> ir.Value:
-    """`SpecQuantMatMul` or `Int4ResidualMatMul`, as in the artifact but for two inputs.
+    """`SpecQuantMatMul` or `Int4ResidualMatMul`, as in the artifact but for the rank.
 
-    row_sums become int32, since TensorRT has no int16. The rank is a constant: with fewer columns than the artifact's,
+    It is a constant: with fewer columns than the artifact's,
     `basis` and `coef` are cut, and with none the op is the one without a branch.
     """
     graph, name, op_type, given = low.graph, str(node.name), node.op_type, attributes(node)
@@ -31,8 +31,6 @@ def plugin_linear(low: Lowering, node: ir.Node) -> ir.Value:
     for key in (tensor.name for tensor in OPS[op_type].inputs):
         if key == "rank":
             inputs.append(graph.tensor(f"{name}.rank", np.array([rank], np.int64)))
-        elif key == "row_sums":
-            inputs.append(graph.tensor(f"{name}.row_sums", low.array(node, at[key]).astype(np.int32)))
         elif key in ("basis", "coef") and low.rank is not None:
             array = low.array(node, at[key])
             cut = array[:, :rank] if key == "basis" else array[:rank]

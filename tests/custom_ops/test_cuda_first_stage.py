@@ -41,7 +41,7 @@ def test_levels_are_exact(
     rng: np.random.Generator, bits: int, group_size: int, act_group: int, n: int, offsets: dict[str, int]
 ) -> None:
     """Of any activations."""
-    weights = random_weights(rng, "Int4ResidualMatMul", n, 8, 0, group_size, act_group)
+    weights = random_weights(rng, "Int4ResidualMatMul", n, 8, 0, group_size)
     x = (rng.standard_normal((37, n)) * 10.0 ** rng.integers(-9, 9, (37, n))).astype(np.float32)
     x[0], x[1], x[2], x[3] = 0, 1e-33, -np.abs(x[3]), np.abs(x[4])
     clip = float(rng.choice([1.0, 0.9, 0.3]))
@@ -52,7 +52,7 @@ def test_levels_are_exact(
 @pytest.mark.parametrize("block", [8, 16, 32, 128, 512])
 def test_rotation_is_exact(rng: np.random.Generator, block: int) -> None:
     n = block * int(rng.integers(1, 4))
-    weights = random_weights(rng, "Int4ResidualMatMul", n, 8, 0, 0, 0)
+    weights = random_weights(rng, "Int4ResidualMatMul", n, 8, 0, 0)
     x = rng.standard_normal((21, n)).astype(rng.choice([np.float32, np.float16]))
     expected = reference.block_hadamard(x, block)
     call = Call(x, weights, "any", APART, act_bits=8, hadamard=block)
@@ -64,7 +64,7 @@ def test_rotation_is_exact(rng: np.random.Generator, block: int) -> None:
 @pytest.mark.parametrize(("n", "act_group", "prologue"), [(4160, 64, 1), (4096, 0, 0), (7168, 64, 0)])
 def test_clusters_of_sixteen(rng: np.random.Generator, n: int, act_group: int, prologue: int) -> None:
     """A token of many features: the stage in one kernel gives what the separate kernels give."""
-    weights = random_weights(rng, "SpecQuantMatMul", n, 32, 32, 64, act_group)
+    weights = random_weights(rng, "SpecQuantMatMul", n, 32, 32, 64)
     x = random_input(rng, (2, n))
     if prologue == 1:
         weights["norm"] = np.ones(n, np.float32)
@@ -79,7 +79,7 @@ def test_clusters_of_sixteen(rng: np.random.Generator, n: int, act_group: int, p
 def test_many_tokens(rng: np.random.Generator, prologue: int, act_group: int, kind: Any) -> None:
     """More than all blocks take at once: they go on to others."""
     tokens, n, m = 2100 if EMULATED else 6000, 1408, 48
-    weights = random_weights(rng, "SpecQuantMatMul", n, m, 31, act_group, act_group)
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, 31, act_group)
     x = random_input(rng, (tokens, n), kind)
     x[:, 3] *= rng.choice([1, 8], tokens).astype(kind)
     if prologue == 1:
@@ -98,7 +98,7 @@ def test_many_tokens(rng: np.random.Generator, prologue: int, act_group: int, ki
 def test_branch_of_any_numbers(rng: np.random.Generator, kind: Any, tokens: int, act_group: int, prologue: int) -> None:
     """low and what is left of x̂, on numbers that no order of summation gets exactly."""
     n, m, r = 672 if act_group else 1344, 64, int(rng.choice([31, 32, 40]))
-    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, 0, act_group)
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, 0)
     weights["basis"] = np.linalg.qr(rng.standard_normal((n, r)))[0].astype(np.float16)
     x = rng.standard_normal((tokens, n)).astype(kind)
     x[:, ::97] *= 60

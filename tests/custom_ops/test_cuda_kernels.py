@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops import library_cuda, reference
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import pack_int4, row_sums, segment_length, unpack_int4
+from specquant.custom_ops.packing import pack_int4, unpack_int4
 from specquant.custom_ops.schema import PROLOGUES
 from tests.cuda_arrays import POISON, DeviceArray, capability, require_kernels
 from tests.cuda_matmul import Call, paths
@@ -43,7 +43,7 @@ def test_integers_are_exact(rng: np.random.Generator, index: int) -> None:
     group_size, act_group, n = groups
     bits, m = int(rng.choice([2, 3, 4, 7, 8])), int(rng.choice([8, 24, 144, 272, 528, 7]))
     qmax = 254 if bits == 8 else 2**bits - 1
-    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, group_size, act_group)
+    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, group_size)
     weights["scales"] = (2.0 ** rng.integers(-3, 4, weights["scales"].shape)).astype(np.float16)
     weights["bias"] = rng.integers(-99, 99, m).astype(np.float32)
     low = -(qmax // 2)
@@ -63,7 +63,7 @@ def test_matmul_equals_reference(rng: np.random.Generator, index: int, bits: int
     group_size, act_group, n = groups
     m, kind = int(rng.choice([8, 40, 144, 272, 19])), rng.choice([np.float32, np.float16])
     r = int(min(n, rng.choice([0, 1, 24, 31, 32, 33, 63, 64, 70])))
-    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, group_size, act_group)
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, group_size)
     weights["rank"] = np.array([rng.integers(0, r + 1) if rng.random() < 0.5 else r])
     x = random_input(rng, (tokens, n), kind)
     attributes: dict[str, Any] = {"group_size": group_size, "act_bits": bits, "act_group": act_group}
@@ -87,9 +87,7 @@ def test_one_token(rng: np.random.Generator, n: int, m: int, groups: tuple[int, 
     """Odd numbers of groups, units that are not whole, more tiles than blocks, warps that take several units."""
     group_size, act_group = (group if n % max(group, 1) == 0 else 64 for group in groups)
     r = int(rng.choice([0, 5, 32, 64, 90]))
-    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, group_size, act_group)
-    if rng.random() < 0.3:
-        weights["row_sums"] = weights["row_sums"].astype(np.int32)
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, group_size)
     x = random_input(rng, (1, n), rng.choice([np.float32, np.float16]))
     residual = rng.standard_normal((1, m)).astype(x.dtype)
     attributes: dict[str, Any] = {"group_size": group_size, "act_group": act_group, "act_bits": bits, "subtract": 1}
@@ -97,7 +95,7 @@ def test_one_token(rng: np.random.Generator, n: int, m: int, groups: tuple[int, 
     tolerance = (1e-5 if x.dtype == np.float32 else 1e-3) * float(np.abs(expected).max())
     for path in ["matvec", *(["cluster"] if HOPPER and r <= 64 else [])]:
         y = Call(x, weights | {"residual": residual}, path, **attributes).y
-        text = f"{path} {n} x {m} r={r} {weights['row_sums'].dtype}"
+        text = f"{path} {n} x {m} r={r}"
         np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=tolerance, err_msg=text)
 
 
@@ -109,7 +107,7 @@ def test_prologue_and_residual(rng: np.random.Generator, index: int, kind: Any, 
     tokens, (_, groups) = int(rng.choice([1, 9, 20])), case(rng, index)
     group_size, act_group, n = groups
     m, bits, rotated = int(rng.choice([8, 144, 19])), int(rng.choice([4, 8, 16])), 8 if n % 64 == 0 and index % 2 else 0
-    weights = random_weights(rng, "SpecQuantMatMul", n, m, min(n, 9), group_size, act_group)
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, min(n, 9), group_size)
     x = random_input(rng, (tokens, n), kind)  # the sum of its squares is exact, too
     residual = (9 * rng.standard_normal((tokens, m))).astype(kind)
     norm = rng.uniform(-2, 2, n).astype(np.float32)
@@ -153,7 +151,7 @@ def test_gate(rng: np.random.Generator, index: int, kind: Any, gate: int) -> Non
     group_size, act_group, n = groups
     m, bits, r = int(rng.choice([8, 40, 272, 528, 22])), int(rng.choice([4, 8, 16])), int(rng.choice([0, 9, 32, 40]))
     r = min(n, r)
-    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, group_size, act_group)
+    weights = random_weights(rng, "SpecQuantMatMul", n, m, r, group_size)
     weights["scales"] = (weights["scales"] * np.float32(4.0 / n**0.5)).astype(np.float16)
     weights["coef"] = (weights["coef"] / np.float32(max(n, 1) ** 0.5)).astype(np.float16)
     weights["bias"] *= np.float32(20)
@@ -214,7 +212,7 @@ def test_residual_in_place(rng: np.random.Generator, kind: Any) -> None:
 def test_extreme_values(rng: np.random.Generator, bits: int, groups: tuple[int, int, int]) -> None:
     """Zeros, huge and tiny numbers: as the reference. NaN and infinities: NaN, in their own token only."""
     group_size, act_group, n = groups
-    weights = random_weights(rng, "SpecQuantMatMul", n, 24, 8, group_size, act_group)
+    weights = random_weights(rng, "SpecQuantMatMul", n, 24, 8, group_size)
     attributes: dict[str, Any] = {"group_size": group_size, "act_bits": bits, "act_group": act_group, "subtract": 1}
     x = random_input(rng, (12, n))
     x[1], x[2], x[3] = 0, x[2] * np.float32(2.0**100), x[3] * np.float32(2.0**-60)
@@ -234,17 +232,15 @@ def test_extreme_values(rng: np.random.Generator, bits: int, groups: tuple[int, 
 
 @pytest.mark.parametrize(("n", "bits"), [(8192, 8), (4104, 4), (16384, 2)])
 def test_long_segments_of_the_largest_values(rng: np.random.Generator, n: int, bits: int) -> None:
-    """All weights −8 and activations at both ends: sums too large for int16, row sums in int32."""
+    """All weights −8 and activations at both ends: sums too large for int16."""
     qmax, m = 254 if bits == 8 else 2**bits - 1, 48
     q = np.full((n, m), -8, np.int8)
     q[rng.integers(n, size=5)] = 7
     x = np.full((3, n), qmax, np.float32)
     x[:, rng.integers(n, size=9)] = 0
     x[1] = -x[1]
-    sums = row_sums(q, segment_length(n, 0, 0))
-    assert sums.dtype == np.int32
     scales = np.full((1, m), 0.5, np.float16)
-    weights = {"qweight": pack_int4(q), "scales": scales, "row_sums": sums, "bias": np.zeros(m, np.float32)}
+    weights = {"qweight": pack_int4(q), "scales": scales, "bias": np.zeros(m, np.float32)}
     expected = (x.astype(np.int64) @ q.astype(np.int64) * 0.5).astype(np.float32)
     for path in [p for p in paths(3, (0, 0, n), bits, m) if p]:
         np.testing.assert_array_equal(Call(x, weights, path, act_bits=bits).y, expected, path)
@@ -254,7 +250,7 @@ def test_long_segments_of_the_largest_values(rng: np.random.Generator, n: int, b
 def test_bands_of_tokens(rng: np.random.Generator) -> None:
     """So many activations that tiles go through them in two bands, with a tile of fewer outputs at the end."""
     tokens, n, m = 1160, 12288, 528
-    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, 0, 0)
+    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, 0)
     weights["scales"] = np.full((1, m), 0.5, np.float16)
     x = rng.integers(-7, 9, (tokens, n)).astype(np.float16)
     x[:, 0], x[:, 1] = -7, 8  # so that every scale is 1
@@ -264,20 +260,20 @@ def test_bands_of_tokens(rng: np.random.Generator) -> None:
 
 
 def test_no_tokens(rng: np.random.Generator) -> None:
-    weights = random_weights(rng, "SpecQuantMatMul", 64, 8, 5, 64, 64)
+    weights = random_weights(rng, "SpecQuantMatMul", 64, 8, 5, 64)
     y = Call(np.empty((0, 64), np.float32), weights, group_size=64, act_bits=4, act_group=64).y
     assert y.shape == (0, 8)
 
 
 def test_arrays_off_their_alignment(rng: np.random.Generator) -> None:
     """Addresses that vector loads cannot take: the library must see it and go another way."""
-    weights = random_weights(rng, "SpecQuantMatMul", 128, 16, 8, 64, 64)
+    weights = random_weights(rng, "SpecQuantMatMul", 128, 16, 8, 64)
     x = random_input(rng, (9, 128), np.float16)
     weights["residual"] = rng.standard_normal((9, 16)).astype(np.float16)
     attributes: dict[str, Any] = {"group_size": 64, "act_bits": 4, "act_group": 64, "subtract": 1}
     expected = reference.specquant_matmul(x.astype(np.float32), **weights, **attributes)
     size = float(np.abs(expected).max())
-    for name in ("x", "basis", "coef", "scales", "row_sums", "bias", "qweight", "residual", "y"):
+    for name in ("x", "basis", "coef", "scales", "bias", "qweight", "residual", "y"):
         y = Call(x, weights, offsets={name: 4}, **attributes).y
         np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=1e-3 * size, err_msg=name)
 
@@ -302,7 +298,7 @@ def test_arrays_off_their_alignment(rng: np.random.Generator) -> None:
 def test_what_is_refused(rng: np.random.Generator, change: dict[str, Any], words: str) -> None:
     attributes: dict[str, Any] = {"group_size": 64, "act_bits": 4, "act_group": 64} | change
     small, m = attributes["group_size"] == 8, attributes.pop("m", 8)
-    weights = random_weights(rng, "SpecQuantMatMul", 128, m, 8, 8 if small else 64, 8 if small else 64)
+    weights = random_weights(rng, "SpecQuantMatMul", 128, m, 8, 8 if small else 64)
     if "residual" in attributes:
         weights["residual"] = attributes.pop("residual")
     if "rank" in attributes:

@@ -47,7 +47,7 @@ def session(model: onnx.ModelProto, profile: Path | None = None, **provider: str
 def matmul_case(rng: np.random.Generator, op: str, float_type: Any, **changes: int) -> tuple[Any, Any, dict[str, Any]]:
     """A model of one op, its weights and attributes, N = 128, M = 40."""
     attributes = {a.name: (ATTRIBUTES | changes)[a.name] for a in OPS[op].attributes}
-    weights = random_weights(rng, op, 128, 40, 7, attributes["group_size"], attributes["act_group"])
+    weights = random_weights(rng, op, 128, 40, 7, attributes["group_size"])
     return op_model(op, 128, weights, float_type, attributes), weights, attributes
 
 

@@ -59,7 +59,7 @@ def check(op: str, model: onnx.ModelProto, x: np.ndarray, weights: Arrays, attri
 def test_function_equals_reference(
     rng: np.random.Generator, op: str, subtract: int | None, group_size: int, act_group: int, bits: int
 ) -> None:
-    weights = random_weights(rng, op, 48, 37, 7, group_size, act_group)
+    weights = random_weights(rng, op, 48, 37, 7, group_size)
     attributes = attributes_of(op, group_size, bits, act_group, subtract)
     float_type = rng.choice([np.float32, np.float16])
     model = op_model(op, 48, weights, float_type, attributes)
@@ -72,7 +72,7 @@ def test_function_equals_reference(
 def test_rotated_and_clipped(
     rng: np.random.Generator, op: str, subtract: int | None, bits: int, hadamard: int, act_clip: float
 ) -> None:
-    weights = random_weights(rng, op, 192, 21, 7, 16, 64)
+    weights = random_weights(rng, op, 192, 21, 7, 16)
     attributes = attributes_of(op, 16, bits, 64, subtract, hadamard, act_clip)
     x = random_input(rng, (2, 3, 192))
     check(op, op_model(op, 192, weights, np.float32, attributes), x, weights, attributes)
@@ -87,7 +87,7 @@ def test_prologue_and_residual(
 ) -> None:
     """x̂ is float32, a unit in the last place apart: where it is quantised, a level may be the next one."""
     n = 48
-    weights = random_weights(rng, op, n, 37, 7, 16, 16)
+    weights = random_weights(rng, op, n, 37, 7, 16)
     weights["norm"] = (rng.uniform(-2, 2, n) if prologue == 1 else np.zeros(1)).astype(np.float32)
     attributes = attributes_of(op, 16, bits, 16, subtract, int(rng.choice([0, 16])))
     attributes |= {"prologue": prologue, "epsilon": float(rng.choice([1e-6, 0.25]))}
@@ -107,7 +107,7 @@ def test_prologue_and_residual(
 @pytest.mark.parametrize("gate", range(1, len(GATES)))
 @pytest.mark.parametrize("float_type", [np.float32, np.float16])
 def test_gate(rng: np.random.Generator, op: str, subtract: int | None, gate: int, float_type: type) -> None:
-    weights = random_weights(rng, op, 48, 38, 7, 16, 16)
+    weights = random_weights(rng, op, 48, 38, 7, 16)
     attributes = attributes_of(op, 16, 4, 16, subtract) | {"gate": gate}
     model = op_model(op, 48, weights, float_type, attributes)
     x = random_input(rng, (2, 3, 48), float_type)
@@ -128,7 +128,7 @@ def test_features_need_not_fill_a_block(rng: np.random.Generator, op: str, subtr
 
 @pytest.mark.parametrize("act_group", [0, 32])
 def test_integers_are_exact(rng: np.random.Generator, act_group: int) -> None:
-    weights = random_weights(rng, "Int4ResidualMatMul", 96, 21, 0, 32, act_group)
+    weights = random_weights(rng, "Int4ResidualMatMul", 96, 21, 0, 32)
     weights["scales"] = (2.0 ** rng.integers(-3, 4, (3, 21))).astype(np.float16)
     weights["bias"] = rng.integers(-9, 9, 21).astype(np.float32)
     attributes = {"group_size": 32, "act_bits": 4, "act_group": act_group}
@@ -144,7 +144,7 @@ def test_integers_are_exact(rng: np.random.Generator, act_group: int) -> None:
 def test_a_value_that_is_not_finite_spoils_its_token_only(
     rng: np.random.Generator, value: float, act_group: int
 ) -> None:
-    weights = random_weights(rng, "Int4ResidualMatMul", 48, 21, 0, 0, act_group)
+    weights = random_weights(rng, "Int4ResidualMatMul", 48, 21, 0, 0)
     attributes = {"group_size": 0, "act_bits": 4, "act_group": act_group}
     x = rng.standard_normal((48, 2, 48)).astype(np.float32)
     x[range(48), 1, range(48)] = value
@@ -158,7 +158,7 @@ def test_a_value_that_is_not_finite_spoils_its_token_only(
 def test_weights_are_unpacked_when_the_session_is_made(
     rng: np.random.Generator, tmp_path: Path, op: str, bits: int
 ) -> None:
-    weights = random_weights(rng, op, 48, 37, 7, 16, 16)
+    weights = random_weights(rng, op, 48, 37, 7, 16)
     model = op_model(op, 48, weights, np.float32, attributes_of(op, 16, bits, 16, 1))
     session(model, tmp_path / "optimised.onnx")
     graph = onnx.load(tmp_path / "optimised.onnx").graph
@@ -171,7 +171,7 @@ def test_weights_are_unpacked_when_the_session_is_made(
 @pytest.mark.parametrize(("op", "subtract"), VARIANTS)
 @pytest.mark.parametrize("float_type", [np.float32, np.float16])
 def test_functions_pass_the_checker(rng: np.random.Generator, op: str, subtract: int | None, float_type: type) -> None:
-    weights = random_weights(rng, op, 48, 37, 7, 16, 8)
+    weights = random_weights(rng, op, 48, 37, 7, 16)
     model = op_model(op, 48, weights, float_type, attributes_of(op, 16, 4, 8, subtract))
     onnx.checker.check_model(model, full_check=True)
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops import library, reference
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import pack_int4, row_sums
+from specquant.custom_ops.packing import pack_int4
 from tests.ops import random_input, random_weights
 
 try:
@@ -25,7 +25,7 @@ def test_every_tile(rng: np.random.Generator, isa: str, bits: int, n: int) -> No
     for tokens in (1, 2, 3, 7, 8, 15, 17):
         m = int(rng.integers(1, 180))
         group_size, act_group = ((64, 64), (192, 64), (64, 192), (8, 8))[rng.integers(4)]
-        weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, group_size, act_group)
+        weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, group_size)
         x = random_input(rng, (tokens, n))
         attributes = {"group_size": group_size, "act_bits": bits, "act_group": act_group}
         y, _ = library.specquant_matmul(x, **weights, **attributes, isa=isa)
@@ -44,7 +44,7 @@ def test_many_tokens(rng: np.random.Generator, isa: str, bits: int, groups: tupl
     group_size, act_group = groups
     for tokens in (8, 16, 31, 32, 41, 300):
         m = int(rng.integers(1, 180))
-        weights = random_weights(rng, "Int4ResidualMatMul", 2112, m, 0, group_size, act_group)
+        weights = random_weights(rng, "Int4ResidualMatMul", 2112, m, 0, group_size)
         x = random_input(rng, (tokens, 2112))
         attributes = {"group_size": group_size, "act_bits": bits, "act_group": act_group}
         y, _ = library.specquant_matmul(x, **weights, **attributes, isa=isa)
@@ -60,7 +60,7 @@ def test_vector_paths_agree_bit_for_bit(rng: np.random.Generator, bits: int, tok
     paths = [name for name in ISAS if name != "scalar"]
     if len(paths) < 2:
         pytest.skip("this CPU has fewer than two vector paths")
-    weights = random_weights(rng, "Int4ResidualMatMul", 320, 203, 0, 64, 64)
+    weights = random_weights(rng, "Int4ResidualMatMul", 320, 203, 0, 64)
     x = rng.standard_normal((tokens, 320)).astype(np.float32)
     first, *others = (
         library.specquant_matmul(x, **weights, group_size=64, act_bits=bits, act_group=64, isa=isa)[0] for isa in paths
@@ -74,9 +74,9 @@ def test_vector_paths_agree_bit_for_bit(rng: np.random.Generator, bits: int, tok
 @pytest.mark.parametrize("n", [65536, 65600])
 def test_the_largest_sums_of_one_token(rng: np.random.Generator, isa: str, n: int) -> None:
     """One segment, every level at its end and most nibbles 15: on either side of what 16 times the high ones may be."""
-    weights = random_weights(rng, "Int4ResidualMatMul", n, 20, 0, 0, 0)
+    weights = random_weights(rng, "Int4ResidualMatMul", n, 20, 0, 0)
     q = np.where(rng.random((n, 20)) < 0.99, np.int8(7), np.int8(-8))
-    weights |= {"qweight": pack_int4(q), "row_sums": row_sums(q, n)}
+    weights["qweight"] = pack_int4(q)
     for sign in (-1, 1):
         x = np.full((1, n), sign, np.float32)
         attributes = {"group_size": 0, "act_bits": 8, "act_group": 0}
@@ -88,7 +88,7 @@ def test_the_largest_sums_of_one_token(rng: np.random.Generator, isa: str, n: in
 @pytest.mark.parametrize("isa", ISAS)
 def test_many_tokens_in_several_tasks(rng: np.random.Generator, isa: str) -> None:
     """A token's y does not depend on how many others there are: the grid of tasks leaves nothing out."""
-    weights = random_weights(rng, "Int4ResidualMatMul", 640, 330, 0, 64, 64)
+    weights = random_weights(rng, "Int4ResidualMatMul", 640, 330, 0, 64)
     x = rng.standard_normal((1300, 640)).astype(np.float32)
     attributes = {"group_size": 64, "act_bits": 4, "act_group": 64}
     whole, _ = library.specquant_matmul(x, **weights, **attributes, isa=isa)
@@ -103,7 +103,7 @@ def test_many_tokens_in_several_tasks(rng: np.random.Generator, isa: str) -> Non
 def test_the_branch_of_many_tokens_and_of_one(rng: np.random.Generator, isa: str, n: int, rank: int) -> None:
     """From 16 tokens on the basis is turned first, unless it has more than 64 columns: y is the same, to the bit."""
     group = 64 if n == 320 else 0
-    weights = random_weights(rng, "SpecQuantMatMul", n, 83, rank, group, group)
+    weights = random_weights(rng, "SpecQuantMatMul", n, 83, rank, group)
     x = random_input(rng, (21, n))
     attributes = {"group_size": group, "act_group": group, "subtract": 1}
 

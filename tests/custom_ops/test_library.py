@@ -152,7 +152,6 @@ def test_operands_that_do_not_fit(changes: dict[str, Any], message: str) -> None
         "x": np.ones((2, 16), np.float32),
         "qweight": np.full((1, 2, 64), 0x79, np.int8),
         "scales": np.ones((1, 5), np.float16),
-        "row_sums": np.ones((1, 5), np.int16),
     }
     library.specquant_matmul(**operands)
     with pytest.raises(SpecQuantError, match=message):

@@ -67,7 +67,6 @@ static_assert(int(ours::kMemoryCpuInput) == OrtMemTypeCPUInput);
 static_assert(int(ours::kMemoryDefault) == OrtMemTypeDefault && int(ours::kRequired) == INPUT_OUTPUT_REQUIRED);
 static_assert(int(ours::kFloat) == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
 static_assert(int(ours::kInt8) == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8);
-static_assert(int(ours::kInt16) == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16);
 static_assert(int(ours::kInt32) == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
 static_assert(int(ours::kInt64) == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
 static_assert(int(ours::kFloat16) == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import pack_int4, row_sums, segment_length, unpack_int4
+from specquant.custom_ops.packing import pack_int4, segment_length, unpack_int4
 
 SHAPES = [(1, 1), (8, 16), (24, 40), (13, 17), (7, 50), (576, 33)]
 
@@ -71,21 +71,3 @@ def test_a_segment_is_the_smaller_group(n: int, group_size: int, act_group: int,
 def test_groups_that_do_not_fit_are_refused(n: int, group_size: int, act_group: int) -> None:
     with pytest.raises(SpecQuantError, match=r"\A[^\n]+\Z"):
         segment_length(n, group_size, act_group)
-
-
-@pytest.mark.parametrize(
-    ("n", "segment", "dtype"), [(96, 24, np.int16), (4095, 4095, np.int16), (4096, 4096, np.int32)]
-)
-def test_row_sums(rng: np.random.Generator, n: int, segment: int, dtype: type) -> None:
-    q = rng.integers(-8, 8, (n, 5), dtype=np.int8)
-    q[:, 0] = -8  # the largest sum there is
-    sums = row_sums(q, segment)
-    assert sums.dtype == dtype
-    for s in range(n // segment):
-        for m in range(5):
-            assert sums[s, m] == sum(int(value) for value in q[s * segment : (s + 1) * segment, m])
-
-
-def test_row_sums_need_whole_segments(rng: np.random.Generator) -> None:
-    with pytest.raises(SpecQuantError, match="do not divide"):
-        row_sums(rng.integers(-8, 8, (10, 5), dtype=np.int8), 4)

@@ -84,7 +84,7 @@ def test_call_is_that_of_its_parts_bit_for_bit(
     """Prologue, plain call in float32, sum with the residual, one rounding: with Hadamard, branch and groups."""
     for tokens, n in ((1, 24), (3, 192), (13, 64), (40, 192), (2, 45)):
         m, groups = int(rng.integers(1, 90)), {"group_size": 8, "act_group": 8} if n % 8 == 0 else {}
-        weights = random_weights(rng, op, n, m, 5, **groups)
+        weights = random_weights(rng, op, n, m, 5, groups.get("group_size", 0))
         x = rng.standard_normal((tokens, n)).astype(float_type)
         residual = (100 * rng.standard_normal((tokens, m))).astype(float_type)
         rest, attributes = given(rng, prologue, n), {"act_bits": bits, "hadamard": 8 if groups else 0, **groups}
@@ -117,7 +117,7 @@ def test_call_equals_reference(rng: np.random.Generator, isa: str, prologue: int
 @pytest.mark.parametrize("float_type", [np.float32, np.float16])
 def test_a_token_alone_gives_the_same_bits(rng: np.random.Generator, isa: str, prologue: int, float_type: type) -> None:
     n, m = 320, 203
-    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, 64, 64)
+    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, 64)
     x = rng.standard_normal((1037, n)).astype(float_type)
     residual = rng.standard_normal((len(x), m)).astype(float_type)
     rest = {"group_size": 64, "act_bits": 8, "act_group": 64, **given(rng, prologue, n)}
@@ -137,7 +137,7 @@ def test_vector_paths_agree_bit_for_bit(
     if len(paths) < 2:
         pytest.skip("this CPU has fewer than two vector paths")
     m = 203
-    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, group, group)
+    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, group)
     x = rng.standard_normal((41, n)).astype(np.float32)
     rest = {"group_size": group, "act_bits": 8, "act_group": group, "hadamard": hadamard, **given(rng, prologue, n)}
     rest["residual"] = rng.standard_normal((41, m)).astype(np.float32)

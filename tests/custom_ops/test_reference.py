@@ -65,7 +65,7 @@ def test_a_group_without_range_counts_as_zeros(rng: np.random.Generator) -> None
 def test_a_value_that_is_not_finite_spoils_its_token_only(
     rng: np.random.Generator, value: float, act_group: int
 ) -> None:
-    weights = random_weights(rng, "SpecQuantMatMul", 24, 5, 3, 0, act_group)
+    weights = random_weights(rng, "SpecQuantMatMul", 24, 5, 3, 0)
     x = rng.standard_normal((4, 24)).astype(np.float32)
     x[2, rng.integers(24)] = value
     y = specquant_matmul(x, **weights, act_bits=4, act_group=act_group)
@@ -77,7 +77,7 @@ def test_a_value_that_is_not_finite_spoils_its_token_only(
 @pytest.mark.parametrize(("group_size", "act_group"), GROUPS)
 def test_residual_matmul_number_by_number(rng: np.random.Generator, bits: int, group_size: int, act_group: int) -> None:
     n, m = 48, 7
-    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, group_size, act_group)
+    weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, group_size)
     x = rng.standard_normal((2, n)).astype(np.float32)
     y = int4_residual_matmul(x, **weights, group_size=group_size, act_bits=bits, act_group=act_group)
     q_w, length = unpack_int4(weights["qweight"], n, m), act_group or n
@@ -121,12 +121,12 @@ def test_spectral_branch(rng: np.random.Generator, float_type: type, rank: int) 
 
 @pytest.mark.parametrize("subtract", [0, 1])
 def test_fused_op_is_the_two_halves(rng: np.random.Generator, subtract: int) -> None:
-    weights = random_weights(rng, "SpecQuantMatMul", 48, 7, 5, 8, 16) | {"rank": np.array([3])}
+    weights = random_weights(rng, "SpecQuantMatMul", 48, 7, 5, 8) | {"rank": np.array([3])}
     x = rng.standard_normal((2, 48)).astype(np.float32)
     groups = {"group_size": 8, "act_bits": 4, "act_group": 16}
     branch, low = spectral_branch(x, weights["basis"], weights["coef"], weights["rank"])
     u = x - subtract * low @ weights["basis"].astype(np.float32).T
-    half = {name: weights[name] for name in ("qweight", "scales", "row_sums", "bias")}
+    half = {name: weights[name] for name in ("qweight", "scales", "bias")}
     expected = branch + int4_residual_matmul(u, **half, **groups)
     y = specquant_matmul(x, **weights, **groups, subtract=subtract)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)

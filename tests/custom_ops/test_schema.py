@@ -41,7 +41,7 @@ def _registered() -> None:
 
 @pytest.mark.parametrize("op", REFERENCE)
 def test_checker_and_shape_inference_know_the_ops(rng: np.random.Generator, op: str) -> None:
-    model = model_without_function(op, random_weights(rng, op, N, M, RANK, 16, 8))
+    model = model_without_function(op, random_weights(rng, op, N, M, RANK, 16))
     for output in model.graph.output:
         output.type.tensor_type.shape.dim[-1].dim_param = "unknown"
     onnx.checker.check_model(model, full_check=True)
@@ -52,7 +52,7 @@ def test_checker_and_shape_inference_know_the_ops(rng: np.random.Generator, op: 
 
 @pytest.mark.parametrize("op", REFERENCE)
 def test_checker_refuses_what_the_schema_does_not_have(rng: np.random.Generator, op: str) -> None:
-    weights = random_weights(rng, op, N, M, RANK, 16, 8)
+    weights = random_weights(rng, op, N, M, RANK, 16)
     model = model_without_function(op, weights)
     model.graph.node[0].attribute.append(onnx.helper.make_attribute("groups", 3))
     with pytest.raises(onnx.checker.ValidationError, match="groups"):
@@ -67,7 +67,7 @@ def test_checker_refuses_what_the_schema_does_not_have(rng: np.random.Generator,
     ("op", "wrong"), [("SpectralBranch", "coef"), ("Int4ResidualMatMul", "scales"), ("SpecQuantMatMul", "bias")]
 )
 def test_shape_inference_refuses_sizes_that_disagree(rng: np.random.Generator, op: str, wrong: str) -> None:
-    weights = random_weights(rng, op, N, M, RANK, 16, 8)
+    weights = random_weights(rng, op, N, M, RANK, 16)
     weights[wrong] = np.concatenate([weights[wrong], weights[wrong]], axis=-1)
     weights |= {"basis": weights["basis"][:, :-1]} if wrong == "coef" else {}
     with pytest.raises(shape_inference.InferenceError, match=op):
@@ -77,7 +77,7 @@ def test_shape_inference_refuses_sizes_that_disagree(rng: np.random.Generator, o
 @pytest.mark.parametrize("op", REFERENCE)
 @pytest.mark.parametrize("float_type", [np.float32, np.float16])
 def test_reference_evaluator_runs_the_reference(rng: np.random.Generator, op: str, float_type: type) -> None:
-    weights = random_weights(rng, op, N, M, RANK, 16, 8)
+    weights = random_weights(rng, op, N, M, RANK, 16)
     model = op_model(op, N, weights, float_type, attributes_of(op))
     x = rng.standard_normal((2, 3, N)).astype(float_type)
     outputs = ReferenceEvaluator(model, new_ops=reference_ops()).run(None, {"x": x, "rank": np.array([3])})
@@ -90,7 +90,7 @@ def test_reference_evaluator_runs_the_reference(rng: np.random.Generator, op: st
 
 @pytest.mark.parametrize("op", list(REFERENCE)[1:])
 def test_shape_inference_of_prologue_and_residual(rng: np.random.Generator, op: str) -> None:
-    arrays = random_weights(rng, op, N, M, RANK, 16, 8)
+    arrays = random_weights(rng, op, N, M, RANK, 16)
     arrays |= {"residual": rng.standard_normal((2, 3, M)).astype(np.float32)}
     for prologue in range(len(PROLOGUES)):
         norm = N if prologue == 1 else 1
@@ -112,7 +112,7 @@ def test_shape_inference_of_prologue_and_residual(rng: np.random.Generator, op: 
 @pytest.mark.parametrize("op", list(REFERENCE)[1:])
 @pytest.mark.parametrize("gate", range(len(GATES)))
 def test_shape_inference_of_a_gate(rng: np.random.Generator, op: str, gate: int) -> None:
-    model = op_model(op, N, random_weights(rng, op, N, 38, RANK, 16, 8), np.float32, attributes_of(op) | {"gate": gate})
+    model = op_model(op, N, random_weights(rng, op, N, 38, RANK, 16), np.float32, attributes_of(op) | {"gate": gate})
     model.graph.output[0].type.tensor_type.shape.dim[-1].dim_param = "unknown"
     inferred = shape_inference.infer_shapes(without_function(model), check_type=True, strict_mode=True)
     assert inferred.graph.output[0].type.tensor_type.shape.dim[-1].dim_value == (19 if gate else 38)

@@ -26,7 +26,6 @@ def multiplied(
 ) -> NDArray[Any]:
     """y of a linear; norm and residual are dummies unless they are among the weights."""
     dummies = {"norm": np.zeros(1, np.float32), "residual": np.zeros(1, x.dtype)}
-    weights = weights | {"row_sums": weights["row_sums"].astype(np.int32)}
     inputs = [x, *(weights.get(t.name, dummies.get(t.name)) for t in OPS[op].inputs[1:])]
     m = weights["scales"].shape[1]
     y = np.full((*x.shape[:-1], m // 2 if attributes.get("gate") else m), np.nan, x.dtype)
@@ -60,7 +59,7 @@ def test_linears(
 ) -> None:
     attributes = {"group_size": group, "act_bits": act_bits, "act_group": act_group, "act_clip": clip}
     attributes |= {"hadamard": hadamard} | ({"subtract": 1} if op == "SpecQuantMatMul" else {})
-    weights = random_weights(rng, op, 128, 72, 5, group, act_group)
+    weights = random_weights(rng, op, 128, 72, 5, group)
     x = random_input(rng, (tokens, 128), float_type)
     expected = REFERENCE[op](x, *weights.values(), **attributes)
     actual = multiplied(harness, op, x, weights, attributes)
@@ -99,7 +98,7 @@ def test_a_gate(
     rng: np.random.Generator, harness: Harness, op: str, float_type: type[np.floating[Any]], gate: int, tokens: int
 ) -> None:
     attributes = {"group_size": 64, "act_bits": 4, "act_group": 64, "gate": gate}
-    weights = random_weights(rng, op, 128, 72, 5, 64, 64)
+    weights = random_weights(rng, op, 128, 72, 5, 64)
     x = random_input(rng, (1, tokens, 128), float_type)
     expected = REFERENCE[op](x, *weights.values(), **attributes)
     actual = multiplied(harness, op, x, weights, attributes)
@@ -109,7 +108,7 @@ def test_a_gate(
 
 def test_leading_axes_and_no_tokens(rng: np.random.Generator, harness: Harness) -> None:
     attributes = {"group_size": 64, "act_bits": 8, "act_group": 64, "subtract": 1}
-    weights = random_weights(rng, "SpecQuantMatMul", 64, 40, 5, 64, 64)
+    weights = random_weights(rng, "SpecQuantMatMul", 64, 40, 5, 64)
     x = random_input(rng, (2, 3, 64))
     expected = REFERENCE["SpecQuantMatMul"](x, *weights.values(), **attributes)
     actual = multiplied(harness, "SpecQuantMatMul", x, weights, attributes)
@@ -152,15 +151,14 @@ def test_clones_on_several_streams(rng: np.random.Generator, harness: Harness) -
     """Attached clones, each with a workspace and a stream of its own, all at work at once."""
     library, _ = harness
     op, attributes = "SpecQuantMatMul", {"group_size": 64, "act_bits": 8, "act_group": 64, "hadamard": 64}
-    weights = random_weights(rng, op, 512, 200, 5, 64, 64)
-    wide = weights | {"row_sums": weights["row_sums"].astype(np.int32)}
+    weights = random_weights(rng, op, 512, 200, 5, 64)
     dummies = [np.zeros(1, np.float32), np.zeros(1, np.float32)]
-    shared = [DeviceArray(array) for array in (*wide.values(), *dummies)]
+    shared = [DeviceArray(array) for array in (*weights.values(), *dummies)]
     calls = []
     for tokens in (1, 300, 33, 7):
         x, y = random_input(rng, (tokens, 512)), np.full((tokens, 200), np.nan, np.float32)
         arrays = [DeviceArray(x), *shared, DeviceArray(y)]
-        tensors = tensors_of([x, *wide.values(), *dummies, y], arrays, {})
+        tensors = tensors_of([x, *weights.values(), *dummies, y], arrays, {})
         plugin, stream = ctypes.c_void_p(opened(harness, op, attributes)), ctypes.c_void_p()
         GpuArray.driver.call("cuStreamCreate", ctypes.byref(stream), 1)
         size = library.harness_workspace(plugin, tensors, len(arrays) - 1, 1)
@@ -182,7 +180,7 @@ def test_every_attribute_of_a_linear_survives(rng: np.random.Generator, harness:
     base |= {"prologue": 1, "epsilon": 1e-5, "gate": 1}
     assert list(base) == [a.name for a in OPS["SpecQuantMatMul"].attributes]
     other = {"act_bits": 4, "act_clip": 0.7, "hadamard": 16, "subtract": 1, "prologue": 0, "epsilon": 0.5, "gate": 2}
-    weights = random_weights(rng, "SpecQuantMatMul", 64, 40, 5, 64, 64) | {"norm": np.full(64, 2, np.float32)}
+    weights = random_weights(rng, "SpecQuantMatMul", 64, 40, 5, 64) | {"norm": np.full(64, 2, np.float32)}
     x = random_input(rng, (5, 64))
     plain = multiplied(harness, "SpecQuantMatMul", x, weights, base)
     for name, value in other.items():
@@ -195,10 +193,9 @@ def test_what_is_refused_is_logged(rng: np.random.Generator, harness: Harness) -
     assert opened(harness, op, {"subtract": 1}) is None
     assert library.harness_last() == b"Int4ResidualMatMul: subtract"
     weights = random_weights(rng, op, 64, 40, 5)
-    weights["row_sums"] = weights["row_sums"].astype(np.int32)
     inputs = [random_input(rng, (5, 64)), *weights.values(), np.zeros(1, np.float32), np.zeros(1, np.float32)]
     assert refusal(harness, op, inputs, {"act_bits": 9}, 1) == b"Int4ResidualMatMul: act_bits must be 2 to 8, or 16"
-    for index, name in enumerate(("qweight", "scales", "row_sums", "bias"), 1):
+    for index, name in enumerate(("qweight", "scales", "bias"), 1):
         wrong = [np.concatenate([a, a]) if i == index else a for i, a in enumerate(inputs)]
         assert refusal(harness, op, wrong, {}, 1) == f"{op}: {name} has another shape".encode()
     assert refusal(harness, op, inputs, {"prologue": 1}, 1) == b"Int4ResidualMatMul: norm has another shape"

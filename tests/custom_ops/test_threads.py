@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops import library
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import pack_int4, row_sums
+from specquant.custom_ops.packing import pack_int4
 from tests.ops import op_model, random_weights
 
 ort = pytest.importorskip("onnxruntime")
@@ -39,7 +39,7 @@ def session(model: onnx.ModelProto, threads: int = 0, within: float = 0.0) -> An
 
 
 def linear(rng: np.random.Generator, m: int = 1000) -> onnx.ModelProto:
-    weights = random_weights(rng, "SpecQuantMatMul", 512, m, 31, 64, 64)
+    weights = random_weights(rng, "SpecQuantMatMul", 512, m, 31, 64)
     attributes = {"act_bits": 8, "act_clip": 1.0, "hadamard": 64, "subtract": 1, "prologue": 0, "epsilon": 1e-5}
     return op_model("SpecQuantMatMul", 512, weights, np.float32, GROUPS | attributes)
 
@@ -107,7 +107,6 @@ def two_digits(rng: np.random.Generator, m: int) -> dict[str, NDArray[Any]]:
     return {
         "qweight": pack_int4(digits),
         "scales": np.concatenate([16 * scales, scales]),
-        "row_sums": row_sums(digits, 64),
         "bias": rng.standard_normal(m).astype(np.float32),
     }
 
@@ -117,7 +116,6 @@ def halves(weights: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return weights | {
         "qweight": np.ascontiguousarray(weights["qweight"][:, :16]),
         "scales": weights["scales"][:2],
-        "row_sums": weights["row_sums"][:2],
     }
 
 
@@ -177,7 +175,7 @@ def test_a_session_leaves_out_second_digits_of_one_token_alone(rng: np.random.Ge
 )
 def test_within_is_refused_where_it_has_no_meaning(rng: np.random.Generator, change: dict[str, Any]) -> None:
     options = GROUPS | {"act_bits": 8, "within": 1.0} | change
-    weights = random_weights(rng, "Int4ResidualMatMul", 256, 40, 0, options["group_size"], options["act_group"])
+    weights = random_weights(rng, "Int4ResidualMatMul", 256, 40, 0, options["group_size"])
     with pytest.raises(SpecQuantError, match="within"):
         library.specquant_matmul(rng.standard_normal((1, 256)).astype(np.float32), **weights, **options)
 

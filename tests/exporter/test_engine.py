@@ -170,10 +170,10 @@ def test_options_that_do_not_fit(artifact: Path, tmp_path: Path, options: dict[s
 
 
 def test_a_graph_that_it_does_not_parse(artifact: Path, tmp_path: Path) -> None:
-    """The artifact's own: it has int16 initialisers, which TensorRT lacks."""
+    """The artifact's own: without plugins our ops are their functions, some of whose operators TensorRT lacks."""
     api = load_api("tensorrt-rtx")
     path, limits = artifact / "model.onnx", Limits(1, 8, 8)
-    with pytest.raises(SpecQuantError, match=r"tensorrt-rtx does not take this graph: .*row_sums"):
+    with pytest.raises(SpecQuantError, match=r"tensorrt-rtx does not take this graph: Bit[A-Za-z]+: "):
         build_engine(api, path, tmp_path / "engine", "tensorrt-rtx", "sm89", limits, lambda *_: None)
 
 

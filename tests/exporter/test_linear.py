@@ -57,7 +57,7 @@ def test_simulation_is_the_op(
     act_clip: float,
 ) -> None:
     """Values whose sums are exact: no order of summation moves a level."""
-    w = random_weights(rng, "SpecQuantMatMul", N, M, rank, group_size, act_group)
+    w = random_weights(rng, "SpecQuantMatMul", N, M, rank, group_size)
     branch = {"basis": w["basis"], "coef": w["coef"]} if rank else {}
     groups: dict[str, Any] = {"group_size": group_size, "act_bits": act_bits, "act_group": act_group}
     groups |= {"act_clip": act_clip, "hadamard": hadamard}
@@ -72,7 +72,7 @@ def test_simulation_is_the_op(
         bias=w["bias"],
     )
     x = random_input(rng, (3, 4, N))
-    residual = [w[name] for name in ("qweight", "scales", "row_sums", "bias")]
+    residual = [w[name] for name in ("qweight", "scales", "bias")]
     if rank:
         y = specquant_matmul(x, w["basis"], w["coef"], w["rank"], *residual, **groups, subtract=int(subtract))
     else:

@@ -9,7 +9,7 @@
 
 namespace specquant {
 
-constexpr int32_t kAbi = 8;  // raised when Problem, Attention, or an exported function, changes
+constexpr int32_t kAbi = 9;  // raised when Problem, Attention, or an exported function, changes
 
 // What becomes of x before anything else, row by row in float32.
 enum Prologue : int32_t {
@@ -38,7 +38,6 @@ struct Problem {
   int32_t act_bits;      // 2..8, or 16: activations are not quantised
   int32_t subtract;      // 1: the branch's part of x is removed before it is quantised
   int32_t half;          // 1: x, y and low are float16; 0: float32
-  int32_t wide_sums;     // 1: row_sums is int32; 0: int16
   int32_t prologue;      // a Prologue
   int32_t gate;          // a Gate; with one, y has M / 2 columns
   float act_clip;        // share of a group's range that the levels span, in (0, 1]
@@ -49,7 +48,6 @@ struct Problem {
   const uint16_t* coef;    // float16 [r, M]
   const uint8_t* qweight;  // [P, Q, 64], two nibbles a byte
   const uint16_t* scales;  // float16 [G, M]
-  const void* row_sums;    // [S, M]
   const float* bias;       // [M], or null
   const float* norm;       // [N], of kRmsNorm
   const void* residual;    // [T, M], added to y; or null, as it is with a gate

@@ -154,7 +154,7 @@ const char* check(const Problem& p) {
     if (p.rank < 0 || p.rank > p.basis_rank) return "rank must be 0 to the columns of the basis";
   }
   if (p.qweight) {
-    if (!p.scales || !p.row_sums) return "scales or row_sums are missing";
+    if (!p.scales) return "scales are missing";
     if (!(p.act_clip > 0.0f && p.act_clip <= 1.0f)) return "act_clip must be more than 0, and at most 1";
     if (p.act_bits != 16 && (p.act_bits < 2 || p.act_bits > 8)) return "act_bits must be 2 to 8, or 16";
     for (const int64_t group : {p.group_size, p.act_group})

@@ -45,11 +45,8 @@ __device__ float output_of(const Args& args, int token, int output) {
     const int8_t* levels = static_cast<const int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp;
     for (int s = 0; s < args.segments; ++s) {
       const int count = ceil_div(args.segment, kBlock);
-      int sum = dot_levels(weights, levels, s * count, count);
-      const int64_t at = static_cast<int64_t>(s) * args.tp + token, sums = static_cast<int64_t>(s) * args.m + output;
-      if (args.bits == 8)
-        sum -= args.zero[at] * (args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[sums]
-                                               : static_cast<const int16_t*>(args.row_sums)[sums]);
+      const int sum = dot_levels(weights, levels, s * count, count);
+      const int64_t at = static_cast<int64_t>(s) * args.tp + token;
       const int64_t group = static_cast<int64_t>(s) * args.segment / args.weight_group;
       const float scale = args.scale[at] / args.level_unit * __half2float(args.scales[group * args.m + output]);
       y = fmaf(scale, static_cast<float>(sum), y);

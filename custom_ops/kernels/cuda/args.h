@@ -14,7 +14,7 @@ constexpr int kPanel = 16;         // outputs in a panel of packed weights
 constexpr int kBlock = 8;          // features in a block of them: 64 bytes for 16 outputs
 constexpr int kStep = 64;          // features that the tensor-core kernels take at a time
 constexpr int64_t kSharedHopper = 220 * 1024;  // bytes that a block may take on compute capability 9.0
-constexpr int kTokenPad = 128;     // tokens in a row of `scale` and `zero` are padded to this
+constexpr int kTokenPad = 128;     // tokens in a row of `scale` are padded to this
 constexpr int kRankStep = 32;      // rank is padded to this
 constexpr int kFastRank = 64;      // the largest rank of the tensor-core first stage
 constexpr int kDownChunk = 256;    // features of the basis that `down` holds at a time
@@ -40,7 +40,7 @@ struct Args {
   uint32_t group_steps, segment_steps;  // reciprocals of weight_group / kStep and segment / kStep, for `quotient`
   int hadamard, splits, bits;    // splits: shares of the features in `down`
   int shares;                    // and in `reduce`
-  int x_half, y_half, wide_sums;
+  int x_half, y_half;
   int gate, width;               // a Gate (gate.cuh), and columns of y: M, or M / 2
   int cluster;                   // blocks that share a token in `first_stage`
   int most_shared;               // bytes of shared memory that a block may take
@@ -56,7 +56,6 @@ struct Args {
   const __half* coef;
   const uint8_t* qweight;
   const __half* scales;
-  const void* row_sums;
   const float* bias;
   const void* residual;          // as y
   void* y;
@@ -67,13 +66,11 @@ struct Args {
   float* low_factor;
   void* levels;
   float* scale;
-  int* zero;
 };
 
 // How products of levels and weights are summed.
 enum Mode {
   kFold,      // int32 over 64 features, then float with the scales of the segment they are in
-  kFoldZero,  // the same, with a zero-point
   kChannel,   // int32 over all features, which are one segment
   kHalf,      // float16 activations
 };

@@ -101,7 +101,7 @@ SPECQUANT_EXPORT const char* specquant_cuda_workspace(const SpecquantCudaProblem
   *bytes = 0;
   for (const char* place : {arena, arena + 4}) {
     SpecquantCudaProblem p = *problem;
-    p.x = p.qweight = p.scales = p.row_sums = place;
+    p.x = p.qweight = p.scales = place;
     p.bias = p.norm = reinterpret_cast<const float*>(place);
     p.basis = p.coef = p.basis_rank ? place : nullptr;
     if (const char* wrong = check(p)) return wrong;
@@ -136,7 +136,6 @@ SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* p
   a.low_factor = reinterpret_cast<float*>(at(plan.layout.low_factor));
   a.levels = at(plan.layout.levels);
   a.scale = reinterpret_cast<float*>(at(plan.layout.scale));
-  a.zero = reinterpret_cast<int*>(at(plan.layout.zero));
   a.order = chosen == Path::kWgmmaSmall || chosen == Path::kWgmmaLarge ? kTiles
             : chosen == Path::kGemmSmall || chosen == Path::kGemmLarge ? kFragments
                                                                        : kRows;

@@ -57,10 +57,9 @@ __device__ __forceinline__ void quantize_token(const Args& args, const Places& a
   tell(highest, Largest(), at, 1, rank, blocks);
   box_wait(at.range_box, blocks);
   const Quantizer q(told(Smallest(), at, 0, blocks), told(Largest(), at, 1, blocks), args.clip, args.bits);
-  const float centre = q.centre(args.bits);
   int8_t* out = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < count; i += kThreads) out[i] = static_cast<int8_t>(q.byte(at.values[i], centre));
+  for (int i = threadIdx.x; i < count; i += kThreads) out[i] = static_cast<int8_t>(q.byte(at.values[i]));
 #pragma unroll 1
   for (int s = rank * kThreads + threadIdx.x; s < args.segments; s += blocks * kThreads) store_scale(args, token, s, q);
 }
@@ -79,10 +78,8 @@ __device__ __forceinline__ void quantize_groups(const Args& args, const Places& 
       highest = max_nan(highest, at.values[start + i]);
     }
     const Quantizer q(over_warp(lowest, Smallest()), over_warp(highest, Largest()), args.clip, args.bits);
-    const float centre = q.centre(args.bits);
 #pragma unroll 1
-    for (int i = lane; i < length; i += 32)
-      out[start + i] = static_cast<int8_t>(q.byte(at.values[start + i], centre));
+    for (int i = lane; i < length; i += 32) out[start + i] = static_cast<int8_t>(q.byte(at.values[start + i]));
     const int segment = (first + start) / args.segment;
 #pragma unroll 1
     for (int s = lane; s < spread; s += 32) store_scale(args, token, segment + s, q);

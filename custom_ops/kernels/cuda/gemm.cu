@@ -28,7 +28,6 @@ cudaError_t launch_tile(const Args& args, bool large, cudaStream_t stream) {
 cudaError_t gemm(const Args& args, Mode mode, bool large, cudaStream_t stream) {
   switch (mode) {
     case kFold: return launch_tile<kFold>(args, large, stream);
-    case kFoldZero: return launch_tile<kFoldZero>(args, large, stream);
     case kChannel: return launch_tile<kChannel>(args, large, stream);
     default: return launch_tile<kHalf>(args, large, stream);
   }

@@ -19,8 +19,8 @@ template <Mode mode, int token_frags, int warps_t, int warps_o, int stages>
 struct Gemm : GemmSlots<mode, token_frags, warps_t, warps_o, stages> {
   using Base = GemmSlots<mode, token_frags, warps_t, warps_o, stages>;
   using Base::activations, Base::args, Base::first_output, Base::first_token, Base::g, Base::kFolds, Base::kIntegers,
-      Base::kSlot, Base::kTokenScales, Base::kZeros, Base::row_sums, Base::shared, Base::t, Base::token_row,
-      Base::warp_output, Base::weight_scales, Base::weights;
+      Base::kSlot, Base::kTokenScales, Base::shared, Base::t, Base::token_row, Base::warp_output, Base::weight_scales,
+      Base::weights;
 
   uint32_t mask;
   int magic[4];           // 1.5 · 2^23 as a float, four times
@@ -50,25 +50,18 @@ struct Gemm : GemmSlots<mode, token_frags, warps_t, warps_o, stages> {
 #pragma unroll
     for (int i = 0; i < token_frags * 2; ++i) activations(a[i / 2][i % 2], slot, i / 2, i % 2);
     float token_scale[token_frags][2];
-    uint32_t zero[token_frags][2];  // past the last token anything, and may wrap
     if constexpr (kFolds) {
 #pragma unroll
       for (int i = 0; i < token_frags; i += 2) {  // token rows are neighbours
         const float4 v = *reinterpret_cast<const float4*>(slot + kTokenScales + token_row(i, 0) * 4);
         token_scale[i][0] = v.x, token_scale[i][1] = v.y, token_scale[i + 1][0] = v.z, token_scale[i + 1][1] = v.w;
-        if constexpr (mode == kFoldZero) {
-          const int4 z = *reinterpret_cast<const int4*>(slot + kZeros + token_row(i, 0) * 4);
-          zero[i][0] = -16u * z.x, zero[i][1] = -16u * z.y, zero[i + 1][0] = -16u * z.z, zero[i + 1][1] = -16u * z.w;
-        }
       }
     }
 #pragma unroll
     for (int o = 0; o < 2; ++o) {
       const uint4 raw[2] = {weights(slot, o, 0), weights(slot, o, 1)};
       float scale[8];
-      int sums[8];
       if constexpr (kFolds) weight_scales(slot, o, scale);
-      if constexpr (mode == kFoldZero) row_sums(slot, o, sums);
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         uint32_t b[2][2];
@@ -91,13 +84,7 @@ struct Gemm : GemmSlots<mode, token_frags, warps_t, warps_o, stages> {
           } else {
             // The sum starts at 1.5 · 2^23 as a float, so that its bits are those of 1.5 · 2^23 + sum.
             int sum[4];
-            if constexpr (mode == kFoldZero) {
-#pragma unroll
-              for (int i = 0; i < 4; ++i) sum[i] = zero[f][i / 2] * sums[i % 2 * 4 + w] + magic[i];
-              mma_s8(sum, a[f][0], b[0], sum);
-            } else {
-              mma_s8(sum, a[f][0], b[0], magic);
-            }
+            mma_s8(sum, a[f][0], b[0], magic);
             mma_s8(sum, a[f][1], b[1], sum);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -141,7 +128,7 @@ struct Gemm : GemmSlots<mode, token_frags, warps_t, warps_o, stages> {
     }
   }
 
-  // kChannel: sums to floats, with the zero-point. kHalf: the factor of the token's activations.
+  // kChannel: sums to floats. kHalf: the factor of the token's activations.
   __device__ __forceinline__ void finish() {
 #pragma unroll
     for (int f = 0; f < token_frags; ++f)
@@ -150,7 +137,6 @@ struct Gemm : GemmSlots<mode, token_frags, warps_t, warps_o, stages> {
         const int token = first_token + token_row(f, h);
         if (token >= args.tokens) continue;
         const float scale = args.scale[token];
-        const int zero = mode == kChannel && args.bits == 8 ? args.zero[token] : 0;
 #pragma unroll
         for (int o = 0; o < 2; ++o) {
           const int output = first_output + warp_output + 32 * o + 8 * t;
@@ -161,10 +147,7 @@ struct Gemm : GemmSlots<mode, token_frags, warps_t, warps_o, stages> {
             if constexpr (mode == kHalf) {
               out *= scale;
             } else {
-              int sum = __float_as_int(out) >> 4;  // a multiple of 16: the weights were
-              if (zero)
-                sum -= zero * (args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output + i]
-                                              : static_cast<const int16_t*>(args.row_sums)[output + i]);
+              const int sum = __float_as_int(out) >> 4;  // a multiple of 16: the weights were
               out = scale * __half2float(args.scales[output + i]) * static_cast<float>(sum);
             }
           }

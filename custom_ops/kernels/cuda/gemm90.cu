@@ -32,7 +32,6 @@ cudaError_t launch_tile(const Args& args, bool wide, int multiprocessors, cudaSt
 cudaError_t gemm90(const Args& args, Mode mode, bool large, int multiprocessors, cudaStream_t stream) {
   switch (mode) {
     case kFold: return launch_tile<kFold, 64, 80>(args, large, multiprocessors, stream);
-    case kFoldZero: return launch_tile<kFoldZero, 64, 80>(args, large, multiprocessors, stream);
     default: return launch_tile<kChannel, 64, 128>(args, large, multiprocessors, stream);
   }
 }

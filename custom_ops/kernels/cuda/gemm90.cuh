@@ -7,7 +7,7 @@
 // activations where operand B is read from (args.h, tile_place), so that a tile of them is one contiguous copy.
 //
 // Without groups the int32 sums run over all features. With groups they are folded into float every 64 or 128 features:
-// three instructions an output, four with zero-points, where the tensor cores take as long as two for 64 features:
+// three instructions an output, where the tensor cores take as long as two for 64 features:
 // docs/cuda.md has the count.
 #pragma once
 
@@ -108,28 +108,15 @@ struct Consumer90 : Sums90<mode, tokens, folds> {
     const uint2 raw = *reinterpret_cast<const uint2*>(slot + G::kWeightScales + (which * G::kOutputs + output) * 2);
     const float2 low = __half22float2(half2_of(raw.x)), high = __half22float2(half2_of(raw.y));
     const float scale[4] = {low.x, low.y, high.x, high.y};
-    uint32_t row_sums[4];
-    if constexpr (G::kZeros) {
-      const uint8_t* from = slot + G::kRowSums + which * G::kOutputs * 4;
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        row_sums[i] = -16 * (gemm.args.wide_sums ? reinterpret_cast<const int32_t*>(from)[output + i]
-                                                 : reinterpret_cast<const int16_t*>(from)[output + i]);
-    }
 #pragma unroll
     for (int block = 0; block < tokens / 8; ++block) {
       const int token = which * tokens + 8 * block + 2 * t;
       const float2 token_scale = *reinterpret_cast<const float2*>(slot + G::kTokenScales + token * 4);
-      int2 zero = make_int2(0, 0);
-      if constexpr (G::kZeros) zero = *reinterpret_cast<const int2*>(slot + G::kTokenZeros + token * 4);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int w = i / 2, j = 4 * block + i % 4;
-        int sum = sums[i / 4][j];
-        // Unsigned: the zero-points of rows past the last token are anything.
-        if constexpr (G::kZeros) sum += static_cast<uint32_t>(i % 2 ? zero.y : zero.x) * row_sums[w];
         float& total = totals[i / 4][j];
-        total = fmaf(static_cast<float>(sum) * scale[w], i % 2 ? token_scale.y : token_scale.x, total);
+        total = fmaf(static_cast<float>(sums[i / 4][j]) * scale[w], i % 2 ? token_scale.y : token_scale.x, total);
       }
     }
   }

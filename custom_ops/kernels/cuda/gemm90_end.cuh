@@ -102,24 +102,6 @@ struct Sums90 {
     }
   }
 
-  // With 8 bits: sums less zero-points.
-  __device__ __forceinline__ void subtract_zeros(int output) {
-    const Args& args = gemm.args;
-    int row_sums[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (output < args.m)
-        row_sums[i] = args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output + i]
-                                     : static_cast<const int16_t*>(args.row_sums)[output + i];
-#pragma unroll
-    for (int i = 0; i < 2 * G::kSums; ++i) {
-      const int w = i / G::kSums, j = i % G::kSums, row = j / 4 * 8 + 2 * t + j % 2;
-      // Unsigned: the zero-points of rows past the last token are anything.
-      const uint32_t zero = reinterpret_cast<const int*>(gemm.shared + G::kEndZeros)[row];
-      sums[w][j] = (sums[w][j] >> 4) - zero * row_sums[2 * w + j / 2 % 2];
-    }
-  }
-
   // blocks: of 32 columns of the branch. Few jumps: while 8 tokens wait for something, others go on.
   template <int blocks, bool halves, End90 end>
   __device__ __forceinline__ void finish_as(int2 corner, int turn) {
@@ -133,13 +115,11 @@ struct Sums90 {
       load_coef(ends.coef, output, kRankStep);
       fragments_of(coef[blocks - 1], ends.coef);
     }
-    const bool zeros = mode == kChannel && args.bits == 8;
     const float2 low_scales = __half22float2(half2_of(ends.scale.x));
     const float2 high_scales = __half22float2(half2_of(ends.scale.y));
-    const float unit = zeros ? 1.0f : 0.0625f;  // sums are 16 times too large: the weights were
+    constexpr float unit = 0.0625f;  // sums are 16 times too large: the weights were
     const float scale[4] = {low_scales.x * unit, low_scales.y * unit, high_scales.x * unit, high_scales.y * unit};
     barrier_wait(gemm.end_full, turn & 1);
-    if (zeros) subtract_zeros(output);
     constexpr bool added = end == kAdded, pairs = end == kPairs || end == kSiluPairs;
     constexpr int size = halves ? 2 : 4;
     const int64_t step = static_cast<int64_t>(args.width) * size;

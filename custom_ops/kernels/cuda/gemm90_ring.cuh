@@ -9,7 +9,7 @@ namespace specquant_cuda {
 // tokens: 64, 80 or 128. folds: of each 128 features, where there are groups.
 template <Mode mode, int tokens, int folds>
 struct Gemm90 {
-  static constexpr bool kFolds = mode != kChannel, kZeros = mode == kFoldZero;
+  static constexpr bool kFolds = mode != kChannel;
   static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * 128;
   static constexpr int kOutputs = kConsumers * 128, kPanels = kOutputs / kPanel, kSlots = 6;
   static constexpr int kSums = tokens / 2;  // of a fragment, in each thread
@@ -20,14 +20,11 @@ struct Gemm90 {
   static constexpr int kWeights = tokens * kChunk;
   static constexpr int kWeightScales = kWeights + kPanels * kPanelBytes;
   static constexpr int kTokenScales = kWeightScales + (kFolds ? folds * kOutputs * 2 : 0);
-  static constexpr int kTokenZeros = kTokenScales + (kFolds ? folds * tokens * 4 : 0);
-  static constexpr int kRowSums = kTokenZeros + (kZeros ? folds * tokens * 4 : 0);
-  static constexpr int kSlot = (kRowSums + (kZeros ? folds * kOutputs * 4 : 0) + 1023) / 1024 * 1024;
-  // What the end of a tile needs: low of its tokens and its factors, scales and zero-points.
+  static constexpr int kSlot = (kTokenScales + (kFolds ? folds * tokens * 4 : 0) + 1023) / 1024 * 1024;
+  // What the end of a tile needs: low of its tokens and its factors, and scales.
   static constexpr int kLow = kSlot * kSlots;
   static constexpr int kEndScales = kLow + tokens * kFastRank * 4;
-  static constexpr int kEndZeros = kEndScales + tokens * 4;
-  static constexpr int kFactors = kEndZeros + tokens * 4;
+  static constexpr int kFactors = kEndScales + tokens * 4;
   static constexpr int kBarriers = kFactors + tokens * 4;
   static constexpr int kShared = kBarriers + (2 * kSlots + 2) * 8;
 
@@ -77,7 +74,7 @@ struct Gemm90 {
   // which count.
   __device__ __forceinline__ Job job(int warp, int lane, int token, int output, int rows, int outputs) const {
     Job job;
-    const int panel = 4 * warp + lane, fold = warp - 1, sum_bytes = args.wide_sums ? 4 : 2;
+    const int panel = 4 * warp + lane, fold = warp - 1;
     const int64_t panel_bytes = static_cast<int64_t>(args.n / kBlock) * 64;
     if (lane < 4 && panel < outputs / kPanel)
       job.set(kWeights + panel * kPanelBytes, args.qweight + (output / kPanel + panel) * panel_bytes, kPanelBytes,
@@ -90,10 +87,6 @@ struct Gemm90 {
       job.set(kWeightScales + fold * kOutputs * 2, args.scales + output, static_cast<int64_t>(args.m) * 2, outputs * 2);
     const int64_t row_bytes = static_cast<int64_t>(args.tp) * 4;
     if (lane == 5) job.set(kTokenScales + fold * tokens * 4, args.scale + token, row_bytes, rows * 4);
-    if (kZeros && lane == 6) job.set(kTokenZeros + fold * tokens * 4, args.zero + token, row_bytes, rows * 4);
-    if (kZeros && lane == 7)
-      job.set(kRowSums + fold * kOutputs * 4, static_cast<const uint8_t*>(args.row_sums) + output * sum_bytes,
-              static_cast<int64_t>(args.m) * sum_bytes, outputs * sum_bytes);
     job.count(lane == 4 ? args.weight_group : args.segment, fold);
     return job;
   }
@@ -106,8 +99,8 @@ struct Gemm90 {
       const int2 first = corner(tile);
       const int token = first.x, output = first.y;
       const int rows = min(tokens, args.tp - token), outputs = min(kOutputs, args.m - output);
-      const int fold_bytes = outputs * 2 + rows * 4 + (kZeros ? rows * 4 + outputs * (args.wide_sums ? 4 : 2) : 0);
-      const int bytes = rows * kChunk + outputs / kPanel * kPanelBytes + (kFolds ? folds * fold_bytes : 0);
+      const int bytes =
+          rows * kChunk + outputs / kPanel * kPanelBytes + (kFolds ? folds * (outputs * 2 + rows * 4) : 0);
       // A warp without a job could fall two rounds behind, then wait for ever. Its later tiles have the same outputs.
       if (warp * 4 >= outputs / kPanel && !(kFolds && warp <= folds)) return;
       Job mine = job(warp, lane, token, output, rows, outputs);
@@ -128,14 +121,12 @@ struct Gemm90 {
   __device__ __forceinline__ void produce_end(int token, int rows, int turn) const {
     barrier_wait(end_empty, (turn & 1) ^ 1);
     const int low_bytes = args.rank ? min(rows, args.tokens - token) * args.rp * 4 : 0;
-    const bool zeros = mode == kChannel && args.bits == 8;
-    barrier_expect(end_full, low_bytes + ((low_bytes > 0) + (mode == kChannel) + zeros) * rows * 4);
+    barrier_expect(end_full, low_bytes + ((low_bytes > 0) + (mode == kChannel)) * rows * 4);
     if (low_bytes) {
       copy_bulk(shared + kLow, args.low + static_cast<int64_t>(token) * args.rp * 2, low_bytes, end_full);
       copy_bulk(shared + kFactors, args.low_factor + token, rows * 4, end_full);
     }
     if (mode == kChannel) copy_bulk(shared + kEndScales, args.scale + token, rows * 4, end_full);
-    if (zeros) copy_bulk(shared + kEndZeros, args.zero + token, rows * 4, end_full);
   }
 };
 

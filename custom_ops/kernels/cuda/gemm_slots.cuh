@@ -12,7 +12,7 @@ constexpr int kOutputsPerWarp = 64;
 
 template <Mode mode, int token_frags, int warps_t, int warps_o, int stages>
 struct GemmSlots {
-  static constexpr bool kFolds = mode == kFold || mode == kFoldZero;
+  static constexpr bool kFolds = mode == kFold;
   static constexpr bool kIntegers = mode != kHalf;
   static constexpr int kThreads = warps_t * warps_o * 32;
   static constexpr int kTokens = warps_t * token_frags * 16;
@@ -23,9 +23,7 @@ struct GemmSlots {
   static constexpr int kWeights = kTokens * kRowBytes;
   static constexpr int kWeightScales = kWeights + kOutputs * kStep / 2;
   static constexpr int kTokenScales = kWeightScales + (mode == kChannel ? 0 : kOutputs * 2);
-  static constexpr int kZeros = kTokenScales + (kFolds ? kTokens * 4 : 0);
-  static constexpr int kSums = kZeros + (mode == kFoldZero ? kTokens * 4 : 0);
-  static constexpr int kSlot = kSums + (mode == kFoldZero ? kOutputs * 4 : 0);
+  static constexpr int kSlot = kTokenScales + (kFolds ? kTokens * 4 : 0);
   static constexpr int kShared = kSlot * stages;
 
   const Args& args;
@@ -80,19 +78,8 @@ struct GemmSlots {
     }
     if constexpr (kFolds) {
       const int64_t segment = step * kStep / args.segment;
-      if (thread < kTokens / 4) {
-        const int64_t from = segment * args.tp + first_token + thread * 4;
-        copy_async(slot + kTokenScales + thread * 16, args.scale + from, true);
-        // The zero-point goes with a segment's first 64 features.
-        if constexpr (mode == kFoldZero)
-          copy_async(slot + kZeros + thread * 16, args.zero + from, step * kStep % args.segment == 0);
-      }
-      if constexpr (mode == kFoldZero) {
-        const int each = args.wide_sums ? 4 : 8, output = first_output + thread * each;
-        const uint8_t* from =
-            static_cast<const uint8_t*>(args.row_sums) + (segment * args.m + output) * (args.wide_sums ? 4 : 2);
-        if (thread < kOutputs / each) copy_async(slot + kSums + thread * 16, from, output < args.m);
-      }
+      if (thread < kTokens / 4)
+        copy_async(slot + kTokenScales + thread * 16, args.scale + segment * args.tp + first_token + thread * 4, true);
     }
   }
 
@@ -123,14 +110,6 @@ struct GemmSlots {
   __device__ __forceinline__ void weight_scales(const uint8_t* slot, int o, float (&scale)[8]) const {
     const int at = (warp_output + 32 * o + 8 * t) * 2;
     widen(*reinterpret_cast<const uint4*>(slot + kWeightScales + at), scale);
-  }
-
-  __device__ __forceinline__ void row_sums(const uint8_t* slot, int o, int (&sums)[8]) const {
-    const int output = warp_output + 32 * o + 8 * t;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      sums[i] = args.wide_sums ? reinterpret_cast<const int32_t*>(slot + kSums)[output + i]
-                               : reinterpret_cast<const int16_t*>(slot + kSums)[output + i];
   }
 };
 

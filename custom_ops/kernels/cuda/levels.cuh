@@ -28,20 +28,16 @@ struct Quantizer {
     scale = !finite ? __int_as_float(0x7FC00000) : used ? __fdiv_rn(range, qmax) : 0.0f;
   }
 
-  // What is subtracted from a level so that it fits a signed byte: all of the zero-point where that is enough.
-  __device__ __forceinline__ float centre(int bits) const { return bits == 8 ? 128.0f : zero; }
-
-  // The level less `centre`, as the low byte; clipped while it still has kMagic. NaN (0 · inf) becomes level 0.
-  __device__ __forceinline__ uint32_t byte(float value, float centre) const {
+  // The level less the zero-point, which fits a signed byte, as the low byte; clipped while it still has kMagic. NaN
+  // (0 · inf) becomes level 0.
+  __device__ __forceinline__ uint32_t byte(float value) const {
     const float rounded = __fadd_rn(__fmul_rn(value, inverse), kMagic);
-    const float level = fminf(fmaxf(rounded, kMagic - zero), kMagic + (qmax - zero));
-    return __float_as_uint(__fadd_rn(level, zero - centre));
+    return __float_as_uint(fminf(fmaxf(rounded, kMagic - zero), kMagic + (qmax - zero)));
   }
 };
 
 __device__ __forceinline__ void store_scale(const Args& args, int token, int segment, const Quantizer& q) {
   args.scale[static_cast<int64_t>(segment) * args.tp + token] = q.scale * args.level_unit;
-  if (args.bits == 8) args.zero[static_cast<int64_t>(segment) * args.tp + token] = static_cast<int>(q.zero) - 128;
 }
 
 // The low bytes of four words.
@@ -66,12 +62,10 @@ struct Range {
 // Levels of 16 of a token's features, from unit · 64 + 16t on; of what lies past the last feature, zeros.
 __device__ __forceinline__ void store_levels(const Args& args, int token, int unit, int t, const float (&u)[16],
                                              const Quantizer& q) {
-  const float centre = q.centre(args.bits);
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    words[i] = pack_bytes(q.byte(u[4 * i], centre), q.byte(u[4 * i + 1], centre), q.byte(u[4 * i + 2], centre),
-                          q.byte(u[4 * i + 3], centre));
+    words[i] = pack_bytes(q.byte(u[4 * i]), q.byte(u[4 * i + 1]), q.byte(u[4 * i + 2]), q.byte(u[4 * i + 3]));
   if (token >= args.tokens) return;
   int8_t* to = static_cast<int8_t*>(args.levels);
   const int feature = unit * kStep + 16 * t;

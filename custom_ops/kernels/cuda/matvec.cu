@@ -67,9 +67,6 @@ __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
         y += branch[w][i];
       }
       sum >>= 4;  // a multiple of 16: the weights were
-      if (args.bits == 8)
-        sum -= args.zero[token] * (args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output]
-                                                  : static_cast<const int16_t*>(args.row_sums)[output]);
       y += args.scale[token] * __half2float(args.scales[output]) * static_cast<float>(sum);
     } else {
       for (int w = 0; w < warps; ++w) y += reinterpret_cast<const float*>(shares4[w])[i];
@@ -113,7 +110,6 @@ cudaError_t matvec(const Args& args, Mode mode, int multiprocessors, cudaStream_
   if (takes_one_token(args, mode, multiprocessors)) return one_token(args, mode, multiprocessors, stream);
   switch (mode) {
     case kFold: return launch<kFold>(args, multiprocessors, stream);
-    case kFoldZero: return launch<kFoldZero>(args, multiprocessors, stream);
     case kChannel: return launch<kChannel>(args, multiprocessors, stream);
     default: return launch<kHalf>(args, multiprocessors, stream);
   }

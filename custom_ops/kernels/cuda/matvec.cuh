@@ -20,17 +20,15 @@ constexpr int kMostColumns = 64;  // of the branch whose C is loaded early
 constexpr int kSkew = 32;                     // bytes between staged rows: 8 tokens meet in no bank
 constexpr size_t kMostStaged = 48 * 1024;
 
-// What a block keeps of the first stage's result, in bytes: levels, scales and zeros of every segment, low.
+// What a block keeps of the first stage's result, in bytes: levels, scales of every segment, low.
 template <Mode mode, int frags>
 struct Staged {
   static constexpr int kTokens = frags * 8;
-  int stride, scales, zeros, lows, bytes;  // stride: of a token's levels
+  int stride, scales, lows, bytes;  // stride: of a token's levels
   __host__ __device__ explicit Staged(const Args& a) {
-    const bool folds = mode == kFold || mode == kFoldZero;
     stride = a.kp * (mode == kHalf ? 2 : 1) + kSkew;
     scales = a.tokens * stride;
-    zeros = scales + (folds ? a.segments * kTokens * 4 : 0);
-    lows = zeros + (mode == kFoldZero ? a.segments * kTokens * 4 : 0);
+    lows = scales + (mode == kFold ? a.segments * kTokens * 4 : 0);
     bytes = lows + (a.rank ? a.tokens * 4 * a.rp : 0);
   }
 };
@@ -47,8 +45,6 @@ struct Matvec {
     uint4 activations[frags][mode == kHalf ? 2 : 1];  // int8: blocks t and 4 + t side by side
     uint2 scales;                                     // of outputs 4g … 4g + 3
     float2 token_scale[frags];                        // of tokens 2t, 2t + 1
-    int2 zero[frags];
-    int sums[4];
   };
 
   const Args& args;
@@ -83,14 +79,6 @@ struct Matvec {
       const __half* from = args.scales + group * args.m + first_output + 4 * g;
       s.scales = scaled() ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
     }
-    if constexpr (mode == kFoldZero) {
-      const int64_t at = static_cast<int64_t>(quotient(step, args.segment_steps)) * args.m + first_output + 4 * g;
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        s.sums[i] = !scaled() ? 0
-                    : args.wide_sums ? __ldg(static_cast<const int32_t*>(args.row_sums) + at + i)
-                                     : __ldg(static_cast<const int16_t*>(args.row_sums) + at + i);
-    }
   }
 
   // Copies what the first stage made; the block meets before it is read.
@@ -103,12 +91,10 @@ struct Matvec {
         copy_async(kept + token * places.stride + 16 * i, from + 16 * i, true);
     }
     commit_async();
-    for (int i = threadIdx.x; (mode == kFold || mode == kFoldZero) && i < segments * kTokens; i += threads) {
+    for (int i = threadIdx.x; mode == kFold && i < segments * kTokens; i += threads) {
       const int token = i % kTokens;
       const int64_t at = static_cast<int64_t>(i / kTokens) * args.tp + token;
       reinterpret_cast<float*>(kept + places.scales)[i] = token < args.tokens ? args.scale[at] : 0.0f;
-      if constexpr (mode == kFoldZero)
-        reinterpret_cast<int*>(kept + places.zeros)[i] = token < args.tokens ? args.zero[at] : 0;
     }
     if (args.rank)
       for (int i = threadIdx.x; i < args.tokens * args.rp; i += threads)  // two halves a word
@@ -135,19 +121,13 @@ struct Matvec {
         s.activations[f][0] = make_uint4(a.x, a.y, b.x, b.y);
       }
     }
-    if constexpr (mode == kFold || mode == kFoldZero) {
+    if constexpr (mode == kFold) {
       const int segment = quotient(step, args.segment_steps);
       const int64_t at = staged ? segment * kTokens : static_cast<int64_t>(segment) * args.tp;
       const float* scale = staged ? reinterpret_cast<const float*>(kept + places.scales) : args.scale;
-      const int* zero = staged ? reinterpret_cast<const int*>(kept + places.zeros) : args.zero;
 #pragma unroll
-      for (int f = 0; f < frags; ++f) {
+      for (int f = 0; f < frags; ++f)
         s.token_scale[f] = *reinterpret_cast<const float2*>(scale + at + 8 * f + 2 * t);
-        if constexpr (mode == kFoldZero) {
-          const bool first = step * kStep == segment * args.segment;  // of its segment: the zero-point goes with it
-          s.zero[f] = first ? *reinterpret_cast<const int2*>(zero + at + 8 * f + 2 * t) : make_int2(0, 0);
-        }
-      }
     }
   }
 
@@ -183,11 +163,7 @@ struct Matvec {
         } else {
           constexpr int magic = 0x4B400000;  // as in gemm.cuh
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            sum[i] = magic;
-            if constexpr (mode == kFoldZero)
-              sum[i] -= 16u * (i % 2 ? s.zero[f].y : s.zero[f].x) * s.sums[2 * pair + i / 2];
-          }
+          for (int i = 0; i < 4; ++i) sum[i] = magic;
         }
         mma_s8(sum, a[pair][0], b[0], sum);
         mma_s8(sum, a[pair][1], b[1], sum);

@@ -21,9 +21,6 @@ __device__ __forceinline__ float together(const Args& args, const Shares& shares
       if (args.rank) y += reinterpret_cast<const float*>(kept + shares.branch)[from + p * kTile];
     }
     sum >>= 4;  // a multiple of 16: the weights were
-    if (args.bits == 8)
-      sum -= args.zero[0] * (args.wide_sums ? static_cast<const int32_t*>(args.row_sums)[output]
-                                            : static_cast<const int16_t*>(args.row_sums)[output]);
     return y + args.scale[0] * __half2float(args.scales[output]) * static_cast<float>(sum);
   } else {
 #pragma unroll 4
@@ -128,8 +125,7 @@ Shares divided(const Args& args, Mode mode, int multiprocessors, int warps) {
   s.levels = static_cast<int>(round_up(s.parts * s.slots * (kUnitBytes + 8), kZeros)) + kZeros;
   s.scales = s.levels + s.units * kGroups * kLevelBytes;
   s.starts = s.scales + s.units * kGroups * 4;
-  s.zeros = s.starts + s.units * kGroups * 4;
-  s.low = s.zeros + (mode == kFoldZero ? s.units * kGroups * 4 : 0);
+  s.low = s.starts + s.units * kGroups * 4;
   s.sums = s.low + args.rp * 4;
   s.branch = s.sums + ceil_div(s.tiles, s.blocks) * s.parts * kTile * 4;
   s.bytes = mode == kChannel ? s.branch + s.branch - s.sums : s.branch;
@@ -162,9 +158,7 @@ bool takes_one_token(const Args& args, Mode mode, int multiprocessors) {
 }
 
 cudaError_t one_token(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream) {
-  return mode == kFold       ? start<kFold>(args, multiprocessors, stream)
-         : mode == kFoldZero ? start<kFoldZero>(args, multiprocessors, stream)
-                             : start<kChannel>(args, multiprocessors, stream);
+  return mode == kFold ? start<kFold>(args, multiprocessors, stream) : start<kChannel>(args, multiprocessors, stream);
 }
 
 }  // namespace specquant_cuda

@@ -34,13 +34,13 @@ struct Shares {
   int tiles, units;  // of the product
   int parts, slots;  // warps that share a tile; tiles that a block has under way
   int blocks, least, more;  // of the grid; tiles of a block, the first `more` of which have one more
-  int levels, scales, starts, zeros, low, sums, branch, bytes;
+  int levels, scales, starts, low, sums, branch, bytes;
 };
 
 // What a unit needs beside its weights.
 struct Constants {
-  uint2 scales[2], row_sums[2];  // of groups 2t and 2t + 1
-  uint2 column;                  // of C: the thread's t-th of the warp's first four; of a tile's first unit
+  uint2 scales[2];  // of groups 2t and 2t + 1
+  uint2 column;     // of C: the thread's t-th of the warp's first four; of a tile's first unit
 };
 
 // A tile of 32 outputs and a unit of 512 features.
@@ -109,22 +109,7 @@ struct OneToken {
       const bool there = output < args.m && group < groups;
       const int64_t row = static_cast<int64_t>(quotient(group, args.group_steps)) * args.m + output;
       to.scales[e] = there ? __ldg(reinterpret_cast<const uint2*>(args.scales + row)) : make_uint2(0, 0);
-      if constexpr (mode == kFoldZero) {
-        if (args.wide_sums) continue;
-        const int64_t sum = static_cast<int64_t>(quotient(group, args.segment_steps)) * args.m + output;
-        const int16_t* from = static_cast<const int16_t*>(args.row_sums) + sum;
-        to.row_sums[e] = there ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
-      }
     }
-  }
-
-  // Row sum of output 4g + i and group 2t + e.
-  __device__ __forceinline__ int row_sum(const Place& at, int e, int i) const {
-    if (!args.wide_sums) return static_cast<int16_t>((i / 2 ? now.row_sums[e].y : now.row_sums[e].x) >> 16 * (i % 2));
-    const int group = at.unit * kGroups + 2 * t + e, output = at.tile * kTile + 4 * quad + i;
-    if (output >= args.m || group >= groups) return 0;
-    const int64_t sum = static_cast<int64_t>(quotient(group, args.segment_steps)) * args.m + output;
-    return __ldg(static_cast<const int32_t*>(args.row_sums) + sum);
   }
 
   // The thread's column of C: the t-th of four, of which the warp takes every parts-th.
@@ -143,13 +128,9 @@ struct OneToken {
       const bool there = group < groups, first = i % 4 == 0;
       uint4 v = make_uint4(0, 0, 0, 0);
       if (there) v = *reinterpret_cast<const uint4*>(static_cast<const char*>(args.levels) + 16 * i);
-      const int segment = quotient(group, args.segment_steps);
       if (mode != kChannel && first) {
-        const int64_t at = static_cast<int64_t>(segment) * args.tp;
+        const int64_t at = static_cast<int64_t>(quotient(group, args.segment_steps)) * args.tp;
         reinterpret_cast<float*>(kept + shares.scales)[group] = there ? args.scale[at] : 0.0f;
-        if constexpr (mode == kFoldZero)  // once a segment
-          reinterpret_cast<int*>(kept + shares.zeros)[group] =
-              there && group * kStep == segment * args.segment ? args.zero[at] : 0;
       }
       constexpr int ones = 0x01010101;
       int sum = __dp4a(int(v.x), ones, __dp4a(int(v.y), ones, __dp4a(int(v.z), ones, __dp4a(int(v.w), ones, 0))));
@@ -166,21 +147,17 @@ struct OneToken {
           (__half2float(args.low[i]) + __half2float(args.low[args.rp + i])) * args.low_factor[0];
   }
 
-  // The sums of a unit start with what makes up for the nibbles' 8 and for zero-points.
+  // The sums of a unit start with what makes up for the nibbles' 8.
   __device__ __forceinline__ void begin(const Place& at) {
     const int2 start = *reinterpret_cast<const int2*>(kept + shares.starts + 4 * (at.unit * kGroups + 2 * t));
-    int2 zero = make_int2(0, 0);
-    if constexpr (mode == kFoldZero)
-      zero = *reinterpret_cast<const int2*>(kept + shares.zeros + 4 * (at.unit * kGroups + 2 * t));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int pair = i / 4, h = i / 2 % 2, e = i % 2;
+      const int pair = i / 4, e = i % 2;
       if constexpr (mode == kChannel) {
         high[pair][i % 4] += e ? start.y : start.x;
       } else {
         low[pair][i % 4] = 0;
         high[pair][i % 4] = e ? start.y : start.x;
-        if constexpr (mode == kFoldZero) high[pair][i % 4] -= 16 * (e ? zero.y : zero.x) * row_sum(at, e, 2 * pair + h);
       }
     }
   }

@@ -36,7 +36,7 @@ const char* check(const SpecquantCudaProblem& p) {
   if (p.in_features < 1 || p.in_features > kMostFeatures) return "in-features must be 1 to 524288";
   if (p.out_features < 1 || p.out_features > kMostOutputs) return "out-features must be 1 to 4194304";
   if (p.tokens < 0 || p.tokens > kMostTokens) return "the number of tokens must be 0 to 4194304";
-  if (!p.qweight || !p.scales || !p.row_sums) return "qweight, scales or row_sums are missing";
+  if (!p.qweight || !p.scales) return "qweight or scales are missing";
   if (p.hadamard && (p.hadamard < kBlock || p.hadamard > kMostHadamard || (p.hadamard & (p.hadamard - 1)) ||
                      p.in_features % p.hadamard))
     return "hadamard must be 0, or a power of two from 8 to 4096 that divides in-features";
@@ -56,8 +56,8 @@ const char* check(const SpecquantCudaProblem& p) {
     return "group_size and act_group must be 0, or a divisor of in-features that 8 divides";
   const auto [small, large] = std::minmax(p.group_size, p.act_group);
   if (small && large % small) return "one of group_size and act_group must divide the other";
-  for (const int32_t flag : {p.subtract, p.half, p.wide_sums})
-    if (flag != 0 && flag != 1) return "subtract, half and wide_sums must be 0 or 1";
+  for (const int32_t flag : {p.subtract, p.half})
+    if (flag != 0 && flag != 1) return "subtract and half must be 0 or 1";
   if (reinterpret_cast<uintptr_t>(p.qweight) % 4) return "qweight must be aligned to 4 bytes";
   return nullptr;
 }
@@ -77,26 +77,24 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   a.group_steps = reciprocal(ceil_div(a.weight_group, kStep)), a.segment_steps = reciprocal(ceil_div(a.segment, kStep));
   a.hadamard = int(p.hadamard), a.gate = p.gate, a.width = p.gate ? a.m / 2 : a.m;
   const bool moved = a.hadamard || p.prologue;
-  a.x_half = p.half && !moved, a.y_half = p.half, a.wide_sums = p.wide_sums;
+  a.x_half = p.half && !moved, a.y_half = p.half;
   a.subtract = p.subtract && a.rank;
   a.early = device.major >= 9;
   a.high_nibbles = 0xF0F0F0F0u;
   a.clip = p.act_clip;
   a.basis = static_cast<const __half*>(p.basis), a.coef = static_cast<const __half*>(p.coef);
   a.qweight = static_cast<const uint8_t*>(p.qweight), a.scales = static_cast<const __half*>(p.scales);
-  a.row_sums = p.row_sums, a.bias = p.bias, a.residual = p.residual;
+  a.bias = p.bias, a.residual = p.residual;
   a.x = p.x, a.y = p.y;
 
-  plan.mode = halves ? kHalf : a.segments == 1 ? kChannel : a.bits == 8 ? kFoldZero : kFold;
-  a.level_unit = plan.mode == kFold || plan.mode == kFoldZero ? 0.0625f : 1.0f;
+  plan.mode = halves ? kHalf : a.segments == 1 ? kChannel : kFold;
+  a.level_unit = plan.mode == kFold ? 0.0625f : 1.0f;
 
-  const bool vectors = a.m % 8 == 0 && aligned(p.qweight) && aligned(p.scales) && aligned(p.row_sums) &&
-                       aligned(p.bias) && aligned(p.coef) && aligned(p.residual) && aligned(p.y);
+  const bool vectors = a.m % 8 == 0 && aligned(p.qweight) && aligned(p.scales) && aligned(p.bias) &&
+                       aligned(p.coef) && aligned(p.residual) && aligned(p.y);
   const bool whole_steps = a.segment % kStep == 0 || a.segments == 1;
-  // Of a longer segment, 16 · zero · sum leaves the range in which 1.5 · 2^23 + an integer is exact.
-  const bool zeros_fit = plan.mode != kFoldZero || a.segment <= 2 * kStep;
   const bool sums_fit = plan.mode != kChannel || a.n <= kChannelFeatures;
-  plan.gemm = vectors && whole_steps && zeros_fit && sums_fit;
+  plan.gemm = vectors && whole_steps && sums_fit;
   // gemm90: on Hopper, whole chunks and panels; a segment is a multiple of 64 features here.
   plan.gemm90 = plan.gemm && device.major == 9 && device.minor == 0 && !halves && a.n % kChunk == 0 &&
                 a.m % kPanel == 0 && a.rp <= kFastRank;
@@ -141,7 +139,6 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   at.low_factor = arena.take(a.rank, int64_t(a.tp) * 4);
   at.levels = arena.take(true, int64_t(plan.gemm90 ? a.tp : a.tokens) * a.kp * (halves ? 2 : 1));
   at.scale = arena.take(true, rows * a.tp * 4);
-  at.zero = arena.take(a.bits == 8, rows * a.tp * 4);
   plan.range = arena.take(plan.two_pass, int64_t(a.shares) * p.tokens * 8);
   at.bytes = arena.end;
   at.tokens_padded = a.tp, at.features_padded = a.kp, at.rank_padded = a.rp;

@@ -31,14 +31,9 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const Args args, con
     lowest = wide ? over_block<kWarps>(lowest, Smallest(), scratch) : over_warp(lowest, Smallest());
     highest = wide ? over_block<kWarps>(highest, Largest(), scratch) : over_warp(highest, Largest());
     const Quantizer q(lowest, highest, args.clip, args.bits);
-    const float centre = q.centre(args.bits);
     for (int i = worker; i < length; i += workers)
-      levels[level_place(args, token, start + i)] =
-          static_cast<int8_t>(q.byte(to_float(u[start + i]), centre));
-    for (int s = group * spread + worker; s < (group + 1) * spread; s += workers) {
-      args.scale[static_cast<int64_t>(s) * args.tp + token] = q.scale * args.level_unit;
-      if (args.bits == 8) args.zero[static_cast<int64_t>(s) * args.tp + token] = static_cast<int>(q.zero) - 128;
-    }
+      levels[level_place(args, token, start + i)] = static_cast<int8_t>(q.byte(to_float(u[start + i])));
+    for (int s = group * spread + worker; s < (group + 1) * spread; s += workers) store_scale(args, token, s, q);
   }
   for (int i = args.n + threadIdx.x; i < args.kp; i += kThreads) levels[level_place(args, token, i)] = 0;
 }

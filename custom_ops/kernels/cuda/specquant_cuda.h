@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define SPECQUANT_CUDA_ABI 6
+#define SPECQUANT_CUDA_ABI 7
 
 /* One call of SpecQuantMatMul, or of Int4ResidualMatMul when basis is null. library_cuda.py mirrors it. */
 typedef struct SpecquantCudaProblem {
@@ -27,7 +27,6 @@ typedef struct SpecquantCudaProblem {
   int32_t act_bits;      /* 2..8, or 16: activations are not quantised */
   int32_t subtract;      /* 1: the branch's part of x is removed before it is quantised */
   int32_t half;          /* 1: x and y are float16; 0: float32 */
-  int32_t wide_sums;     /* 1: row_sums is int32; 0: int16 */
   int32_t prologue;      /* 0: none; 1: rms_norm */
   int32_t gate;          /* 0: none; 1: silu, 2: gelu by tanh: y[i] = act(output 2i) . output 2i + 1 */
   float act_clip;        /* share of a group's range that the levels span, in (0, 1] */
@@ -37,7 +36,6 @@ typedef struct SpecquantCudaProblem {
   const void* coef;      /* float16 [r, M] */
   const void* qweight;   /* [P, Q, 64], two nibbles a byte */
   const void* scales;    /* float16 [G, M] */
-  const void* row_sums;  /* [S, M] */
   const float* bias;     /* [M], or null */
   const float* norm;     /* [N], of rms_norm */
   const void* residual;  /* [T, M], added to y, which it may be but not overlap otherwise; or null, as with a gate */
@@ -51,9 +49,8 @@ typedef struct SpecquantCudaLayout {
   int64_t partial;  /* float32 [splits, T, rank_padded]: shares of low */
   int64_t low;      /* float16 [T, 2, rank_padded]: leading and trailing bits of low / low_factor */
   int64_t low_factor; /* float32 [T] */
-  int64_t levels;   /* int8 [T, features_padded], or float16 where act_bits is 16: u / scale */
+  int64_t levels;   /* int8 [T, features_padded], less their zero-point, or float16 where act_bits is 16: u / scale */
   int64_t scale;    /* float32 [segments, tokens_padded], times level_unit; one row where act_bits is 16 */
-  int64_t zero;     /* int32 [segments, tokens_padded], less 128: act_bits 8 only */
   int64_t bytes;    /* of the whole workspace */
   int64_t tokens_padded, features_padded, rank_padded, segments, splits;
   float level_unit; /* 1/16 where a sum of 16 times the weights is folded in float, else 1 */
