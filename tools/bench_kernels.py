@@ -4,11 +4,12 @@
     python tools/bench_kernels.py --shapes 128x4096x4096 --act-bits 8 --threads 1
     python tools/bench_kernels.py --baseline old.so                  # the same op from an earlier build, too
     python tools/bench_kernels.py --isa avx512vnni                   # the same op with another instruction set, too
+    python tools/bench_kernels.py --ggml ENV/lib/python3.11/site-packages/llama_cpp/lib    # ggml's repacked Q4_0, too
 
 A shape is TOKENSxINxOUT. A model has as many nodes as 64 MB of weights hold (fewer with many tokens), each with
 weights of its own, so that decode reads memory as a model does; times are those of one node. Medians, and the best
 of all, of runs that take turns. `ratio` above 1: we are faster. GOP/s counts 2 operations a weight and token; GB/s
-the weights, scales and sums that are read once. Both come with the share of what the machine reaches at that moment,
+the weights and scales that are read once. Both come with the share of what the machine reaches at that moment,
 as tools/machine_limits.cc measures it (needs c++; --no-limits leaves it out). Where other jobs run, wall-clock times
 say little: `--threads 1 --cpu-time` counts only the time that the thread had a core.
 """
@@ -31,13 +32,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from ggml_bench import BLOCK, BLOCK_BYTES, GGML, Product, load
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from ort_bench import PEER, Register, Run, in_turns, open_session, peer_node
 
 from specquant.custom_ops import library
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import pack_int4, row_sums, segment_length
+from specquant.custom_ops.packing import pack_int4
 from specquant.custom_ops.schema import DOMAIN, VERSION
 
 SHAPES = (
@@ -69,7 +71,6 @@ def our_node(
     rest = {
         "qweight": pack_int4(q),
         "scales": scales,
-        "row_sums": row_sums(q, segment_length(n, group, options.act_group)),
         "bias": np.zeros(m, np.float32),
         "norm": np.ones(1, np.float32),  # neither a norm nor a residual
         "residual": np.zeros(1, np.float32),
@@ -147,10 +148,14 @@ def contenders(shape: tuple[int, int, int], options: argparse.Namespace) -> tupl
         PEER: session(peers, n, m, options.threads, None),
     }
     runs = {name: runner(bound, x, count, m) for name, bound in sessions.items()}
+    if options.ggml:
+        runs[GGML] = Product(load(options.ggml), x, weights, options.threads)
     first = {name: run().copy() for name, run in runs.items()}
     for name, y in first.items():
         error = float(np.linalg.norm(y - first[PEER]) / np.linalg.norm(first[PEER]))
-        if not options.rank and not options.hadamard and not error < 0.3 * 2.0 ** (4 - options.act_bits) + 0.02:
+        bits = 8 if name == GGML else options.act_bits  # ggml's weights are the same to the bit, its activations int8
+        same = name == GGML or (not options.rank and not options.hadamard)
+        if same and not error < 0.3 * 2.0 ** (4 - bits) + 0.02:
             raise SpecQuantError(f"{name} is {error:.3f} away from {PEER} at {shape}: they compute different things")
     return runs, count
 
@@ -163,7 +168,9 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[st
     seconds = in_turns(runs, options.seconds, clock)
     times = {name: [second * 1e3 / count for second in list_] for name, list_ in seconds.items()}
     scales = n // options.group_size * m
-    read = {name: n * m / 2 + scales * (4 if name == PEER or options.act_bits == 8 else 2) for name in runs}
+    read = {name: n * m / 2 + scales * (4 if name == PEER else 2) for name in runs}
+    if GGML in runs:
+        read[GGML] = n * m / BLOCK * BLOCK_BYTES
     found: dict[str, Any] = {
         name: {
             "median_ms": median(list_),
@@ -173,6 +180,8 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[st
         }
         for name, list_ in times.items()
     }
+    if isinstance(product := runs.get(GGML), Product):
+        found[GGML] |= {"repacked": product.repacked, "buffer": product.buffer, "version": product.version}
     others = [name for name in found if name != "ours"]
     found["ratio"] = {name: found[name]["median_ms"] / found["ours"]["median_ms"] for name in others}
     found["ratio_best"] = {name: found[name]["best_ms"] / found["ours"]["best_ms"] for name in others}
@@ -202,7 +211,8 @@ def line(result: dict[str, Any], limits: dict[str, float | None]) -> str:
 
     text = f"{'x'.join(map(str, result['shape'])):>16}"
     for name, r in ((name, r) for name, r in result.items() if isinstance(r, dict) and "gops" in r):
-        text += f" | {name} {r['median_ms']:.4f} (best {r['best_ms']:.4f}) ms"
+        where = f" ({'repacked' if r['repacked'] else 'not repacked'}: {r['buffer']})" if "buffer" in r else ""
+        text += f" | {name}{where} {r['median_ms']:.4f} (best {r['best_ms']:.4f}) ms"
         text += f" {r['gops']:.0f} GOP/s{share(r['gops'], 'gops')} {r['gbps']:.1f} GB/s{share(r['gbps'], 'gbps')}"
     for name, ratio in result["ratio"].items():
         text += f" | {ratio:.2f}x {name} (best {result['ratio_best'][name]:.2f})"
@@ -234,6 +244,7 @@ def main() -> int:
     parser.add_argument("--cpu-time", action="store_true", help="time on the core, not on the wall; one thread only")
     parser.add_argument("--baseline", type=Path, help="another build of our library, timed beside this one")
     parser.add_argument("--isa", action="append", default=[], help="time this instruction set beside the fastest, too")
+    parser.add_argument("--ggml", type=Path, help="folder or library of ggml: time its product with Q4_0 weights, too")
     parser.add_argument("--no-limits", action="store_true", help="do not measure what the machine can do")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     options = parser.parse_args()

@@ -148,10 +148,6 @@ inline uint4 load_stream(const void* global) {
   return *static_cast<const uint4*>(global);
 }
 
-inline void prefetch_l2(const void* global, int bytes) {
-  if (reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16) emulator::fail("a misaligned prefetch");
-}
-
 inline void prefetch_line(const void*) {}
 
 inline float power_of_two(float v) { return std::exp2(v); }

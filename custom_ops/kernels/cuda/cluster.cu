@@ -86,9 +86,31 @@ __device__ __forceinline__ void quantize_groups(const Args& args, const Places& 
   }
 }
 
+// Groups of kStep features, a warp each, whose u stays in registers.
+__device__ __forceinline__ void quantize_steps(const Args& args, const Places& at, int token, int first, int count,
+                                               float factor) {
+  const int lane = threadIdx.x % 32, spread = kStep / args.segment;
+  int8_t* out = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
+#pragma unroll 1
+  for (int start = threadIdx.x / 32 * kStep; start < count; start += kWarps * kStep) {
+    float u[2] = {at.values[start + lane], at.values[start + lane + 32]};
+    if (args.subtract) subtract(args, at, start + lane, 32, factor, u);
+    float lowest = min_nan(min_nan(0.0f, u[0]), u[1]), highest = max_nan(max_nan(0.0f, u[0]), u[1]);
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) {
+      lowest = min_nan(lowest, __shfl_xor_sync(~0u, lowest, d));
+      highest = max_nan(highest, __shfl_xor_sync(~0u, highest, d));
+    }
+    const Quantizer q(lowest, highest, args.clip, args.bits);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) out[start + lane + 32 * i] = static_cast<int8_t>(q.byte(u[i]));
+    if (lane < spread) store_scale(args, token, (first + start) / args.segment + lane, q);
+  }
+}
+
 // What u becomes. A kernel for each: what is not executed would still lie between what is, and instructions have to come from
 // memory, too, in kernels that take turns and run once through theirs.
-enum Ends { kHalves, kToken, kGroups };
+enum Ends { kHalves, kToken, kGroups, kSteps };
 
 // span: features of a block.
 template <class X, Ends ends>
@@ -117,14 +139,27 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const Args args, c
     for (int i = threadIdx.x; i < count; i += kThreads) at.values[i] *= factor;
     __syncthreads();
   }
+  float factor = 0.0f;
   if (args.rank) {
-    branch(args, at, token, rank, blocks, count);
+    factor = branch(args, at, token, rank, blocks, count);
   } else {
     cluster_wait();  // all blocks have started
+  }
+  if constexpr (ends != kSteps) {
+    if (args.subtract) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < count; i += kThreads) {
+        float u[1];
+        subtract(args, at, i, 0, factor, u);
+        at.values[i] = u[0];
+      }
+      __syncthreads();
+    }
   }
   if constexpr (ends == kHalves) halve(args, at, token, rank, blocks, first, count);
   if constexpr (ends == kToken) quantize_token(args, at, token, rank, blocks, first, count);
   if constexpr (ends == kGroups) quantize_groups(args, at, token, first, count);
+  if constexpr (ends == kSteps) quantize_steps(args, at, token, first, count, factor);
   if (rank) return;
   using Out = std::conditional_t<ends == kHalves, __half, int8_t>;
   Out* out = static_cast<Out*>(args.levels) + static_cast<int64_t>(token) * args.kp;
@@ -158,6 +193,7 @@ cudaError_t first_stage(const Args& args, const Source& source, cudaStream_t str
   const auto pick = [&](auto wide, auto half) { return (source.half ? half : wide)(args, source, stream); };
   if (args.bits == 16) return pick(start<float, kHalves>, start<__half, kHalves>);
   if (args.act_group == args.n) return pick(start<float, kToken>, start<__half, kToken>);
+  if (args.act_group == kStep) return pick(start<float, kSteps>, start<__half, kSteps>);
   return pick(start<float, kGroups>, start<__half, kGroups>);
 }
 

@@ -89,28 +89,38 @@ __device__ __forceinline__ void load(const Source& source, const Args& args, int
   for (int i = threadIdx.x; i < count; i += kThreads) values[i] = to_float(row[first + i]);
 }
 
-// low of the token and u in place of x̂. Every warp sums what the others found, for itself: that is sooner than to meet.
-__device__ __forceinline__ void branch(const Args& args, const Places& at, int token, int rank, int blocks, int count) {
+// low of the token, over the factor that this returns, at `low` of every warp. Every warp sums what the others found, for
+// itself: that is sooner than to meet.
+__device__ __forceinline__ float branch(const Args& args, const Places& at, int token, int rank, int blocks, int count) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = basis_stride(args.r);
   const bool wide = args.rp > 32;
-  // Half a warp a row, two columns a thread; past the last column: of the next row, and not used.
-  float sum[2][2] = {};
-  const int pair = lane % 16 * 2;
+  // A quarter of a warp a row, four columns a thread; past the last column: of the next row, and not used.
+  float sum[2][4] = {};
+  const int four = lane % 8 * 4;
 #pragma unroll 4
-  for (int i = 2 * warp + lane / 16; i < count; i += 2 * kWarps) {
+  for (int i = 4 * warp + lane / 8; i < count; i += 4 * kWarps) {
     const float value = at.values[i];
-    const __half2* row = reinterpret_cast<const __half2*>(at.basis + i * stride + pair);
-    const float2 first = __half22float2(row[0]);
-    sum[0][0] = fmaf(value, first.x, sum[0][0]), sum[0][1] = fmaf(value, first.y, sum[0][1]);
-    if (!wide) continue;
-    const float2 second = __half22float2(row[16]);
-    sum[1][0] = fmaf(value, second.x, sum[1][0]), sum[1][1] = fmaf(value, second.y, sum[1][1]);
+    const uint2* row = reinterpret_cast<const uint2*>(at.basis + i * stride + four);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (j == 1 && !wide) break;
+      const uint2 raw = row[8 * j];
+      const float2 first = __half22float2(half2_of(raw.x)), second = __half22float2(half2_of(raw.y));
+      sum[j][0] = fmaf(value, first.x, sum[j][0]), sum[j][1] = fmaf(value, first.y, sum[j][1]);
+      sum[j][2] = fmaf(value, second.x, sum[j][2]), sum[j][3] = fmaf(value, second.y, sum[j][3]);
+    }
   }
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const float even = sum[j][0] + __shfl_xor_sync(~0u, sum[j][0], 16);
-    const float odd = sum[j][1] + __shfl_xor_sync(~0u, sum[j][1], 16);
-    if (lane < 16) *reinterpret_cast<float2*>(at.sums + warp * kFastRank + 32 * j + pair) = make_float2(even, odd);
+    if (j == 1 && !wide) break;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      sum[j][k] += __shfl_xor_sync(~0u, sum[j][k], 8);
+      sum[j][k] += __shfl_xor_sync(~0u, sum[j][k], 16);
+    }
+    if (lane < 8)
+      *reinterpret_cast<float4*>(at.sums + warp * kFastRank + 32 * j + four) =
+          make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
   }
   __syncthreads();
   cluster_wait();  // all blocks have started
@@ -149,26 +159,33 @@ __device__ __forceinline__ void branch(const Args& args, const Places& at, int t
     }
   }
   __syncwarp();
-  if (!args.subtract) return;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const uint4* row = reinterpret_cast<const uint4*>(at.basis + i * stride);
-    float part = 0.0f;
+  return factor;
+}
+
+// u of so many features, `apart` from each other.
+template <int count>
+__device__ __forceinline__ void subtract(const Args& args, const Places& at, int feature, int apart, float factor,
+                                         float (&u)[count]) {
+  const float* low = at.low + threadIdx.x / 32 * kFastRank;
+  const __half* rows = at.basis + feature * basis_stride(args.r);
+  float parts[count] = {};
 #pragma unroll 4
-    for (int c = 0; c < args.rank; c += 8) {
-      const uint4 v = row[c / 8];
+  for (int c = 0; c < args.rank; c += 8) {
+    const float4 lows[2] = {*reinterpret_cast<const float4*>(low + c), *reinterpret_cast<const float4*>(low + c + 4)};
+    const float each[8] = {lows[0].x, lows[0].y, lows[0].z, lows[0].w, lows[1].x, lows[1].y, lows[1].z, lows[1].w};
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const uint4 v = *reinterpret_cast<const uint4*>(rows + i * apart * basis_stride(args.r) + c);
       const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-      const float4 lows[2] = {*reinterpret_cast<float4*>(low + c), *reinterpret_cast<float4*>(low + c + 4)};
-      const float each[8] = {lows[0].x, lows[0].y, lows[0].z, lows[0].w, lows[1].x, lows[1].y, lows[1].z, lows[1].w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float2 pair = __half22float2(half2_of(words[j]));
-        part = fmaf(each[2 * j + 1], pair.y, fmaf(each[2 * j], pair.x, part));
+        parts[i] = fmaf(each[2 * j + 1], pair.y, fmaf(each[2 * j], pair.x, parts[i]));
       }
     }
-    at.values[i] = __fsub_rn(at.values[i], __fmul_rn(part, factor));
   }
-  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < count; ++i) u[i] = __fsub_rn(at.values[feature + i * apart], __fmul_rn(parts[i], factor));
 }
 
 }  // namespace

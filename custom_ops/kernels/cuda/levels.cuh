@@ -143,6 +143,22 @@ __device__ __forceinline__ void load8(float (&v)[8], const float* from, bool the
   v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
 
+// Eight features as float, 16-byte aligned, of what the kernel before this one may have written.
+__device__ __forceinline__ void load_written8(float (&v)[8], const __half* from) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(from);
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __half22float2(half2_of(words[i]));
+    v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
+  }
+}
+
+__device__ __forceinline__ void load_written8(float (&v)[8], const float* from) {
+  const float4 a = *reinterpret_cast<const float4*>(from), b = *(reinterpret_cast<const float4*>(from) + 1);
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(float v) { return v; }
 

@@ -41,14 +41,18 @@ __global__ void __launch_bounds__(kMostWarps * 32, 1) one_token_kernel(const Arg
   let_next_start();
 
   Place at{first + work.slot, work.part};
+  if (work.lane == 0) {
+    barrier_init(work.arrived, 1);
+    barriers_ready();
+  }
+  __syncthreads();
   if (at.tile < last) {
+    // Few units at a time: what the first stage loads meanwhile would wait behind all of them.
     if (work.lane == 0) {
-      barrier_init(work.arrived, 1);
-      barriers_ready();
+      if (threadIdx.x >= kPaced * 32) barrier_wait(work.arrived - kPaced, 0);
       work.fetch(at);
-      const Place next = work.after(at);
-      if (next.tile < last) work.prefetch(next);
     }
+    __syncwarp();
     work.load(work.now, at, true);
   }
   // The thread's own output, at the end.

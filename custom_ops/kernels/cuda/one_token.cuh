@@ -24,6 +24,7 @@ constexpr int kUnitFeatures = kGroups * kStep;
 constexpr int kSteps = kStep / kBlock;  // of a unit
 constexpr int kGroupBytes = kSteps * 64;  // of a panel's weights
 constexpr int kMostWarps = 16;
+constexpr int kPaced = 4;  // warps whose first units are under way at once
 constexpr int kZeros = kStep;  // bytes of shared memory that stay zero: the levels of other columns
 constexpr int kMostSums = 64 * 1024;  // bytes of a block's sums
 constexpr int kPanelBytes = kGroups * kGroupBytes, kUnitBytes = kTile / kPanel * kPanelBytes;  // of a unit
@@ -80,14 +81,6 @@ struct OneToken {
     barrier_expect(arrived, panels * bytes);
     copy_bulk(own, from, bytes, arrived);
     if (panels > 1) copy_bulk(own + kPanelBytes, from + static_cast<int64_t>(groups) * kGroupBytes, bytes, arrived);
-  }
-
-  // Those of another to the L2 cache.
-  __device__ __forceinline__ void prefetch(const Place& at) const {
-    const int panel = at.tile * (kTile / kPanel), panels = min(kTile / kPanel, ceil_div(args.m, kPanel) - panel);
-    const int group = at.unit * kGroups, bytes = min(kGroups, groups - group) * kGroupBytes;
-    for (int p = 0; p < panels; ++p)
-      prefetch_l2(args.qweight + (static_cast<int64_t>(panel + p) * groups + group) * kGroupBytes, bytes);
   }
 
   // Of groups 2t and 2t + 1, blocks step or the one beside it.

@@ -19,10 +19,18 @@ __device__ __forceinline__ float inverse_rms(float squares, int n, float epsilon
 template <class X>
 __device__ __forceinline__ float inverse_rms(const X* row, int n, float epsilon, float* scratch) {
   float sum = 0.0f;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < n; i += kNormThreads) {
-    const float value = to_float(row[i]);
-    sum = fmaf(value, value, sum);
+  const bool whole = n % 8 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
+#pragma unroll 2
+  for (int i = 8 * threadIdx.x; i < n; i += 8 * kNormThreads) {
+    float v[8];
+    if (whole) {
+      load_written8(v, row + i);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) v[k] = i + k < n ? to_float(row[i + k]) : 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) sum = fmaf(v[k], v[k], sum);
   }
   sum = over_block<kNormThreads / 32>(sum, Sum(), scratch);
   return inverse_rms(sum, n, epsilon);

@@ -93,13 +93,6 @@ __device__ __forceinline__ uint4 load_stream(const void* global) {
   return v;
 }
 
-// Bytes on their way to the L2 cache: address and size are multiples of 16. Nothing before compute capability 9.0.
-__device__ __forceinline__ void prefetch_l2(const void* global, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-#endif
-}
-
 // The 128 bytes around an address on their way to the L2 cache.
 __device__ __forceinline__ void prefetch_line(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
