@@ -10,6 +10,9 @@ using namespace specquant_cuda;
 
 enum class Path { kCluster, kMatvec, kGemmSmall, kGemmLarge, kWgmmaSmall, kWgmmaLarge, kAny };
 
+// Of more tokens the first stage is sooner done by `prompt`, which takes 16 at once, where it takes the problem.
+constexpr int kClusterTokens = 8;
+
 // Whether gemm90's large tile takes less time, in rounds of all multiprocessors; a tile costs some tokens more than it has.
 bool wide_pays(const Plan& plan, const Device& device) {
   const auto time = [&](int tokens) {
@@ -26,7 +29,8 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
   if (!name || !*name) {
     const int large_tiles = ceil_div(tokens, 128) * ceil_div(plan.args.m, 256);
     const bool large = large_tiles * 4 >= device.multiprocessors * 3;
-    path = matvec        ? (plan.cluster ? Path::kCluster : Path::kMatvec)
+    const bool cluster = plan.cluster && (tokens <= kClusterTokens || !plan.prompt);
+    path = matvec        ? (cluster ? Path::kCluster : Path::kMatvec)
            : plan.gemm90 ? (wide_pays(plan, device) ? Path::kWgmmaLarge : Path::kWgmmaSmall)
            : plan.gemm   ? (large ? Path::kGemmLarge : Path::kGemmSmall)
                          : Path::kAny;

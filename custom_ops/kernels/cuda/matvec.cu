@@ -11,9 +11,8 @@ __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
   using M = Matvec<mode, frags, warps, staged>;
   extern __shared__ uint4 kept[];
   __shared__ float4 shares4[warps][M::kTokens * kOutputs / 4];  // kChannel: int32
-  __shared__ float branch[mode == kChannel ? warps : 1][M::kTokens * kOutputs];
+  __shared__ float4 branch4[mode == kChannel ? warps : 1][M::kTokens * kOutputs / 4];
   M work(args, reinterpret_cast<char*>(kept));
-  float* shares = reinterpret_cast<float*>(shares4[work.warp]);
   const int steps = args.kp / kStep;
 
   // The first weights are under way before the first stage is done.
@@ -21,8 +20,8 @@ __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
 #pragma unroll
   for (int i = 0; i < M::kDepth; ++i)
     if (work.warp + i * warps < steps) work.load_weights(loaded[i], work.warp + i * warps);
-  float coef[M::kEarly];
-  work.load_coef(coef);
+  uint2 coef[4] = {};
+  if (work.warp < work.branch_shares()) work.load_coef(coef, work.warp);
   let_next_start();
   wait_for_previous();
   work.stage();
@@ -38,12 +37,7 @@ __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
     }
   }
 
-  if constexpr (mode == kChannel) {
-    work.branch(coef, branch[work.warp]);
-  } else {
-    work.branch(coef, shares);
-    __syncwarp();
-  }
+  work.branch(coef, mode == kChannel ? branch4[work.warp] : shares4[work.warp]);
 #pragma unroll
   for (int i = 0; i < frags * 2; ++i) {
     const int f = i / 2, e = i % 2, token = 8 * f + 2 * work.t + e;
@@ -64,7 +58,7 @@ __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
       int sum = 0;
       for (int w = 0; w < warps; ++w) {
         sum += reinterpret_cast<const int*>(shares4[w])[i];
-        y += branch[w][i];
+        y += reinterpret_cast<const float*>(branch4[w])[i];
       }
       sum >>= 4;  // a multiple of 16: the weights were
       y += args.scale[token] * __half2float(args.scales[output]) * static_cast<float>(sum);

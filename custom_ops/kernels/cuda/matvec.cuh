@@ -15,7 +15,6 @@
 namespace specquant_cuda {
 
 constexpr int kOutputs = 32;
-constexpr int kMostColumns = 64;  // of the branch whose C is loaded early
 
 constexpr int kSkew = 32;                     // bytes between staged rows: 8 tokens meet in no bank
 constexpr size_t kMostStaged = 48 * 1024;
@@ -214,41 +213,56 @@ struct Matvec {
     }
   }
 
-  static constexpr int kEarly = kMostColumns / warps;
-
-  __device__ __forceinline__ float coef_at(int column) const {
-    const int output = first_output + lane;
-    const bool there = column < args.rank && output < args.m;
-    return there ? __half2float(args.coef[static_cast<int64_t>(column) * args.m + output]) : 0.0f;
-  }
-
-  // C of output `lane`, columns warp, warp + warps, …
-  __device__ __forceinline__ void load_coef(float (&coef)[kEarly]) const {
+  // C of 16 columns and the block's outputs, as a thread multiplies it: columns 2t, 2t + 1, 2t + 8, 2t + 9 of 4 outputs.
+  __device__ __forceinline__ void load_coef(uint2 (&rows)[4], int share) const {
+    const int output = first_output + 4 * g;
 #pragma unroll
-    for (int i = 0; i < kEarly; ++i) coef[i] = coef_at(warp + i * warps);
-  }
-
-  __device__ __forceinline__ void add_column(float (&sum)[kTokens], int column, float c) const {
-#pragma unroll
-    for (int token = 0; token < kTokens; ++token) {
-      if (token >= args.tokens) break;
-      const __half* all = staged ? reinterpret_cast<const __half*>(kept + places.lows) : args.low;
-      const __half* low = all + token * 2 * args.rp + column;
-      sum[token] = fmaf(__half2float(low[0]) + __half2float(low[args.rp]), c, sum[token]);
+    for (int i = 0; i < 4; ++i) {
+      const int column = share / 2 * 16 + 2 * t + i % 2 + i / 2 * 8;
+      const bool there = column < args.rank && output < args.m;
+      const __half* from = args.coef + static_cast<int64_t>(column) * args.m + output;
+      rows[i] = there ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
     }
   }
 
-  // This warp's share of low · C.
-  __device__ __forceinline__ void branch(const float (&coef)[kEarly], float* shares) const {
-    float sum[kTokens] = {};
+  // Shares of low · C: 16 columns of its leading or trailing bits each.
+  __device__ __forceinline__ int branch_shares() const { return args.rank ? args.rp / 8 : 0; }
+
+  // + a share, outputs and tokens as in acc.
+  __device__ __forceinline__ void add_branch(float (&sum)[2][frags][4], const uint2 (&rows)[4], int share) const {
+    uint32_t a[2][4];  // [pair][h + 2j]
 #pragma unroll
-    for (int i = 0; i < kEarly; ++i)
-      if (warp + i * warps < args.rank) add_column(sum, warp + i * warps, coef[i]);
-    for (int i = warp + kMostColumns; i < args.rank; i += warps) add_column(sum, i, coef_at(i));
+    for (int i = 0; i < 8; ++i) {
+      const int pair = i / 4, h = i % 2, j = i / 2 % 2;
+      const uint2 even = rows[2 * j], odd = rows[2 * j + 1];
+      a[pair][h + 2 * j] = __byte_perm(pair ? even.y : even.x, pair ? odd.y : odd.x, h ? 0x7632 : 0x5410);
+    }
 #pragma unroll
-    for (int token = 0; token < kTokens; ++token) {
-      const float factor = token < args.tokens && args.rank ? args.low_factor[token] : 0.0f;
-      shares[token * kOutputs + lane] = args.rank ? sum[token] * factor : 0.0f;
+    for (int f = 0; f < frags; ++f) {
+      const int token = 8 * f + g;
+      const __half* all = staged ? reinterpret_cast<const __half*>(kept + places.lows) : args.low;
+      const __half* low = all + (token * 2 + share % 2) * args.rp + share / 2 * 16 + 2 * t;
+      uint32_t b[2] = {};
+      if (token < args.tokens)
+        b[0] = *reinterpret_cast<const uint32_t*>(low), b[1] = *reinterpret_cast<const uint32_t*>(low + 8);
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) mma_f16(sum[pair][f], a[pair], b);
+    }
+  }
+
+  // This warp's shares of low · C, float32 [tokens, outputs]. coef: of its first.
+  __device__ __forceinline__ void branch(uint2 (&coef)[4], float4* to) const {
+    float sum[2][frags][4] = {};
+    for (int share = warp; share < branch_shares(); share += warps) {
+      if (share != warp) load_coef(coef, share);
+      add_branch(sum, coef, share);
+    }
+#pragma unroll
+    for (int i = 0; i < frags * 2; ++i) {
+      const int f = i / 2, e = i % 2, token = 8 * f + 2 * t + e;
+      const float factor = args.rank && token < args.tokens ? args.low_factor[token] : 0.0f;
+      to[token * (kOutputs / 4) + g] = make_float4(sum[0][f][e] * factor, sum[0][f][2 + e] * factor,
+                                                   sum[1][f][e] * factor, sum[1][f][2 + e] * factor);
     }
   }
 };
