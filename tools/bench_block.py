@@ -169,20 +169,23 @@ class OurBlock:
         library_cuda.matmul(x, y, space, stream=stream, **operands, **more)
         return y
 
-    def attend(self, qkv: Tensor, batch: int) -> Tensor:
+    def attend(self, x: Tensor, batch: int) -> Tensor:
+        """Attention of x [T, hidden], part by part where it is ours: each has its own queries, keys and values."""
         if self.tables is not None:
-            return torch_attention(qkv, self.shape, batch, self.tables)
-        y = qkv.new_empty(qkv.shape[0], self.shape.heads * HEAD)
+            return torch_attention(self.multiply(self.qkv, x), self.shape, batch, self.tables)
+        y = x.new_empty(x.shape[0], self.shape.heads * HEAD)
         sizes = [attention.positions.numel() for attention in self.attentions]
-        for attention, *rows in zip(self.attentions, qkv.split(sizes), y.split(sizes), strict=True):
-            problem = attention.problem(*rows)
+        for attention, rows, to in zip(self.attentions, x.split(sizes), y.split(sizes), strict=True):
+            qkv = self.multiply(self.qkv, rows)
+            problem = attention.problem(qkv, to)
             space = self.space(library_cuda_attention.attention_workspace(problem))
             library_cuda_attention.attention(problem, space, stream=torch.cuda.current_stream().cuda_stream)
+            del qkv  # before the next part's
         return y
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.view(-1, x.shape[-1])
-        mixed = self.attend(self.multiply(self.qkv, rows), x.shape[0])
+        mixed = self.attend(rows, x.shape[0])
         y = self.multiply(self.output, mixed, residual=rows)
         del mixed
         for part in y.chunk(self.parts):
