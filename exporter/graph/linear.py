@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from specquant.custom_ops.packing import pack_int4
+from specquant.custom_ops.packing import pack_int4, segment_length
 from specquant.custom_ops.schema import DOMAIN
 from specquant.exporter.decoder import FloatLinear, Linear, QuantLinear
 from specquant.exporter.graph.surroundings import Gate, RmsNorm
@@ -60,6 +60,7 @@ def quant_linear(
     name, (n, m) = entry.name, entry.q.shape
     # With a gate, output i of the first half beside output i of the second.
     order = np.arange(m).reshape(2, -1).T.reshape(-1) if gate else slice(None)
+    segment_length(n, entry.group_size, entry.act_group)  # says which group does not fit
     packed = (-(-m // 16), -(-n // 8), 64)
     weights = [
         graph.lazy(f"{name}.qweight", ir.DataType.INT8, packed, lambda: pack_int4(entry.q[:, order])),
