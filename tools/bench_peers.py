@@ -1,6 +1,6 @@
 """Exported models beside llama.cpp and onnxruntime-genai on the same weights and cores.
 
-    ../shared/peers/setup.sh ENV                    # once: the peers and SmolLM2, in an environment of their own
+    bash ../shared/peers/setup.sh ENV               # once: the peers and SmolLM2, in an environment of their own
     python tools/bench_peers.py build/smollm2 --env ENV
     python tools/bench_peers.py build/smollm2 build/fast --env ENV --runs 9 --json
 

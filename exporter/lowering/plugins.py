@@ -15,8 +15,8 @@ _I64, _I32 = ir.DataType.INT64, ir.DataType.INT32
 def plugin_linear(low: Lowering, node: ir.Node) -> ir.Value:
     """`SpecQuantMatMul` or `Int4ResidualMatMul`, as in the artifact but for the rank.
 
-    It is a constant: with fewer columns than the artifact's,
-    `basis` and `coef` are cut, and with none the op is the one without a branch.
+    It is a constant: with fewer columns than the artifact's, `basis` and `coef` are cut, and with none the op is the
+    one without a branch.
     """
     graph, name, op_type, given = low.graph, str(node.name), node.op_type, attributes(node)
     at = {tensor.name: index for index, tensor in enumerate(OPS[op_type].inputs)}

@@ -23,6 +23,7 @@ APART = {"x": 4}  # off its alignment: x that only the kernels of several passes
 # (group_size, act_group, features): segments of 64, 128 and of all features, and some that only `any` takes.
 TENSOR_GROUPS = [(64, 64, 256), (64, 64, 64), (64, 0, 192), (0, 64, 320), (128, 128, 384), (0, 0, 320), (0, 0, 72)]
 TENSOR_GROUPS += [(0, 0, 1152), (64, 0, 896), (128, 0, 256), (64, 128, 1024)]  # wgmma, once and more round its ring
+TENSOR_GROUPS += [(256, 256, 768)]
 OTHER_GROUPS = [(0, 0, 37), (8, 0, 40), (0, 8, 64), (8, 24, 72), (32, 64, 128), (64, 32, 192), (16, 16, 48)]
 TOKENS = [1, 3, 8, 9, 17, 33, 130]
 

@@ -97,7 +97,7 @@ __device__ __forceinline__ void quantize_steps(const Args& args, const Places& a
     if (args.subtract) subtract(args, at, start + lane, 32, factor, u);
     float lowest = min_nan(min_nan(0.0f, u[0]), u[1]), highest = max_nan(max_nan(0.0f, u[0]), u[1]);
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) {
+    for (int d = 16; d > 0; d /= 2) {  // both at once: a shuffle takes longer than what is made of it
       lowest = min_nan(lowest, __shfl_xor_sync(~0u, lowest, d));
       highest = max_nan(highest, __shfl_xor_sync(~0u, highest, d));
     }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "args.h"
-#include "ptx.cuh"
+#include "unpack.cuh"
 
 namespace specquant_cuda {
 
@@ -126,14 +126,7 @@ __device__ __forceinline__ void split_tf32(float value, uint32_t& leading, uint3
 
 // Eight features as float, from where `there` says that they are, else zeros. 16-byte aligned.
 __device__ __forceinline__ void load8(float (&v)[8], const __half* from, bool there) {
-  const uint4 raw = there ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = __half22float2(half2_of(words[i]));
-    v[2 * i] = pair.x;
-    v[2 * i + 1] = pair.y;
-  }
+  widen(there ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0), v);
 }
 
 __device__ __forceinline__ void load8(float (&v)[8], const float* from, bool there) {
@@ -145,13 +138,7 @@ __device__ __forceinline__ void load8(float (&v)[8], const float* from, bool the
 
 // Eight features as float, 16-byte aligned, of what the kernel before this one may have written.
 __device__ __forceinline__ void load_written8(float (&v)[8], const __half* from) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(from);
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = __half22float2(half2_of(words[i]));
-    v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
-  }
+  widen(*reinterpret_cast<const uint4*>(from), v);
 }
 
 __device__ __forceinline__ void load_written8(float (&v)[8], const float* from) {
