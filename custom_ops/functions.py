@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from onnx import FunctionProto, parser
 
+from specquant.custom_ops.functions_around import FINISH, PROLOGUE, ROTATED
 from specquant.custom_ops.functions_attention import HALF_KV_ATTENTION
 from specquant.custom_ops.functions_int4_kv import INT4_KV_ATTENTION
-from specquant.custom_ops.schema import DOMAIN, GATES, OPS, PROLOGUES, VERSION
+from specquant.custom_ops.schema import DOMAIN, OPS, VERSION
 
 OPSET = 23  # the first with RMSNormalization, which the graph uses
 
@@ -35,105 +36,10 @@ _SPECTRAL_BRANCH = """
 }
 """
 
-# x̂ (docs/ops.md).
-_PROLOGUE = f"""
-    x_float = Cast <to = 1> (x)
-    prologue = Constant <value_int: int = @prologue> ()
-    of_norm = Constant <value_int = {PROLOGUES.index("rms_norm")}> ()
-    is_norm = Equal (prologue, of_norm)
-    x_hat = If (is_norm) <
-        then_branch = norm_x () => (normed) {{
-            normed = RMSNormalization <axis = -1, epsilon: float = @epsilon> (x_float, norm)
-        }},
-        else_branch = no_norm () => (not_normed) {{ not_normed = Identity (x_float) }}
-    >
-"""
-
-# From v to y: pairs of outputs by a gate, the residual. Shapes are inferred of branches that are not taken, too: hence
-# whole pairs, whatever v is.
-_FINISH = f"""
-    gate = Constant <value_int: int = @gate> ()
-    is_gated = Cast <to = 9> (gate)
-    y_gated = If (is_gated) <
-        then_branch = gate_v () => (product_of_pairs) {{
-            g_axis = Constant <value_ints = [-1]> ()
-            g_first = Constant <value_ints = [0]> ()
-            g_second = Constant <value_ints = [1]> ()
-            g_step = Constant <value_ints = [2]> ()
-            g_width = Shape <start = -1> (v)
-            g_pairs = Div (g_width, g_step)
-            g_end = Mul (g_pairs, g_step)
-            g = Slice (v, g_first, g_end, g_axis, g_step)
-            up = Slice (v, g_second, g_end, g_axis, g_step)
-            of_gelu = Constant <value_int = {GATES.index("gelu")}> ()
-            is_gelu = Equal (gate, of_gelu)
-            active = If (is_gelu) <
-                then_branch = by_gelu () => (g_gelu) {{ g_gelu = Gelu <approximate = "tanh"> (g) }},
-                else_branch = by_silu () => (g_silu) {{
-                    g_sigmoid = Sigmoid (g)
-                    g_silu = Mul (g, g_sigmoid)
-                }}
-            >
-            product_of_pairs = Mul (active, up)
-        }},
-        else_branch = no_gate () => (not_gated) {{ not_gated = Identity (v) }}
-    >
-    residual32 = Cast <to = 1> (residual)
-    y32 = Add (y_gated, residual32)
-    y = CastLike (y32, x)
-"""
-
-# x̂ H: a product with the Hadamard matrix, which is made of its definition, H[i, j] = (−1)^popcount(i & j) / √block, and
-# folded when a session is created. Shapes are inferred of the branch that is not taken, too: hence at least 1.
-_ROTATED = """
-    block = Constant <value_int: int = @hadamard> ()
-    is_rotated = Cast <to = 9> (block)
-    x_rotated = If (is_rotated) <
-        then_branch = rotate () => (turned) {
-            h_zero = Constant <value_int = 0> ()
-            h_one = Constant <value_int = 1> ()
-            h_block = Max (block, h_one)
-            h_index = Range (h_zero, h_block, h_one)
-            h_bits = Cast <to = 12> (h_index)
-            h_axis = Constant <value_ints = [1]> ()
-            h_column = Unsqueeze (h_bits, h_axis)
-            h_common = BitwiseAnd (h_bits, h_column)
-            h_8 = Constant <value = uint32 {8}> ()
-            h_4 = Constant <value = uint32 {4}> ()
-            h_2 = Constant <value = uint32 {2}> ()
-            h_1 = Constant <value = uint32 {1}> ()
-            h_by_8 = BitShift <direction = "RIGHT"> (h_common, h_8)
-            h_fold_8 = BitwiseXor (h_common, h_by_8)
-            h_by_4 = BitShift <direction = "RIGHT"> (h_fold_8, h_4)
-            h_fold_4 = BitwiseXor (h_fold_8, h_by_4)
-            h_by_2 = BitShift <direction = "RIGHT"> (h_fold_4, h_2)
-            h_fold_2 = BitwiseXor (h_fold_4, h_by_2)
-            h_by_1 = BitShift <direction = "RIGHT"> (h_fold_2, h_1)
-            h_fold_1 = BitwiseXor (h_fold_2, h_by_1)
-            h_parity = BitwiseAnd (h_fold_1, h_1)
-            h_odd = Cast <to = 9> (h_parity)
-            h_size = Cast <to = 1> (h_block)
-            h_root = Sqrt (h_size)
-            h_plus = Reciprocal (h_root)
-            h_minus = Neg (h_plus)
-            h_matrix = Where (h_odd, h_minus, h_plus)
-            h_tokens = Flatten <axis = -1> (x_hat)
-            h_rest = Constant <value_ints = [0, -1]> ()
-            h_first = Constant <value_ints = [0]> ()
-            h_last = Unsqueeze (h_block, h_first)
-            h_shape = Concat <axis = 0> (h_rest, h_last)
-            h_blocks = Reshape (h_tokens, h_shape)
-            h_product = MatMul (h_blocks, h_matrix)
-            h_x_shape = Shape (x_hat)
-            turned = Reshape (h_product, h_x_shape)
-        },
-        else_branch = leave () => (left) { left = Identity (x_hat) }
-    >
-"""
-
 # Unpacking: bytes [P, Q, lane, j] → [Q, j, P, lane] → [Q, j, M] → nibbles [Q, half, j, M] → [G, 8Q/G, M] → [8Q, M].
 # A nibble q + 8 with its top bit flipped is q in two's complement, and in the high half of an int8 it is 16 q. All
 # that is done on bytes, in two simple transposes: session creation keeps every step in memory until the last.
+# Scales of groups: bytes [P, G, word, byte] → [G, P, byte, word] → nibbles [G, P, byte, half, word] → [G, M].
 # N is known only from x, whose shape ONNX Runtime does not fold, so x is padded to the weights' 8Q features; with
 # groups, 8 divides N and nothing is missing.
 # Quantisation: clip(rint(u · inv) + z, 0, qmax) − z is rint(u · inv) held between −z and qmax − z, and
@@ -143,7 +49,7 @@ _INT4_RESIDUAL_MATMUL = """
 #PROLOGUE
 #ROTATED
     u = Identity (x_rotated)
-    m = Shape <start = 1> (scales)
+    m = Shape (scales)
     zero = Constant <value_ints = [0]> ()
     minus_one = Constant <value_ints = [-1]> ()
 
@@ -164,16 +70,35 @@ _INT4_RESIDUAL_MATMUL = """
     low_half = BitShift <direction = "LEFT"> (cut, four)
     high_half = BitwiseAnd (cut, high_mask)
     halves = Concat <axis = 1> (low_half, high_half)
-    groups = Shape <start = 0, end = 1> (scales)
+    groups = Shape <start = 1, end = 2> (group_scales)
     grouped_shape = Concat <axis = 0> (groups, minus_one, m)
     grouped = Reshape (halves, grouped_shape)
     signed = Cast <to = 3> (grouped)
     q16 = Cast <to = 1> (signed)
+
+    words_shape = Constant <value_ints = [0, 0, 2, 4]> ()
+    group_bytes = Cast <to = 2> (group_scales)
+    by_word = Reshape (group_bytes, words_shape)
+    by_byte = Transpose <perm = [1, 0, 3, 2]> (by_word)
+    low_mask = Constant <value = uint8 {15}> ()
+    low_nibbles = BitwiseAnd (by_byte, low_mask)
+    high_nibbles = BitShift <direction = "RIGHT"> (by_byte, four)
+    half_axis = Constant <value_ints = [3]> ()
+    low_lanes = Unsqueeze (low_nibbles, half_axis)
+    high_lanes = Unsqueeze (high_nibbles, half_axis)
+    lanes = Concat <axis = 3> (low_lanes, high_lanes)
+    lane_shape = Concat <axis = 0> (groups, minus_one)
+    all_lanes = Reshape (lanes, lane_shape)
+    cut_lanes = Slice (all_lanes, zero, m, one_1d)
+    less_one = Cast <to = 1> (cut_lanes)
+    unit = Constant <value_float = 1.0> ()
+    of_groups = Add (less_one, unit)
     sixteenth = Constant <value_float = 0.0625> ()
     scales32 = Cast <to = 1> (scales)
     scales_16 = Mul (scales32, sixteenth)
-    scale_row = Unsqueeze (scales_16, one_1d)
-    scaled = Mul (q16, scale_row)
+    products = Mul (of_groups, scales_16)
+    product_row = Unsqueeze (products, one_1d)
+    scaled = Mul (q16, product_row)
     weight_shape = Concat <axis = 0> (minus_one, m)
     weight = Reshape (scaled, weight_shape)
 
@@ -271,7 +196,7 @@ _SPECQUANT_MATMUL = """
     product = specquant.Int4ResidualMatMul
         <group_size: int = @group_size, act_bits: int = @act_bits, act_group: int = @act_group,
          act_clip: float = @act_clip>
-        (u, qweight, scales, bias, absent, absent)
+        (u, qweight, group_scales, scales, bias, absent, absent)
     v = Add (branch, product)
 #FINISH
 }
@@ -300,7 +225,7 @@ def _function(name: str) -> FunctionProto:
     header = f'<opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}], domain: "{DOMAIN}">'
     signature = f"{name} {f'<{attributes}>' if attributes else ''} ({inputs}) => ({outputs})"
     body = _BODIES[name]
-    for part, text in (("#PROLOGUE", _PROLOGUE), ("#ROTATED", _ROTATED), ("#FINISH", _FINISH)):
+    for part, text in (("#PROLOGUE", PROLOGUE), ("#ROTATED", ROTATED), ("#FINISH", FINISH)):
         body = body.replace(part, text)
     function: FunctionProto = parser.parse_function(f"{header}\n{signature}\n{body}")
     function.doc_string = op.doc

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
 
-ABI = 9  # kAbi of kernels/cpu/kernels.h
+ABI = 10  # kAbi of kernels/cpu/kernels.h
 ORT_MINIMUM = (1, 20)
 FILE = "libspecquant_cpu.so"
 REBUILD = "run `pip install --force-reinstall .` (it needs g++)"
 
-_POINTERS = ("x", "basis", "coef", "qweight", "scales", "bias", "norm", "residual", "y", "low")
+_POINTERS = ("x", "basis", "coef", "qweight", "group_scales", "scales", "bias", "norm", "residual", "y", "low")
 _SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group", "hadamard")
 _FLAGS = ("act_bits", "subtract", "half", "prologue", "gate")
 
@@ -192,6 +192,7 @@ def specquant_matmul(
     coef: NDArray[np.float16] | None = None,
     rank: int | None = None,
     qweight: NDArray[np.int8] | None = None,
+    group_scales: NDArray[np.int8] | None = None,
     scales: NDArray[np.float16] | None = None,
     bias: NDArray[np.float32] | None = None,
     group_size: int = 0,
@@ -219,9 +220,9 @@ def specquant_matmul(
     if x.dtype not in (np.float32, np.float16):
         raise SpecQuantError(f"x is {x.dtype}; give float32 or float16")
     source = scales if scales is not None else coef
-    if source is None or source.ndim != 2:
-        raise SpecQuantError("there are neither scales nor coef; give weights, a branch or both")
-    (tokens, n), m, r = x.shape, source.shape[1], 0 if basis is None else basis.shape[1]
+    if source is None or source.ndim != (2 if scales is None else 1):
+        raise SpecQuantError("there are neither scales [M] nor coef [r, M]; give weights, a branch or both")
+    (tokens, n), m, r = x.shape, source.shape[-1], 0 if basis is None else basis.shape[1]
     segment_length(n, group_size, act_group)  # says which group does not fit
     y = np.empty((tokens, m // 2 if gate else m), x.dtype)
     low = None if basis is None else np.empty((tokens, r), x.dtype)
@@ -230,7 +231,8 @@ def specquant_matmul(
         operand("basis", basis, (n, r), np.float16),
         operand("coef", coef, (r, m), np.float16),
         operand("qweight", qweight, (-(-m // 16), -(-n // 8), 64), np.int8),
-        operand("scales", scales, (n // (group_size or n), m), np.float16),
+        operand("group_scales", group_scales, (-(-m // 16), n // (group_size or n), 8), np.int8),
+        operand("scales", scales, (m,), np.float16),
         operand("bias", bias, (m,), np.float32),
         operand("norm", norm, (n,), np.float32),
         operand("residual", residual, (tokens, m), x.dtype.type),

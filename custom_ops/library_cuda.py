@@ -19,7 +19,7 @@ import numpy as np
 from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.packing import segment_length
 
-ABI = 7  # SPECQUANT_CUDA_ABI
+ABI = 8  # SPECQUANT_CUDA_ABI
 FILE = "libspecquant_cuda.so"
 PATHS = (
     "cluster",
@@ -28,13 +28,14 @@ PATHS = (
     "gemm_large",
     "wgmma_small",
     "wgmma_large",
+    "wgmma_wide",
     "any",
 )  # kernels of the second stage
 REBUILD = "install nvcc of CUDA 12.8 or later and run `pip install --force-reinstall .`, or use the CPU"
 
 _SIZES = ("tokens", "in_features", "out_features", "basis_rank", "rank", "group_size", "act_group", "hadamard")
 _FLAGS = ("act_bits", "subtract", "half", "prologue", "gate")
-_POINTERS = ("x", "basis", "coef", "qweight", "scales", "bias", "norm", "residual", "y")
+_POINTERS = ("x", "basis", "coef", "qweight", "group_scales", "scales", "bias", "norm", "residual", "y")
 _OFFSETS = ("rotated", "reduced", "partial", "low", "low_factor", "levels", "scale", "bytes")
 _LENGTHS = ("batch", "sequence", "past_rows", "present_rows", "num_heads", "kv_num_heads", "head_dim")
 _CACHE_INPUTS = ("qkv", "past_key", "past_value", "seqlens_k", "position_ids", "cos", "sin", "key_offset")
@@ -56,7 +57,7 @@ class Problem(ctypes.Structure):
 class Layout(ctypes.Structure):
     """`SpecquantCudaLayout`: sizes, and byte offsets of what the first stage leaves behind (−1: not there)."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in (*_OFFSETS, *_PADDED)] + [("level_unit", ctypes.c_float)]
+    _fields_ = [(name, ctypes.c_int64) for name in (*_OFFSETS, *_PADDED)]
 
 
 class Branch(ctypes.Structure):
@@ -187,6 +188,7 @@ def _problem(
     y: Any,
     *,
     qweight: Any,
+    group_scales: Any,
     scales: Any,
     bias: Any = None,
     basis: Any = None,
@@ -207,7 +209,7 @@ def _problem(
     kind = dtype_of("x", x)
     if kind not in (np.float32, np.float16):
         raise SpecQuantError(f"x is {kind}; give float32 or float16")
-    (tokens, n), m = x.shape, scales.shape[1]
+    (tokens, n), m = x.shape, scales.shape[0]
     r = 0 if basis is None else basis.shape[1]
     segment_length(n, group_size, act_group)  # says which group does not fit
     addresses = {
@@ -215,7 +217,8 @@ def _problem(
         "basis": address("basis", basis, (n, r), (np.float16,)),
         "coef": address("coef", coef, (r, m), (np.float16,)),
         "qweight": address("qweight", qweight, (-(-m // 16), -(-n // 8), 64), (np.int8,)),
-        "scales": address("scales", scales, (n // (group_size or n), m), (np.float16,)),
+        "group_scales": address("group_scales", group_scales, (-(-m // 16), n // (group_size or n), 8), (np.int8,)),
+        "scales": address("scales", scales, (m,), (np.float16,)),
         "bias": address("bias", bias, (m,), (np.float32,)),
         "norm": address("norm", norm, (n,), (np.float32,)),
         "residual": address("residual", residual, (tokens, m), (kind.type,)),

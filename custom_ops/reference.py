@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops.attention import walsh_hadamard
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import segment_length, unpack_int4
+from specquant.custom_ops.packing import segment_length, unpack_group_scales, unpack_int4
 from specquant.custom_ops.schema import GATES, PROLOGUES
 
 Float = NDArray[np.floating[Any]]
@@ -118,6 +118,7 @@ def _branch(
 def _matmul4(
     u: NDArray[np.float32],
     qweight: NDArray[np.int8],
+    group_scales: NDArray[np.int8],
     scales: Float,
     group_size: int,
     act_bits: int,
@@ -125,14 +126,14 @@ def _matmul4(
     act_clip: float,
 ) -> NDArray[np.float32]:
     """u [..., N] times the INT4 weights: float32 [..., M]."""
-    n, m = u.shape[-1], scales.shape[1]
+    n, m = u.shape[-1], scales.shape[0]
+    if scales.ndim != 1:
+        raise SpecQuantError(f"scales {list(scales.shape)} should have one axis: export the model again")
     segment = segment_length(n, group_size, act_group)
     count, groups = n // segment, n // (group_size or n)
-    if len(scales) != groups:
-        raise SpecQuantError(f"scales {list(scales.shape)} should be [{groups}, {m}]: export the model again")
-    q_w = unpack_int4(qweight, n, m)
+    q_w, c = unpack_int4(qweight, n, m), unpack_group_scales(group_scales, groups, m).astype(np.float32)
     if act_bits == 16:
-        return u @ (np.repeat(scales.astype(np.float32), n // groups, axis=0) * q_w)
+        return u @ (np.repeat(c, n // groups, axis=0) * q_w) * scales.astype(np.float32)
     q, scale, zero_point = quantize_activation(u, act_bits, act_group, act_clip)
     y = np.zeros((*u.shape[:-1], m), np.float32)
     for s in range(count):
@@ -141,8 +142,8 @@ def _matmul4(
         # Integers below 2^53 are exact in float64, whose product is the fast one.
         centred = q[..., features].astype(np.float64) - zero_point[..., a, None]
         total = centred @ q_w[features].astype(np.float64)
-        y += scale[..., a, None] * scales[g].astype(np.float32) * total.astype(np.float32)
-    return y
+        y += scale[..., a, None] * c[g] * total.astype(np.float32)
+    return y * scales.astype(np.float32)
 
 
 def _finish(y: NDArray[np.float32], bias: Float, residual: Float | None, gate: int) -> NDArray[np.float32]:
@@ -159,6 +160,7 @@ def spectral_branch(x: Float, basis: Float, coef: Float, rank: NDArray[np.int64]
 def int4_residual_matmul(
     x: Float,
     qweight: NDArray[np.int8],
+    group_scales: NDArray[np.int8],
     scales: Float,
     bias: Float,
     norm: Float | None = None,
@@ -175,12 +177,12 @@ def int4_residual_matmul(
 ) -> Float:
     """`Int4ResidualMatMul`: y = x̂ H · Q4(W) + bias + residual, x̂ as `prologue_of` says; then `gated`.
 
-    x [..., N], qweight i8[P, Q, 64], scales [G, M], bias [M], residual [..., M] or of one zero
+    x [..., N], qweight i8[P, Q, 64], group_scales i8[P, G, 8], scales [M], bias [M], residual [..., M] or of one zero
     → y [..., M], or [..., M/2] with a gate.
     Raises SpecQuantError if sizes or attributes disagree.
     """
     u = block_hadamard(prologue_of(x, prologue, norm, epsilon), hadamard)
-    y = _matmul4(u, qweight, scales, group_size, act_bits, act_group, act_clip)
+    y = _matmul4(u, qweight, group_scales, scales, group_size, act_bits, act_group, act_clip)
     return _finish(y, bias, residual, gate).astype(x.dtype)
 
 
@@ -190,6 +192,7 @@ def specquant_matmul(
     coef: Float,
     rank: NDArray[np.int64],
     qweight: NDArray[np.int8],
+    group_scales: NDArray[np.int8],
     scales: Float,
     bias: Float,
     norm: Float | None = None,
@@ -213,5 +216,5 @@ def specquant_matmul(
     x32 = block_hadamard(prologue_of(x, prologue, norm, epsilon), hadamard)
     y, low = _branch(x32, basis, coef, int(rank[0]))
     u = x32 - low @ basis.astype(np.float32).T if subtract else x32
-    y += _matmul4(u, qweight, scales, group_size, act_bits, act_group, act_clip)
+    y += _matmul4(u, qweight, group_scales, scales, group_size, act_bits, act_group, act_clip)
     return _finish(y, bias, residual, gate).astype(x.dtype)

@@ -59,7 +59,8 @@ _BRANCH = (
 )
 _WEIGHTS = (
     Tensor("qweight", ("int8",), ("P", "Q", "64"), "INT4 weights as packing.py lays them out."),
-    Tensor("scales", ("float16",), ("G", "M"), "A scale per weight group and output."),
+    Tensor("group_scales", ("int8",), ("P", "G", "8"), "1 to 16 per group and output, as packing.py lays them out."),
+    Tensor("scales", ("float16",), ("M",), "A scale per output, which its groups' are multiples of."),
     Tensor("bias", ("float",), ("M",), "Added to y; zeros where there is none."),
     Tensor("norm", ("float",), ("N",), "Factors of rms_norm; else a dummy of one element.", optional=True),
     Tensor("residual", (FLOAT,), ("...", "M"), "Added to y; a dummy of one zero where there is none.", optional=True),

@@ -43,7 +43,7 @@ class MatMulCall:
         self.at = {tensor.name: index for index, tensor in enumerate(op.inputs)}
 
     def output_shapes(self, inputs: Sequence[Sequence[Any]], scaled: Scaled) -> list[list[Any]]:
-        outputs = inputs[self.at["scales"]][1]
+        outputs = inputs[self.at["scales"]][0]
         return [[*inputs[0][:-1], scaled(outputs, 1, 2) if self.attributes["gate"] else outputs]]
 
     def aliased_input(self, output: int) -> int:
@@ -70,7 +70,7 @@ class MatMulCall:
         rank = shapes[self.at["basis"]][1] if "basis" in self.at else 0
         problem = Problem(tokens=int(np.prod(leading, dtype=np.int64)), half=half, wide_sums=1)
         problem.in_features = n
-        problem.out_features = shapes[self.at["scales"]][1]
+        problem.out_features = shapes[self.at["scales"]][0]
         problem.basis_rank = problem.rank = rank
         for name, value in self.attributes.items():
             setattr(problem, name, value)

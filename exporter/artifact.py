@@ -240,10 +240,10 @@ def _linear_bytes_by_kind(x: Linear, decoder: Decoder) -> dict[str, int]:
         return {"float_linears": floats * _float_bytes(decoder)}
     n, m = x.q.shape
     branch = 0 if x.basis is None or x.coef is None else x.basis.nbytes + x.coef.nbytes
-    packed = -(-m // 16) * -(-n // 8) * 64
+    panels = -(-m // 16)
     return {
-        "int4": packed,
-        "scales": x.scales.nbytes,
+        "int4": panels * -(-n // 8) * 64,
+        "scales": panels * len(x.group_scales) * 8 + x.scales.nbytes,
         "branch": branch,
         "bias": 0 if x.bias is None else 4 * m,
     }

@@ -25,7 +25,7 @@ EPILOG = """examples:
   specquant export sample -o x --print-recipe > recipe.yaml       (then edit it, and: --recipe recipe.yaml)
 
 presets:
-  klt      4-bit weights and 8-bit activations in groups of 64, rotated by Hadamard transforms; a 16-bit branch along
+  klt      4-bit weights in groups of 64 and 8-bit activations, rotated by Hadamard transforms; a 16-bit branch along
            the 32 directions of the activations that carry most energy, which are taken out before the activations are
            quantised. The default: the most accurate.
   refined  klt, then taught the float model's predictions: closest to it, for --device cuda and a --calibration file
@@ -47,7 +47,7 @@ _FIELDS: dict[str, tuple[str, Any, str]] = {
     "--k": ("k", int, "frequencies (dft, rank 2k - 1) or directions (klt, rank k) of the branch"),
     "--ranks": ("ranks", str, "uniform, or fisher: more directions where they are worth more, at the same size in all"),
     "--group-size": ("group_size", int, "input features that share a weight scale; 0: per channel"),
-    "--act-group": ("act_group", int, "input features that share an activation scale; 0: per token"),
+    "--act-group": ("act_group", int, "input features that share an activation scale; 0: per token; -1: 0 at 8 bits, else 64"),
     "--hadamard": ("hadamard", int, "largest block of the Hadamard transform of activations; 0: none"),
     "--budget": (
         "budget",

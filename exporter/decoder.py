@@ -27,15 +27,16 @@ class FloatLinear:
 class QuantLinear:
     """One op call (docs/ops.md): `SpecQuantMatMul` if it has a branch, else `Int4ResidualMatMul`.
 
-    q int8 [N, M] in −8…7 (not packed); scales float16 [G, M]; basis float16 [N, r] and coef float16 [r, M],
-    both None without a branch; bias float32 [M] or None. group_size 0: per channel; act_group 0: per token;
-    act_bits 16: activations are not quantised. hadamard: the block of the transform that q and basis are already in;
-    0: none.
+    q int8 [N, M] in −8…7 and group_scales int8 [G, M] in 1…16 (neither packed); scales float16 [M]; basis float16
+    [N, r] and coef float16 [r, M], both None without a branch; bias float32 [M] or None. group_size 0: per channel;
+    act_group 0: per token; act_bits 16: activations are not quantised. hadamard: the block of the transform that q and
+    basis are already in; 0: none. Where G is 1, all group_scales are 1.
     """
 
     name: str
     parts: dict[str, int]
     q: NDArray[np.int8]
+    group_scales: NDArray[np.int8]
     scales: NDArray[np.float16]
     group_size: int
     act_bits: int
@@ -48,6 +49,11 @@ class QuantLinear:
     act_clip: float = 1.0
     alpha: float | None = None  # smoothing exponent that was chosen
     error: float | None = None  # ‖y − ŷ‖² / ‖y‖² on calibration data
+
+    @property
+    def products(self) -> NDArray[np.float32]:
+        """[G, M]: what a level of each group is worth, exactly: scales · group_scales."""
+        return self.scales.astype(np.float32) * self.group_scales
 
 
 Linear = FloatLinear | QuantLinear

@@ -1,4 +1,7 @@
-"""Rounding a residual to INT4: scales by clipped MSE, round-to-nearest or GPTQ (Frantar et al. 2022), and descent."""
+"""Rounding a residual to INT4: to the nearest, by GPTQ (Frantar et al. 2022), and descent.
+
+Scales [G, M] are what a level of each group is worth: the product of their two levels (scales.py).
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,6 @@ import torch
 from torch import Tensor
 
 QMIN, QMAX = -8, 7
-
-
-def mse_scales(weight: Tensor, group_size: int, importance: Tensor | None = None, steps: int = 24) -> Tensor:
-    """Scale per (group, output channel) that minimises the (weighted) squared rounding error over clip ratios.
-
-    weight [N, M]; importance [N] or None; result [G, M] in weight's dtype, exactly representable in float16, > 0.
-    """
-    n, m = weight.shape
-    groups = weight.view(n // group_size if group_size else 1, -1, m)
-    weighting = None if importance is None else importance.view(groups.shape[0], -1, 1)
-    top = groups.abs().amax(1)
-    best_scale = as_float16(top / QMAX)
-    best_error = torch.full_like(top, torch.inf)
-    for step in range(steps):
-        ratio = 1.05 - 0.6 * step / (steps - 1)
-        scale = as_float16(top * ratio / QMAX)
-        error = (groups - torch.clamp(torch.round(groups / scale[:, None]), QMIN, QMAX) * scale[:, None]).square_()
-        if weighting is not None:
-            error *= weighting
-        total = error.sum(1)
-        better = total < best_error
-        best_error = torch.where(better, total, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-    return best_scale
-
-
-def as_float16(scale: Tensor) -> Tensor:
-    """Round to what float16 stores, kept normal and positive so that dividing by it is always safe."""
-    return scale.clamp(6.2e-5, 65000).half().to(scale.dtype)
 
 
 def expand(scales: Tensor, n: int) -> Tensor:
@@ -81,7 +55,7 @@ def descend(
     its others stay: ‖X(W − Ŵ)‖² falls or stays at every step. GPTQ never returns to a feature; this does.
     weight [N, M], hessian [N, N], damped as for `gptq`, q int8 [N, M], scales [G, M] -> int8 [N, M].
     """
-    h, s, levels = _damped(hessian, damping), expand(scales, len(weight)), q.to(weight.dtype)
+    h, s, levels = damped(hessian, damping), expand(scales, len(weight)), q.to(weight.dtype)
     rest = weight - levels * s
     pull = 1 / (h.diagonal()[:, None] * s)  # from a gradient to the change of an integer that would end it
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
@@ -96,29 +70,6 @@ def descend(
     return levels.to(torch.int8)
 
 
-def refit_scales(weight: Tensor, hessian: Tensor, q: Tensor, scales: Tensor, damping: float = 0.01) -> Tensor:
-    """The scales that minimise ‖X(W − Ŵ)‖² for integers already chosen: least squares over an output channel's groups.
-
-    With Q_m [N, G] holding the channel's integers, each in its group's column, s_m solves (Q_mᵀHQ_m) s = Q_mᵀHw_m.
-    weight [N, M], hessian [N, N], damped as for `gptq`, q int8 [N, M], scales [G, M] -> [G, M] as float16 stores them.
-    A channel whose solution would turn a scale upside down keeps the ones it has.
-    """
-    n, m = weight.shape
-    groups = len(scales)
-    h, levels = _damped(hessian, damping), q.to(weight.dtype)
-    target = (levels * (h @ weight)).view(groups, -1, m).sum(1).double()
-    system = torch.empty(groups, groups, m, dtype=torch.float64, device=h.device)
-    for g, rows in enumerate(torch.arange(n, device=h.device).chunk(groups)):
-        system[:, g] = (levels * (h[:, rows] @ levels[rows])).view(groups, -1, m).sum(1)
-    system = system.permute(2, 0, 1)
-    # A group of zeros has no scale to find; a hair on the diagonal leaves the others what they are.
-    ridge = 1e-9 * system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-    system = system + ridge[:, None, None] * torch.eye(groups, dtype=system.dtype, device=h.device)
-    solved = torch.linalg.solve(system, target.T)
-    valid = (solved > 0).all(1) & solved.isfinite().all(1)
-    return as_float16(torch.where(valid, solved.T.to(scales.dtype), scales))
-
-
 def follow(weight: Tensor, hessian: Tensor, drift: Tensor, share: float, damping: float = 0.1) -> Tensor:
     """The weights that, on inputs X of a model quantised up to here, come nearer to what W made of the float model's X̃.
 
@@ -131,7 +82,8 @@ def follow(weight: Tensor, hessian: Tensor, drift: Tensor, share: float, damping
     return weight + share * step.to(weight.dtype)
 
 
-def _damped(hessian: Tensor, damping: float) -> Tensor:
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """With this share of the diagonal's mean on the diagonal."""
     mean = hessian.diagonal().mean().clamp(min=1e-30)
     return hessian + damping * mean * torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)
 
@@ -145,7 +97,7 @@ def _cholesky(hessian: Tensor, damping: float) -> Tensor:
     """Lower factor. A hessian summed in float32 may miss being positive definite by more than the damping: then ten
     times as much."""
     while True:
-        lower, failed = torch.linalg.cholesky_ex(_damped(hessian, damping))
+        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping))
         if not failed:
             return lower
         damping *= 10

@@ -17,6 +17,7 @@ from specquant.exporter.decoder import FloatLinear, QuantLinear
 from specquant.exporter.families import weight_of
 from specquant.exporter.kv import block_hadamard
 from specquant.exporter.recipe import Recipe
+from specquant.exporter.scales import Scales, as_float16, mse_scales, refit_scales
 from specquant.exporter.simulate import SimLinear, fake_quantize, sim_linears
 
 
@@ -78,7 +79,7 @@ class QuantStage:
     name: str
     weights: StageWeights  # smoothed, rotated, and led towards the float model's outputs
     q: Tensor  # int8 [N, M]
-    scales: Tensor  # [G, M]
+    scales: Scales
     basis: Tensor | None  # [N, r]
     coef: Tensor | None  # [r, M]
     recipe: Recipe
@@ -118,18 +119,11 @@ class QuantStage:
             if recipe.subtract:
                 moment = _without(basis, moment)
         importance = moment.diagonal().clamp(min=0)
-        scales = gptq.mse_scales(residual, recipe.group_size, importance, steps=6 if quick else 24)
+        scales = mse_scales(residual, recipe.group_size, importance, tries=6 if quick else 24)
         if quick or recipe.rounding == "rtn":
-            q = gptq.rtn(residual, scales)
+            q = gptq.rtn(residual, scales.product)
         else:
-            q = gptq.gptq(residual, moment, scales, recipe.damping)
-            refits = recipe.subtract and recipe.basis == "klt"
-            if refits:
-                scales = gptq.refit_scales(residual, moment, q, scales, recipe.damping)
-            for _ in range(recipe.descents):
-                q = gptq.descend(residual, moment, q, scales, recipe.damping)
-                if refits:
-                    scales = gptq.refit_scales(residual, moment, q, scales, recipe.damping)
+            q, scales = _round(residual, moment, scales, recipe)
         stage = cls(name, weights, q, scales, basis, coef, recipe, error=0.0, hadamard=block)
         clips = recipe.clip_grid[:1] if quick or recipe.a_bits == 16 else recipe.clip_grid
         stage.error, stage.clip = min(zip(stage._output_errors(stats.sample, clips), clips, strict=True))
@@ -137,7 +131,7 @@ class QuantStage:
 
     def _output_errors(self, x: Tensor, clips: Sequence[float]) -> list[float]:
         """‖y − ŷ‖² / ‖y‖² over a sample of inputs x̂H [S, N], for each share of the range."""
-        bits, group = self.recipe.a_bits, self.recipe.act_group
+        bits, group = self.recipe.a_bits, self.recipe.activation_group
         rest = x @ self.weights.matrix  # what the residual should give
         size, u = rest.square().sum().clamp(min=1e-30), x
         if self.basis is not None and self.coef is not None:
@@ -145,13 +139,13 @@ class QuantStage:
             rest = rest - low @ self.coef
             if self.recipe.subtract:
                 u = x - low @ self.basis.T
-        residual = self.q * gptq.expand(self.scales, len(self.q))
+        residual = self.q * gptq.expand(self.scales.product, len(self.q))
         return [float((rest - fake_quantize(u, bits, group, clip) @ residual).square().sum() / size) for clip in clips]
 
     def scale_last_outputs(self, factors: Tensor) -> None:
         """Multiply the last output channels: exact for the integers, one rounding for the float16 values."""
-        columns = slice(-len(factors), None)
-        self.scales[:, columns] = gptq.as_float16(self.scales[:, columns] * factors)
+        columns, scales = slice(-len(factors), None), self.scales.scales
+        scales[columns] = as_float16(scales[columns] * factors)
         if self.coef is not None:
             self.coef[:, columns] = _float16(self.coef[:, columns] * factors, f"{self.name} coefficients")
         if self.weights.bias is not None:
@@ -167,10 +161,11 @@ class QuantStage:
             name=self.name,
             parts=w.parts,
             q=self.q.cpu().numpy(),
-            scales=self.scales.half().cpu().numpy(),
+            group_scales=self.scales.group_scales.to(torch.int8).cpu().numpy(),
+            scales=self.scales.scales.half().cpu().numpy(),
             group_size=r.group_size,
             act_bits=r.a_bits,
-            act_group=r.act_group if r.a_bits != 16 else 0,
+            act_group=r.activation_group,
             basis=None if self.basis is None else self.basis.half().cpu().numpy(),
             coef=None if self.coef is None else self.coef.half().cpu().numpy(),
             subtract=r.subtract and self.basis is not None,
@@ -180,6 +175,22 @@ class QuantStage:
             alpha=self.alpha,
             error=self.error,
         )
+
+
+def _round(residual: Tensor, moment: Tensor, scales: Scales, recipe: Recipe) -> tuple[Tensor, Scales]:
+    """q int8 [N, M] from GPTQ and descents, and scales fitted to it where a branch has taken out of x the directions in
+    which few tokens dominate."""
+    q = gptq.gptq(residual, moment, scales.product, recipe.damping)
+    refits = recipe.subtract and recipe.basis == "klt"
+    if refits:
+        scales = refit_scales(residual, moment, q, scales, recipe.damping)
+    for _ in range(recipe.descents):
+        q = gptq.descend(residual, moment, q, scales.product, recipe.damping)
+        if refits:
+            scales = refit_scales(residual, moment, q, scales, recipe.damping)
+    if recipe.descents:  # the last word is the integers': they make up for scales that are whole numbers
+        q = gptq.descend(residual, moment, q, scales.product, recipe.damping)
+    return q, scales
 
 
 def _branch(

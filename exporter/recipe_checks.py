@@ -87,7 +87,8 @@ def check(recipe: Recipe) -> None:
 
 def _check_combination(stage: Recipe, name: str) -> None:
     _check_at_least(stage, 1, "k")
-    _check_at_least(stage, 0, "group_size", "act_group")
+    _check_at_least(stage, 0, "group_size")
+    _check_at_least(stage, -1, "act_group")
     if (h := stage.hadamard) and (h & (h - 1) or not 8 <= h <= 4096):
         near = 2 ** min(max(round(math.log2(abs(h))), 3), 12)
         raise SpecQuantError(f"recipe: hadamard {h} is not 0 or a power of two from 8 to 4096; nearest: {near}")
@@ -98,13 +99,13 @@ def _check_combination(stage: Recipe, name: str) -> None:
         )
     if stage.subtract and stage.basis == "none":
         raise SpecQuantError("recipe: subtract needs a basis; use --basis klt or dft, or --no-subtract")
-    sizes = sorted(s for s in (stage.group_size, stage.act_group) if s)
+    sizes = sorted(s for s in (stage.group_size, stage.activation_group) if s)
     for size in sizes:
         if size % 8:
             raise SpecQuantError(f"recipe: group size {size} is not a multiple of 8; nearest: {round_to_8(size)}")
     if len(sizes) == 2 and sizes[1] % sizes[0]:
         raise SpecQuantError(
-            f"recipe: group_size {stage.group_size} and act_group {stage.act_group} do not nest; "
+            f"recipe: group_size {stage.group_size} and act_group {stage.activation_group} do not nest; "
             f"make them equal, e.g. both {sizes[0]}"
         )
 

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from specquant.custom_ops.errors import SpecQuantError
+from specquant.custom_ops.packing import MOST
 from specquant.exporter.decoder import Decoder, QuantLinear
 from specquant.exporter.families import Family, family_of
-from specquant.exporter.gptq import QMAX, QMIN, as_float16
+from specquant.exporter.gptq import QMAX, QMIN
 from specquant.exporter.gradients import Divergence, FakeQuantize, StraightThrough
 from specquant.exporter.kv import block_hadamard, matmul_precision
 from specquant.exporter.recipe import Recipe
 from specquant.exporter.recipe_checks import held_back
+from specquant.exporter.scales import as_float16
 from specquant.exporter.simulate import simulate
 
 # The learning rate of integers, in units of a scale: one changes when it has moved by a half. Over many steps they move
@@ -116,19 +118,25 @@ def _rounded(integers: Tensor) -> Tensor:
     return torch.clamp(torch.round(integers), QMIN, QMAX)
 
 
+def _whole(group_scales: Tensor) -> Tensor:
+    return torch.clamp(torch.round(group_scales), 1, MOST)
+
+
 class _TrainedStage(nn.Module):
     """One op call with numbers that learn: y = low · C + u · Q4(R) + bias, concatenated over its linears.
 
     Every parameter is a relative change, so that one learning rate fits all: `integers` in units of a scale,
-    `scale_change` and `clip_change` in the logarithm, `coef_change` such that 1 moves y by its own root mean square.
+    `scale_change`, `group_change` and `clip_change` in the logarithm, `coef_change` such that 1 moves y by its own root
+    mean square.
     """
 
     def __init__(self, linear: QuantLinear, device: torch.device) -> None:
         super().__init__()
         self.linear = linear
         self.integers = nn.Parameter(_tensor(linear.q, device))
-        self.scales = _tensor(linear.scales, device)
+        self.scales, self.group_scales = _tensor(linear.scales, device), _tensor(linear.group_scales, device)
         self.scale_change = nn.Parameter(torch.zeros_like(self.scales))
+        self.group_change = nn.Parameter(torch.zeros_like(self.group_scales), requires_grad=len(self.group_scales) > 1)
         self.clip_change = nn.Parameter(torch.zeros((), device=device), requires_grad=linear.act_bits != 16)
         self.bias = None if linear.bias is None else _tensor(linear.bias, device)
         self.basis: Tensor | None = None
@@ -141,6 +149,10 @@ class _TrainedStage(nn.Module):
 
     def current_scales(self) -> Tensor:
         return self.scales * self.scale_change.exp()
+
+    def current_group_scales(self) -> Tensor:
+        group_scales: Tensor = StraightThrough.apply(self.group_scales * self.group_change.exp(), _whole)
+        return group_scales
 
     def current_clip(self) -> Tensor:
         return (self.linear.act_clip * self.clip_change.exp()).clamp(max=1)
@@ -164,7 +176,7 @@ class _TrainedStage(nn.Module):
         if linear.act_bits != 16:
             u = FakeQuantize.apply(u, self.current_clip(), linear.act_bits, linear.act_group)
         q = StraightThrough.apply(self.integers, _rounded)
-        scales = self.current_scales()
+        scales = self.current_scales() * self.current_group_scales()
         y = u @ (q.view(len(scales), -1, q.shape[1]) * scales[:, None]).view_as(q)
         if low is not None:
             y = y + branch
@@ -189,6 +201,7 @@ class _TrainedStage(nn.Module):
         return replace(
             self.linear,
             q=_rounded(self.integers).to(torch.int8).cpu().numpy(),
+            group_scales=self.current_group_scales().to(torch.int8).cpu().numpy(),
             scales=as_float16(self.current_scales()).half().cpu().numpy(),
             act_clip=float(self.current_clip()),
             coef=None if coef is None else coef.clamp(-65504, 65504).half().cpu().numpy(),

@@ -94,7 +94,7 @@ def sim_linears(linear: Linear) -> dict[str, SimLinear]:
     else:
         basis = None if linear.basis is None else _tensor(linear.basis)
         shared = SimInput(basis, linear.subtract, linear.act_bits, linear.act_group, linear.hadamard, linear.act_clip)
-        weights = (_tensor(linear.q) * expand(_tensor(linear.scales), linear.q.shape[0])).split(m, 1)
+        weights = (_tensor(linear.q) * expand(_tensor(linear.products), linear.q.shape[0])).split(m, 1)
         coefs = [None] * len(m) if linear.coef is None else list(_tensor(linear.coef).split(m, 1))
     return {
         name: SimLinear(shared, w.contiguous(), c, b)
@@ -130,7 +130,7 @@ def simulate(model: nn.Module, family: Family, decoder: Decoder) -> nn.Module:
 
 
 def _sim_head(weights: np.ndarray, bits: int) -> SimLinear:
-    """The head [vocab, hidden] of `head.head_linear`, whose input may be x twice: that changes no sum."""
+    """The head [vocab, hidden] of `head.head_linear`, whose input may be x and x / 16: that changes no sum."""
     table = quantize_table(weights, bits)
     return SimLinear(SimInput(None, False, ACT_BITS, table.group), _tensor(table.floats().T), None, None)
 

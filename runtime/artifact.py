@@ -19,7 +19,8 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.kv_rows import row_bytes
 
 MANIFEST = "specquant.json"
-FORMAT = 4  # 4: no sums of weights; 3: gates at the end of products; 2: norms and residuals inside products
+# 5: scales of two levels; 4: no sums of weights; 3: gates at the end of products; 2: norms and residuals inside
+FORMAT = 5
 ATTENTION = {"": (4, 16), "Int4KVAttention": (4,), "HalfKVAttention": (16,), "GroupQueryAttention": (16,)}  # kv_bits
 REQUIRED_FILES = ("model.onnx", "tokenizer.json")
 _BLOCK = 1 << 20
@@ -110,7 +111,7 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """specquant.json, format 3 (docs/formats.md)."""
+    """specquant.json, of this FORMAT (docs/formats.md)."""
 
     format: int
     name: str

@@ -11,13 +11,13 @@ from specquant.custom_ops.errors import SpecQuantError
 from specquant.custom_ops.library_tensorrt import FILE as PLUGIN_LIBRARY
 from specquant.runtime.artifact import ReadBytes, sha256_of, typed
 
-ENGINE, ENGINE_MANIFEST, ENGINE_FORMAT = "model.engine", "engine.json", 2
+ENGINE, ENGINE_MANIFEST, ENGINE_FORMAT = "model.engine", "engine.json", 3
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # target -> its Python module
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """engine.json, format 2 (1: plugins without norm, residual and cache).
+    """engine.json, format 3 (2: plugins with scales of one level; 1: without norm, residual and cache).
 
     target: `tensorrt` or `tensorrt-rtx`, of `version`; gpu: `sm89`, …; profile: `portable` or `custom`. A call takes at
     most `max_batch` rows of one token, or one row of `block` tokens, and rows of `max_seq` tokens in the cache.

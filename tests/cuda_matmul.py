@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specquant.custom_ops import library_cuda
-from specquant.custom_ops.packing import segment_length
 from tests.cuda_arrays import POISON, DeviceArray, capability
 from tests.ops import Arrays
 
@@ -31,7 +30,7 @@ class Call:
         self.x = DeviceArray(x, offsets.get("x", 0))
         self.layout = library_cuda.layout(self.x, **operands, **rest)
         self.space = DeviceArray(np.full(self.layout.bytes, POISON, np.uint8))
-        m = weights["scales"].shape[1] // (2 if rest.get("gate") else 1)
+        m = weights["scales"].shape[0] // (2 if rest.get("gate") else 1)
         # A row more, which nobody may write.
         y = DeviceArray(np.full((len(x) + 1, m), np.nan, x.dtype), offsets.get("y", 0))
         view = _Rows(y, len(x))
@@ -60,12 +59,13 @@ def paths(
     tokens: int, groups: tuple[int, int, int], bits: int, m: int = 8, rank: int = 0, columns: int = 0
 ) -> list[str | None]:
     """The paths that take these sizes, `columns` being the basis's; None, the library's own choice, always."""
-    segment = segment_length(groups[2], *groups[:2])
-    whole = segment == groups[2]
-    if m % 8 or (segment % 64 and not whole):
+    group_size, act_group, n = groups
+    if m % 8 or any(size % 64 for size in (group_size, act_group if bits < 16 else 0) if size != n):
         return [None, "any"]
+    whole = not act_group or act_group == n
     limit = 16 if bits < 16 and whole else 32
-    fits = capability() == (9, 0) and bits < 16 and groups[2] % 128 == 0 and m % 16 == 0 and rank <= 64
+    fits = capability() == (9, 0) and bits < 16 and n % 128 == 0 and m % 16 == 0 and rank <= 64
     wgmma = ["wgmma_small", "wgmma_large"] if fits else []
+    wgmma += ["wgmma_wide"] if fits and whole and group_size not in (0, n) and rank <= 32 else []
     few = [] if tokens > limit else ["matvec", "cluster"] if capability() == (9, 0) and columns <= 64 else ["matvec"]
     return [None, "any", "gemm_small", "gemm_large", *wgmma, *few]

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from specquant.custom_ops import reference
 from specquant.custom_ops.functions import OPSET, function_protos
-from specquant.custom_ops.packing import pack_int4
+from specquant.custom_ops.packing import MOST, pack_group_scales, pack_int4
 from specquant.custom_ops.schema import DOMAIN, OPS, VERSION, Op, Tensor
 
 Arrays = dict[str, NDArray[Any]]
@@ -29,13 +29,15 @@ def random_weights(rng: np.random.Generator, op: str, n: int, m: int, rank: int,
 
     With `random_input`, low and x − low · Bᵀ are exact in float32, so no order of summation moves a level.
     """
-    q = rng.integers(-8, 8, (n, m), dtype=np.int8)
+    q, groups = rng.integers(-8, 8, (n, m), dtype=np.int8), n // (group_size or n)
+    of_groups = rng.integers(1, MOST + 1, (groups, m), dtype=np.int8) if groups > 1 else np.ones((1, m), np.int8)
     arrays = {
         "basis": rng.choice([-0.25, 0, 0.25], (n, rank)).astype(np.float16),
         "coef": rng.standard_normal((rank, m)).astype(np.float16),
         "rank": np.array([rank], np.int64),
         "qweight": pack_int4(q),
-        "scales": rng.uniform(0.05, 0.3, (n // (group_size or n), m)).astype(np.float16),
+        "group_scales": pack_group_scales(of_groups),
+        "scales": rng.uniform(0.005, 0.03, m).astype(np.float16),
         "bias": rng.standard_normal(m).astype(np.float32),
     }
     return {tensor.name: arrays[tensor.name] for tensor in operands(OPS[op]) if tensor.name != "x"}

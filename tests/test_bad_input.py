@@ -152,7 +152,7 @@ def test_models_that_are_not_there(refused: Refusal, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--group-size 24", "group_size 24 and act_group 64 do not nest"),
+        ("--a-bits 4 --group-size 24", "group_size 24 and act_group 64 do not nest"),
         (
             "--group-size 24 --act-group 24",
             "group_size 24 does not divide the 64 input features of qkv_proj; nearest: ",

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from specquant.custom_ops.packing import pack_int4
+from specquant.custom_ops.packing import MOST, pack_group_scales, pack_int4
 from specquant.custom_ops.reference import int4_residual_matmul, specquant_matmul
 from specquant.exporter.decoder import Decoder, FloatLinear, Linear, QuantLinear
 from specquant.exporter.kv import use_half_cache
@@ -129,13 +129,16 @@ def quantised_decoder(
     def quantised(entry: Linear) -> QuantLinear:
         assert isinstance(entry, FloatLinear)
         n, m = entry.weight.shape
-        step = float(entry.weight.std()) / 4.6  # 4.6: standard deviation of −8…7
+        groups = n // (group_size or n)
+        most = MOST if groups > 1 else 1
+        step = float(entry.weight.std()) / 4.6 / most  # 4.6: standard deviation of −8…7
         branch = rng.standard_normal((rank, m)) * entry.weight.std() if rank else None
         return QuantLinear(
             entry.name,
             entry.parts,
             rng.integers(-8, 8, (n, m), dtype=np.int8),
-            (step * rng.uniform(0.8, 1.2, (n // (group_size or n), m))).astype(np.float16),
+            rng.integers(most - most // 4, most + 1, (groups, m), dtype=np.int8),
+            (step * rng.uniform(0.9, 1.3, m)).astype(np.float16),
             group_size,
             act_bits,
             act_group,
@@ -181,7 +184,7 @@ class _Simulated(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         e = self.entry
         bias = np.zeros(e.q.shape[1], np.float32) if e.bias is None else e.bias
-        weights = pack_int4(e.q), e.scales, bias
+        weights = pack_int4(e.q), pack_group_scales(e.group_scales), e.scales, bias
         groups: dict[str, Any] = {"group_size": e.group_size, "act_bits": e.act_bits, "act_group": e.act_group}
         groups |= {"act_clip": e.act_clip, "hadamard": e.hadamard}
         if e.basis is None or e.coef is None:

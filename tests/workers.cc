@@ -41,11 +41,11 @@ void read(const void* problem, int worker, const Workers& workers) {
 }  // namespace
 
 int main() {
-  std::vector<uint8_t> weights(kOutputs * kFeatures / 2);
+  std::vector<uint8_t> weights(kOutputs * kFeatures / 2), groups(kOutputs / kPanel * kGroupBytes);
   std::vector<uint16_t> scales(kOutputs);
   Problem p{};
   p.tokens = 1, p.in_features = kFeatures, p.out_features = kOutputs, p.group_size = 64, p.act_bits = 8;
-  p.qweight = weights.data(), p.scales = scales.data();
+  p.qweight = weights.data(), p.group_scales = groups.data(), p.scales = scales.data();
   Activations x{};
   Kernels kernels{};
   kernels.prepare = prepare, kernels.arrange = arrange, kernels.multiply = multiply;

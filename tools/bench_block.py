@@ -163,7 +163,7 @@ class OurBlock:
 
     def multiply(self, operands: dict[str, Any], x: Tensor, y: Tensor | None = None, **more: Tensor) -> Tensor:
         if y is None:
-            y = x.new_empty(x.shape[0], operands["scales"].shape[1] // (2 if operands.get("gate") else 1))
+            y = x.new_empty(x.shape[0], operands["scales"].shape[0] // (2 if operands.get("gate") else 1))
         space = self.space(library_cuda.layout(x, **operands, **more).bytes)
         stream = torch.cuda.current_stream().cuda_stream
         library_cuda.matmul(x, y, space, stream=stream, **operands, **more)

@@ -57,9 +57,9 @@ def runner(session: ort.InferenceSession, shape: Shape, new: int, cached: int, c
 def bytes_read(shape: Shape, numbers: Numbers, cached: int) -> dict[str, float]:
     """Of one token in one block: 4-bit weights, scales, branch, and the cache."""
     weights, branch = sum(n * m for n, m in shape.linears.values()), sum(n + m for n, m in shape.linears.values())
-    rows = 2 * shape.kv_heads * shape.head_dim * cached
+    rows, outputs = 2 * shape.kv_heads * shape.head_dim * cached, sum(m for _, m in shape.linears.values())
     return {
-        OURS: weights / 2 + 2 * weights / numbers.group + 2 * numbers.rank * branch + 2 * rows,
+        OURS: weights / 2 + weights / 2 / numbers.group + 2 * outputs + 2 * numbers.rank * branch + 2 * rows,
         PEER: weights / 2 + 4 * weights / numbers.group + 4 * rows,
     }
 

@@ -32,12 +32,14 @@ class Linear:
     """Random INT4 weights with a branch, in torch tensors on the GPU, and what a call needs."""
 
     def __init__(self, n: int, m: int, args: argparse.Namespace) -> None:
-        group = args.group_size or n
+        groups = n // (args.group_size or n)
         options: dict[str, Any] = {"device": "cuda"}
         packed = torch.randint(-128, 128, (m // 16, n // 8, 64), dtype=torch.int8, **options)
         self.operands: dict[str, Any] = {
             "qweight": packed,
-            "scales": (0.01 + 0.01 * torch.rand(n // group, m, **options)).half(),
+            "group_scales": torch.randint(-128 if groups > 1 else 0, 128 if groups > 1 else 1, (m // 16, groups, 8),
+                                          dtype=torch.int8, **options),
+            "scales": ((0.01 + 0.01 * torch.rand(m, **options)) / (8 if groups > 1 else 1)).half(),
             "bias": torch.randn(m, **options),
             "group_size": args.group_size,
             "act_group": args.act_group,
@@ -48,7 +50,7 @@ class Linear:
             self.operands["basis"] = (torch.randn(n, args.rank, **options) / n**0.5).half()
             self.operands["coef"] = torch.randn(args.rank, m, **options).half()
             self.operands["subtract"] = 1
-        self.bytes = packed.numel() + 2 * self.operands["scales"].numel()
+        self.bytes = packed.numel() + self.operands["group_scales"].numel() + 2 * m
 
     def call(self, arrays: tuple[torch.Tensor, ...], path: str | None, branch: bool = True) -> None:
         """Starts one matmul; arrays: x, y and the workspace."""

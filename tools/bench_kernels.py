@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter, thread_time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -39,7 +39,7 @@ from ort_bench import PEER, Register, Run, in_turns, open_session, peer_node
 
 from specquant.custom_ops import library
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import pack_int4
+from specquant.custom_ops.packing import pack_group_scales, pack_int4
 from specquant.custom_ops.schema import DOMAIN, VERSION
 
 SHAPES = (
@@ -51,17 +51,32 @@ WEIGHT_BYTES = 64 << 20  # of all nodes of a model
 TOKENS_OF_ALL_NODES = 512
 
 
-def node_weights(rng: np.random.Generator, n: int, m: int, group: int) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """q int8 [n, m] and scales float16 [n / group, m] of about the size that weights have."""
+class Weights(NamedTuple):
+    """q int8 [n, m]; scales float16 [m] and, whole numbers of them, group_scales int8 [n / group, m]."""
+
+    q: NDArray[np.int8]
+    group_scales: NDArray[np.int8]
+    scales: NDArray[np.float16]
+
+    @property
+    def of_peers(self) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+        """q, and the scales of groups as others store them, float16 [n / group, m]."""
+        return self.q, self.scales * self.group_scales.astype(np.float16)
+
+
+def node_weights(rng: np.random.Generator, n: int, m: int, group: int) -> Weights:
+    """Of about the size that weights have. Scales have seven bits: float16 holds the products of both levels, too."""
     q = np.clip(np.rint(rng.standard_normal((n, m), dtype=np.float32) * 3), -8, 7).astype(np.int8)
-    return q, rng.uniform(0.5, 1.5, (n // group, m)).astype(np.float16) / np.float16(3 * n**0.5)
+    group_scales = rng.integers(8, 17, (n // group, m), dtype=np.int8) if n > group else np.ones((1, m), np.int8)
+    scales = rng.integers(64, 128, m) * 2.0 ** np.rint(np.log2(1 / (3 * 12 * 96 * n**0.5)))
+    return Weights(q, group_scales, scales.astype(np.float16))
 
 
 def our_node(
-    index: int, q: NDArray[np.int8], scales: NDArray[np.float16], options: argparse.Namespace
+    index: int, weights: Weights, options: argparse.Namespace
 ) -> tuple[onnx.NodeProto, dict[str, NDArray[Any]]]:
     """An Int4ResidualMatMul, or with a rank a SpecQuantMatMul, and its initialisers."""
-    (n, m), group, rank = q.shape, options.group_size, options.rank
+    (n, m), group, rank = weights.q.shape, options.group_size, options.rank
     rng = np.random.default_rng(index)
     branch = {
         "basis": (rng.standard_normal((n, rank)) / n**0.5).astype(np.float16),
@@ -69,8 +84,9 @@ def our_node(
         "rank": np.array([rank], np.int64),
     }
     rest = {
-        "qweight": pack_int4(q),
-        "scales": scales,
+        "qweight": pack_int4(weights.q),
+        "group_scales": pack_group_scales(weights.group_scales),
+        "scales": weights.scales,
         "bias": np.zeros(m, np.float32),
         "norm": np.ones(1, np.float32),  # neither a norm nor a residual
         "residual": np.zeros(1, np.float32),
@@ -138,8 +154,8 @@ def contenders(shape: tuple[int, int, int], options: argparse.Namespace) -> tupl
     rng = np.random.default_rng(0)
     x = rng.standard_normal((tokens, n)).astype(np.float32)
     weights = [node_weights(rng, n, m, options.group_size) for _ in range(count)]
-    ours = [our_node(i, *pair, options) for i, pair in enumerate(weights)]
-    peers = [peer_node("x", f"y{i}", *pair) for i, pair in enumerate(weights)]
+    ours = [our_node(i, one, options) for i, one in enumerate(weights)]
+    peers = [peer_node("x", f"y{i}", *one.of_peers) for i, one in enumerate(weights)]
     baseline = options.baseline and (lambda to: to.register_custom_ops_library(str(options.baseline)))
     sessions = {
         "ours": session(ours, n, m, options.threads, library.register),
@@ -149,7 +165,7 @@ def contenders(shape: tuple[int, int, int], options: argparse.Namespace) -> tupl
     }
     runs = {name: runner(bound, x, count, m) for name, bound in sessions.items()}
     if options.ggml:
-        runs[GGML] = Product(load(options.ggml), x, weights, options.threads)
+        runs[GGML] = Product(load(options.ggml), x, [one.of_peers for one in weights], options.threads)
     first = {name: run().copy() for name, run in runs.items()}
     for name, y in first.items():
         error = float(np.linalg.norm(y - first[PEER]) / np.linalg.norm(first[PEER]))
@@ -167,8 +183,8 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[st
     clock = thread_time if options.cpu_time else perf_counter
     seconds = in_turns(runs, options.seconds, clock)
     times = {name: [second * 1e3 / count for second in list_] for name, list_ in seconds.items()}
-    scales = n // options.group_size * m
-    read = {name: n * m / 2 + scales * (4 if name == PEER else 2) for name in runs}
+    groups = n // options.group_size * m
+    read = {name: n * m / 2 + (groups * 4 if name == PEER else groups / 2 + 2 * m) for name in runs}
     if GGML in runs:
         read[GGML] = n * m / BLOCK * BLOCK_BYTES
     found: dict[str, Any] = {

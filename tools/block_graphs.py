@@ -15,6 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from specquant.custom_ops.reference import block_hadamard
 from specquant.exporter.decoder import Decoder, DecoderConfig, DecoderLayer, QuantLinear
 from specquant.exporter.graph.model import build_model
+from specquant.exporter.head import two_levels
 from tools.ort_bench import peer_node
 
 EPSILON = 1e-5  # of RMSNorm
@@ -67,11 +68,21 @@ def rotary_tables(shape: Shape, length: int) -> tuple[Float, Float]:
 
 
 def nearest(weight: Float, group: int) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """weight [N, M] as q int8 in −7…7 and scales float16 [N / group, M]."""
+    """weight [N, M] as q int8 in −7…7 and scales float16 [N / group, M], as the peer has them."""
+    scales = _largest(weight, group).astype(np.float16)
+    return _levels(weight, scales.astype(np.float32)), scales
+
+
+def _largest(weight: Float, group: int) -> Float:
+    """[N / group, M]: the scales at which nothing is clipped."""
     groups = weight.reshape(-1, group, weight.shape[1])
-    scales = (np.maximum(groups.max(1), -groups.min(1)) / 7).astype(np.float16)
-    q = np.rint(groups / scales[:, None].astype(np.float32)).astype(np.int8)
-    return np.clip(q, -7, 7, out=q).reshape(weight.shape), scales
+    return np.maximum(groups.max(1), -groups.min(1)) / np.float32(7)
+
+
+def _levels(weight: Float, scales: Float) -> NDArray[np.int8]:
+    groups = weight.reshape(len(scales), -1, weight.shape[1])
+    q = np.rint(groups / scales[:, None]).astype(np.int8)
+    return np.clip(q, -7, 7, out=q).reshape(weight.shape)
 
 
 def our_linear(name: str, weight: Float, numbers: Numbers, rng: np.random.Generator) -> QuantLinear:
@@ -79,8 +90,10 @@ def our_linear(name: str, weight: Float, numbers: Numbers, rng: np.random.Genera
     the weight makes of it, and the activations' share of it taken out of what is multiplied in 4 bits."""
     n, m = weight.shape
     rotated = np.ascontiguousarray(block_hadamard(weight.T, numbers.hadamard).T) if numbers.hadamard else weight
-    q, scales = nearest(rotated, numbers.group)
-    entry = QuantLinear(name, {name: m}, q, scales, numbers.group, numbers.act_bits, numbers.act_group)
+    of_groups, scales = two_levels(_largest(rotated, numbers.group).T)
+    group_scales = np.ascontiguousarray(of_groups.T)
+    q = _levels(rotated, scales.astype(np.float32) * group_scales)
+    entry = QuantLinear(name, {name: m}, q, group_scales, scales, numbers.group, numbers.act_bits, numbers.act_group)
     entry = replace(entry, hadamard=numbers.hadamard)
     if not numbers.rank:
         return entry

@@ -57,11 +57,12 @@ def random_artifact(folder: Path, args: argparse.Namespace) -> None:
     def linear(name: str, n: int, m: int) -> QuantLinear:
         basis = rng.standard_normal((n, args.rank), np.float32) / n**0.5
         coef = rng.standard_normal((args.rank, m), np.float32) / n**0.5
-        scales = rng.uniform(0.8, 1.2, (n // GROUP, m)) / (4.6 * n**0.5)
+        group_scales = rng.integers(10, 17, (n // GROUP, m), np.int8)
+        scales = (rng.uniform(0.8, 1.2, m) / (13 * 4.6 * n**0.5)).astype(np.float16)
         branch = basis.astype(np.float16), coef.astype(np.float16)
         q = rng.integers(-8, 8, (n, m), np.int8)
         return QuantLinear(
-            name, {name: m}, q, scales.astype(np.float16), GROUP, 8, GROUP, *branch, subtract=True, hadamard=GROUP
+            name, {name: m}, q, group_scales, scales, GROUP, 8, GROUP, *branch, subtract=True, hadamard=GROUP
         )
 
     one = np.ones(hidden, np.float32)

@@ -20,9 +20,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from specquant.custom_ops.packing import unpack_int4
+from specquant.custom_ops.packing import unpack_group_scales, unpack_int4
 from specquant.exporter.decoder import FloatLinear, QuantLinear
 from specquant.exporter.families import family_of
+from specquant.exporter.head import DIGIT
 from specquant.exporter.kv import set_key_offset, use_half_cache, use_int4_cache
 from specquant.exporter.simulate import sim_linears
 from specquant.exporter.sources import load_model, resolve
@@ -45,14 +46,14 @@ PROMPTS = (
 
 
 class Twice(torch.nn.Module):
-    """`inner` of x beside itself."""
+    """`inner` of x beside x / 16."""
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, x: torch.Tensor) -> Any:
-        return self.inner(torch.cat([x, x], dim=-1))
+        return self.inner(torch.cat([x, x / DIGIT], dim=-1))
 
 
 def simulated(folder: Path, source: str) -> torch.nn.Module:
@@ -71,19 +72,22 @@ def simulated(folder: Path, source: str) -> torch.nn.Module:
 
     def quantised(name: str, parts: dict[str, int], n: int) -> QuantLinear:
         at = {key: attribute.value for key, attribute in nodes[name].attributes.items()}
-        branch = f"{name}.coef" in values
+        branch, m = f"{name}.coef" in values, sum(parts.values())
+        # With a gate, gates and ups take turns there.
+        order = np.arange(m).reshape(-1, 2).T.reshape(-1) if at.get("gate", 0) else np.arange(m)
         return QuantLinear(
             name,
             parts,
-            unpack_int4(array(f"{name}.qweight"), n, sum(parts.values())),
-            array(f"{name}.scales"),
+            unpack_int4(array(f"{name}.qweight"), n, m)[:, order],
+            unpack_group_scales(array(f"{name}.group_scales"), n // (at["group_size"] or n), m)[:, order],
+            array(f"{name}.scales")[order],
             at["group_size"],
             at["act_bits"],
             at["act_group"],
             array(f"{name}.basis") if branch else None,
-            array(f"{name}.coef") if branch else None,
+            array(f"{name}.coef")[:, order] if branch else None,
             bool(at.get("subtract", 0)),
-            array(f"{name}.bias") if f"{name}.bias" in values else None,
+            array(f"{name}.bias")[order] if f"{name}.bias" in values else None,
             at["hadamard"],
             at["act_clip"],
         )
@@ -104,7 +108,7 @@ def simulated(folder: Path, source: str) -> torch.nn.Module:
     else:
         name = "lm_head.weight" if "lm_head.weight" in values else "model.embed_tokens.weight"
         model.get_submodule(family.lm_head).weight.data = tensor(name)
-    # The op of an 8-bit head norms the hidden state twice over (docs/formats.md): the factors lie there twice.
+    # The op of an 8-bit head norms the hidden state twice over (docs/formats.md): the first half is the norm's own.
     family.set_norm(base, family.final_norm, tensor("model.norm.weight")[: model.config.get_text_config().hidden_size])
     for index, layer in enumerate(base.get_submodule(family.layers).children()):
         for field, path in family.norms.items():

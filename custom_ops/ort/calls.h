@@ -35,11 +35,11 @@ template <class P, class Check, class NoResidual>
 Shape read_call(const MatMulKind& kind, const Inputs& given, P& p, const Check& check,
                 const NoResidual& no_residual) {
   const Tensor& x = given[0];
-  // basis, coef, rank; qweight, scales, bias, norm, residual
+  // basis, coef, rank; qweight, group_scales, scales, bias, norm, residual
   const auto branch = [&](size_t i) -> const Tensor& { return given[1 + i]; };
-  const auto weights = [&](size_t i) -> const Tensor& { return given[(kind.branch ? 4 : 1) + i]; };
+  const auto weights = [&](size_t i) -> const Tensor& { return given[kind.qweight() + i]; };
   const int64_t n = p.in_features = x.last("x");
-  const int64_t m = p.out_features = kind.weights ? weights(1).last("scales") : branch(1).last("coef");
+  const int64_t m = p.out_features = kind.weights ? weights(2).last("scales") : branch(1).last("coef");
   p.tokens = 1;
   for (size_t axis = 0; axis + 1 < x.shape.size(); ++axis) p.tokens *= x.shape[axis];
   p.half = x.type == kFloat16;
@@ -56,19 +56,21 @@ Shape read_call(const MatMulKind& kind, const Inputs& given, P& p, const Check& 
   }
   if (kind.weights) {
     point(p.qweight, weights(0));
-    point(p.scales, weights(1));
-    point(p.bias, weights(2));
-    point(p.norm, weights(3));
+    point(p.group_scales, weights(1));
+    point(p.scales, weights(2));
+    point(p.bias, weights(3));
+    point(p.norm, weights(4));
   }
   if (const char* wrong = check(p)) throw std::runtime_error(wrong);
   Shape y = x.shape;
   y.back() = p.gate ? m / 2 : m;
   if (!kind.weights) return y;
   weights(0).expect("qweight", {(m + 15) / 16, (n + 7) / 8, 64});
-  weights(1).expect("scales", {p.group_size ? n / p.group_size : 1, m});
-  weights(2).expect("bias", {m});
-  if (p.prologue == kRmsNormed) weights(3).expect("norm", {n});
-  const Tensor& residual = weights(4);
+  weights(1).expect("group_scales", {(m + 15) / 16, p.group_size ? n / p.group_size : 1, 8});
+  weights(2).expect("scales", {m});
+  weights(3).expect("bias", {m});
+  if (p.prologue == kRmsNormed) weights(4).expect("norm", {n});
+  const Tensor& residual = weights(5);
   if (residual.shape != Shape{1} || y == Shape{1} || !no_residual(residual)) {
     if (p.gate) throw std::runtime_error("with a gate there is no residual");
     residual.expect("residual", y);

@@ -78,11 +78,11 @@ struct Tensor {
 // The inputs of a call, of which the constant ones stay where they are.
 class Inputs {
  public:
-  static constexpr size_t kMost = 9;
+  static constexpr size_t kMost = 10;
 
   // Throws std::runtime_error if there are more than kMost.
   explicit Inputs(size_t count) : count_(count) {
-    if (count > kMost) throw std::runtime_error("an op has more than 9 inputs");
+    if (count > kMost) throw std::runtime_error("an op has more than 10 inputs");
   }
   size_t size() const { return count_; }
   const Tensor& operator[](size_t index) const { return *at_[index]; }
@@ -158,10 +158,15 @@ class CpuKernel : public Kernel {
 struct MatMulKind {
   const char* name;
   bool branch;   // basis, coef, rank
-  bool weights;  // qweight, scales, bias, norm, residual
+  bool weights;  // qweight, group_scales, scales, bias, norm, residual
 
-  size_t inputs() const { return 1 + (branch ? 3 : 0) + (weights ? 5 : 0); }
-  size_t bias() const { return branch ? 6 : 3; }  // its index
+  size_t inputs() const { return 1 + (branch ? 3 : 0) + (weights ? 6 : 0); }
+  // Indices of inputs.
+  size_t qweight() const { return branch ? 4 : 1; }
+  size_t group_scales() const { return qweight() + 1; }
+  size_t scales() const { return qweight() + 2; }
+  size_t bias() const { return qweight() + 3; }
+  size_t norm() const { return qweight() + 4; }
 };
 
 // What an attention op keeps in its cache.

@@ -1,6 +1,7 @@
 // SpectralBranch, Int4ResidualMatMul, SpecQuantMatMul: a call as a Problem (kernels/cpu/kernels.h).
+#include <cstring>
+
 #include "calls.h"
-#include "half.h"
 
 namespace specquant::ort {
 namespace {
@@ -9,14 +10,19 @@ bool is_zero(const Tensor& one) {
   return one.type == kFloat16 ? (*one.as<uint16_t>() & 0x7FFF) == 0 : *one.as<float>() == 0.0f;
 }
 
-// Whether scales [G, M] are those of a head in two digits (docs/formats.md): the first half 16 times the second.
-bool in_two_digits(const Tensor& scales) {
-  if (scales.shape.size() != 2 || scales.shape[0] % 2) return false;
-  const uint16_t* const high = scales.as<uint16_t>();
-  const int64_t half = scales.shape[0] / 2 * scales.shape[1];
+// Whether norm [N] and group_scales [P, G, 8] are those of a head in two digits (docs/formats.md): the second half of the
+// features counts a sixteenth, by its norm alone.
+bool in_two_digits(const Tensor& norm, const Tensor& group_scales) {
+  const Shape &features = norm.shape, &groups = group_scales.shape;
+  if (features.size() != 1 || features[0] % 2 || groups.size() != 3 || groups[1] % 2) return false;
+  const float* const high = norm.as<float>();
+  const int64_t half = features[0] / 2, bytes = groups[1] / 2 * groups[2];
   for (int64_t i = 0; i < half; ++i)
-    if (half_to_float(high[i]) != 16.0f * half_to_float(high[half + i])) return false;
-  return half > 0;
+    if (high[i] != 16.0f * high[half + i]) return false;
+  const char* scales = group_scales.as<char>();
+  for (int64_t panel = 0; panel < groups[0]; ++panel, scales += 2 * bytes)
+    if (std::memcmp(scales, scales + bytes, size_t(bytes))) return false;
+  return true;
 }
 
 class MatMulKernel : public CpuKernel {
@@ -26,7 +32,10 @@ class MatMulKernel : public CpuKernel {
       : CpuKernel(api, info, std::move(threads)), kind_(kind), node_(threads_ ? &threads_->add() : nullptr) {
     read_attributes(*this, kind, info, attributes_);
     if (!kind.weights) return;
-    if (within > 0.0f && !kind.branch && constants_[2] && in_two_digits(*constants_[2])) within_ = within;
+    const std::optional<Tensor> &norm = constants_[kind.norm()], &group_scales = constants_[kind.group_scales()];
+    if (within > 0.0f && !kind.branch && attributes_.prologue == kRmsNorm && norm && group_scales &&
+        in_two_digits(*norm, *group_scales))
+      within_ = within;
     const std::optional<Tensor>& bias = constants_[kind.bias()];
     if (!bias || bias->type != kFloat || bias->shape.size() != 1) return;
     const float* const values = bias->as<float>();

@@ -125,8 +125,8 @@ Status* infer(const CustomOp* custom, ShapeContext* context) {
   return guarded(op, [&] {
     if (!op.matmul) return;
     const bool gated = op.matmul->weights && is_gated(*op.api, context);
-    infer_output(op, context, 0, op.matmul->weights && op.matmul->branch ? 5 : 2, gated ? 2 : 1);  // scales, else coef
-    if (!op.matmul->weights) infer_output(op, context, 1, 1, 1);                                   // low: basis
+    infer_output(op, context, 0, op.matmul->weights ? op.matmul->scales() : 2, gated ? 2 : 1);  // scales, else coef
+    if (!op.matmul->weights) infer_output(op, context, 1, 1, 1);  // low: basis
   });
 }
 
@@ -169,8 +169,8 @@ std::vector<Op> describe_all(Registry* registry, const Api& api) {
       };
       if (!cuda && std::string(kCudaProvider) == kCpuProvider) continue;
       matmul(kBranch, {real, kFloat16, kFloat16, kInt64}, {real, real});
-      matmul(kResidual, {real, kInt8, kFloat16, kFloat, kFloat, real}, {real});
-      matmul(kFused, {real, kFloat16, kFloat16, kInt64, kInt8, kFloat16, kFloat, kFloat, real}, {real});
+      matmul(kResidual, {real, kInt8, kInt8, kFloat16, kFloat, kFloat, real}, {real});
+      matmul(kFused, {real, kFloat16, kFloat16, kInt64, kInt8, kInt8, kFloat16, kFloat, kFloat, real}, {real});
       for (const AttentionKind* kind : {&kInt4Cache, &kHalfCache}) {
         const ElementType cache = kind->kv_bits == 4 ? kInt8 : kFloat16;
         std::vector<ElementType> inputs{real, cache, cache, kInt32, kInt32, kInt64, kFloat, kFloat};

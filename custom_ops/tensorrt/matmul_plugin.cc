@@ -9,9 +9,9 @@ using namespace nvinfer1;
 
 namespace {
 
-constexpr int kMostInputs = 9;
+constexpr int kMostInputs = 10;
 enum Branch { kBasis = 1, kCoef, kRank };
-enum Weights { kQWeight, kScales, kBias, kNorm, kResidualInput };  // from `first` on
+enum Weights { kQWeight, kGroupScales, kScales, kBias, kNorm, kResidualInput };  // from `first` on
 
 #define FIELD(name) SPECQUANT_FIELD(MatMulAttributes, name)
 constexpr Field kFusedFields[] = {FIELD(group_size), FIELD(act_bits), FIELD(act_group), FIELD(act_clip),
@@ -24,8 +24,8 @@ static_assert(std::size(kFusedFields) <= kMostFields && std::size(kResidualField
 
 }  // namespace
 
-const MatMulKind kFused{"SpecQuantMatMul", 4, 9, kFusedFields, int(std::size(kFusedFields))};
-const MatMulKind kResidual{"Int4ResidualMatMul", 1, 6, kResidualFields, int(std::size(kResidualFields))};
+const MatMulKind kFused{"SpecQuantMatMul", 4, 10, kFusedFields, int(std::size(kFusedFields))};
+const MatMulKind kResidual{"Int4ResidualMatMul", 1, 7, kResidualFields, int(std::size(kResidualFields))};
 
 int32_t MatMulPlugin::getOutputDataTypes(DataType* outputs, int32_t, const DataType* inputs,
                                          int32_t count) const noexcept {
@@ -36,9 +36,9 @@ int32_t MatMulPlugin::getOutputDataTypes(DataType* outputs, int32_t, const DataT
 
 int32_t MatMulPlugin::getOutputShapes(const DimsExprs* inputs, int32_t count, const DimsExprs*, int32_t,
                                       DimsExprs* outputs, int32_t, IExprBuilder& builder) noexcept {
-  if (count != kind_.inputs || inputs[0].nbDims < 1 || inputs[kind_.first + kScales].nbDims != 2) return 1;
+  if (count != kind_.inputs || inputs[0].nbDims < 1 || inputs[kind_.first + kScales].nbDims != 1) return 1;
   outputs[0] = inputs[0];
-  const IDimensionExpr* const m = inputs[kind_.first + kScales].d[1];
+  const IDimensionExpr* const m = inputs[kind_.first + kScales].d[0];
   outputs[0].d[inputs[0].nbDims - 1] =
       attributes_.gate ? builder.operation(DimensionOperation::kFLOOR_DIV, *m, *builder.constant(2)) : m;
   return 0;
@@ -53,7 +53,8 @@ bool MatMulPlugin::supportsFormatCombination(int32_t position, const DynamicPlug
   if (position == inputs) return type == tensors[0].desc.type;
   if (position < kind_.first) return type == (position == kRank ? DataType::kINT64 : DataType::kHALF);
   switch (position - kind_.first) {
-    case kQWeight: return type == DataType::kINT8;
+    case kQWeight:
+    case kGroupScales: return type == DataType::kINT8;
     case kScales: return type == DataType::kHALF;
     case kBias:
     case kNorm: return type == DataType::kFLOAT;
@@ -68,7 +69,7 @@ bool MatMulPlugin::adds(const Dims* shapes) const {
 
 const char* MatMulPlugin::sizes(const Dims* shapes, bool half, SpecquantCudaProblem& p) const {
   const Dims &x = shapes[0], *weights = shapes + kind_.first;
-  if (x.nbDims < 1 || weights[kScales].nbDims != 2) return "x or scales have too few axes";
+  if (x.nbDims < 1 || weights[kScales].nbDims != 1) return "x or scales has another number of axes";
   p = {};
   p.tokens = 1;
   for (int32_t i = 0; i + 1 < x.nbDims; ++i) p.tokens *= x.d[i];
@@ -88,8 +89,9 @@ const char* MatMulPlugin::sizes(const Dims* shapes, bool half, SpecquantCudaProb
     if (!fits(shapes[kBasis], {n, r}) || !fits(shapes[kCoef], {r, m})) return "basis or coef has another shape";
   }
   if (n < 1 || (p.group_size > 0 && n % p.group_size)) return "groups do not divide the features of x";
-  if (!fits(weights[kQWeight], {(m + 15) / 16, (n + 7) / 8, 64})) return "qweight has another shape";
-  if (!fits(weights[kScales], {p.group_size > 0 ? n / p.group_size : 1, m})) return "scales has another shape";
+  const int64_t panels = (m + 15) / 16, groups = p.group_size > 0 ? n / p.group_size : 1;
+  if (!fits(weights[kQWeight], {panels, (n + 7) / 8, 64})) return "qweight has another shape";
+  if (!fits(weights[kGroupScales], {panels, groups, 8})) return "group_scales has another shape";
   if (!fits(weights[kBias], {m})) return "bias has another shape";
   if (p.prologue == 1 && !fits(weights[kNorm], {n})) return "norm has another shape";
   if (!adds(shapes)) return fits(weights[kResidualInput], {1}) ? nullptr : "residual has another shape";
@@ -122,6 +124,7 @@ int32_t MatMulPlugin::enqueue(const PluginTensorDesc* descs, const PluginTensorD
   p.basis = p.basis_rank ? inputs[kBasis] : nullptr;
   p.coef = p.basis_rank ? inputs[kCoef] : nullptr;
   p.qweight = weights[kQWeight];
+  p.group_scales = weights[kGroupScales];
   p.scales = weights[kScales];
   p.bias = static_cast<const float*>(weights[kBias]);
   p.norm = static_cast<const float*>(weights[kNorm]);

@@ -15,8 +15,8 @@ struct MatMulAttributes {
   int64_t gate = 0;
 };
 
-// first: the index of qweight, which scales, bias, norm and residual follow. Before it come x and, where that leaves
-// room, basis, coef and rank.
+// first: the index of qweight, which group_scales, scales, bias, norm and residual follow. Before it come x and, where
+// that leaves room, basis, coef and rank.
 struct MatMulKind {
   const char* name;
   int first, inputs;

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from specquant.exporter.graph.linear import quant_linear
 from specquant.exporter.graph.surroundings import RmsNorm
 from specquant.exporter.graph.writer import GraphWriter
-from specquant.exporter.head import head_linear
+from specquant.exporter.head import DIGIT, head_linear
 
 _END = np.iinfo(np.int64).max
 
@@ -74,5 +74,6 @@ def lm_head_int(
     if bits == 8:
         shape = ("batch", "kept", 2 * weights.shape[1])
         x = graph.op("Concat", [x, x], "lm_head.twice", shape, axis=-1)
-        norm = replace(norm, weight=np.concatenate([norm.weight, norm.weight]))  # of x twice over the mean is the same
+        # Of x twice over the mean is the same. The low digits' half is a power of two smaller, which rounds nothing.
+        norm = replace(norm, weight=np.concatenate([norm.weight, norm.weight / np.float32(DIGIT)]))
     quant_linear(graph, x, entry, None, logits, norm)

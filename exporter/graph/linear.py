@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from specquant.custom_ops.packing import pack_int4, segment_length
+from specquant.custom_ops.packing import pack_group_scales, pack_int4, segment_length
 from specquant.custom_ops.schema import DOMAIN
 from specquant.exporter.decoder import FloatLinear, Linear, QuantLinear
 from specquant.exporter.graph.surroundings import Gate, RmsNorm
@@ -64,7 +64,8 @@ def quant_linear(
     packed = (-(-m // 16), -(-n // 8), 64)
     weights = [
         graph.lazy(f"{name}.qweight", ir.DataType.INT8, packed, lambda: pack_int4(entry.q[:, order])),
-        graph.tensor(f"{name}.scales", entry.scales[:, order]),
+        graph.tensor(f"{name}.group_scales", pack_group_scales(entry.group_scales[:, order])),
+        graph.tensor(f"{name}.scales", entry.scales[order]),
         graph.once(f"no_bias.{m}", np.zeros(m, np.float32))
         if entry.bias is None
         else graph.tensor(f"{name}.bias", entry.bias[order]),

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from specquant.custom_ops.packing import unpack_int4
+from specquant.custom_ops.packing import unpack_group_scales, unpack_int4
 from specquant.custom_ops.schema import OPS
 from specquant.exporter.lowering.context import Attributes, Lowering, attributes, dims
 from specquant.exporter.lowering.surroundings import add_residual, gated, prologue
@@ -20,7 +20,7 @@ def portable_linear(low: Lowering, node: ir.Node) -> ir.Value:
     the branch, which is the same as long as activations are not rounded: C′ = C − subtract · Bᵀ Ŵ.
     """
     at, graph, name = _operands(node), low.graph, str(node.name)
-    x, m = prologue(low, node, at["norm"]), int(dims(node.inputs[at["scales"]])[-1])
+    x, m = prologue(low, node, at["norm"]), int(dims(node.inputs[at["scales"]])[0])
     n, shape = int(dims(x)[-1]), (*dims(node.outputs[0])[:-1], m)
     x = _rotated(low, x, int(attributes(node).get("hadamard", 0)), n, name)
     y = graph.op("MatMul", [x, _weights(low, node, at, n, m)], f"{name}.residual", shape)
@@ -47,7 +47,7 @@ def _operands(node: ir.Node) -> dict[str, int]:
 def _weights(low: Lowering, node: ir.Node, at: dict[str, int], n: int, m: int) -> ir.Value:
     """Ŵ [n, m]: int4, dequantised by DequantizeLinear in the graph."""
     graph, name, group = low.graph, str(node.name), int(attributes(node).get("group_size", 0))
-    packed, scales = low.constant(node.inputs[at["qweight"]]), low.array(node, at["scales"])
+    packed, products = low.constant(node.inputs[at["qweight"]]), _products(low, node, at)
     q = graph.lazy(
         f"{name}.weight_int4",
         ir.DataType.INT4,
@@ -55,8 +55,14 @@ def _weights(low: Lowering, node: ir.Node, at: dict[str, int], n: int, m: int) -
         lambda: unpack_int4(packed.numpy(), n, m).astype(ml_dtypes.int4),
     )
     extra: Attributes = {"axis": 0, "block_size": group} if group else {"axis": 1}
-    scale = graph.floats(f"{name}.scales", scales.astype(np.float32) if group else scales[0].astype(np.float32))
+    scale = graph.floats(f"{name}.scales", products if group else products[0])
     return graph.op("DequantizeLinear", [q, scale], f"{name}.weight", (n, m), **extra)
+
+
+def _products(low: Lowering, node: ir.Node, at: dict[str, int]) -> NDArray[np.float32]:
+    """[G, m]: what a level of each group is worth, exactly; a graph in float16 rounds it, since it has one level."""
+    packed, scales = low.array(node, at["group_scales"]), low.array(node, at["scales"])
+    return scales.astype(np.float32) * unpack_group_scales(packed, packed.shape[1], len(scales))
 
 
 def _branch(
@@ -66,11 +72,11 @@ def _branch(
     basis = low.array(node, at["basis"])[:, : low.rank].astype(np.float32)
     coef = low.array(node, at["coef"])[: low.rank].astype(np.float32)
     if attributes(node).get("subtract", 0):
-        scales = low.array(node, at["scales"]).astype(np.float32)
+        products = _products(low, node, at)
         q = unpack_int4(low.array(node, at["qweight"]), n, m)
-        groups = len(scales)
+        groups = len(products)
         # Group by group: Bᵀ Ŵ needs no dequantised copy of all weights.
-        parts = zip(np.split(basis, groups), np.split(q, groups), scales, strict=True)
+        parts = zip(np.split(basis, groups), np.split(q, groups), products, strict=True)
         coef = coef - sum((b.T @ w.astype(np.float32)) * s for b, w, s in parts)
     return basis, coef
 

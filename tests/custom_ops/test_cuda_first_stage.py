@@ -24,8 +24,8 @@ def assert_levels(call: Call, hat: NDArray[Any], bits: int, act_group: int, clip
     at, (tokens, n) = call.layout, hat.shape
     stored = call.read("levels", np.int8, (tokens, at.features_padded))[:, :n].astype(np.int32)
     np.testing.assert_array_equal(stored, q - np.repeat(zero, act_group or n, axis=-1))
-    scales = call.read("scale", np.float32, (at.segments, at.tokens_padded))[:, :tokens].T / np.float32(at.level_unit)
-    np.testing.assert_array_equal(scales, np.repeat(scale, at.segments // scale.shape[-1], axis=-1))
+    scales = call.read("scale", np.float32, (at.segments, at.tokens_padded))[:, :tokens].T
+    np.testing.assert_array_equal(scales, scale)
 
 
 @pytest.mark.parametrize("offsets", [{}, APART])

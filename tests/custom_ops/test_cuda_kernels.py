@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops import library_cuda, reference
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import pack_int4, unpack_int4
+from specquant.custom_ops.packing import pack_group_scales, pack_int4, unpack_int4
 from specquant.custom_ops.schema import PROLOGUES
 from tests.cuda_arrays import POISON, DeviceArray, capability, require_kernels
 from tests.cuda_matmul import Call, paths
@@ -241,11 +241,18 @@ def test_long_segments_of_the_largest_values(rng: np.random.Generator, n: int, b
     x = np.full((3, n), qmax, np.float32)
     x[:, rng.integers(n, size=9)] = 0
     x[1] = -x[1]
-    scales = np.full((1, m), 0.5, np.float16)
-    weights = {"qweight": pack_int4(q), "scales": scales, "bias": np.zeros(m, np.float32)}
-    expected = (x.astype(np.int64) @ q.astype(np.int64) * 0.5).astype(np.float32)
-    for path in [p for p in paths(3, (0, 0, n), bits, m) if p]:
-        np.testing.assert_array_equal(Call(x, weights, path, act_bits=bits).y, expected, path)
+    for c in (1, 16) if n % 64 == 0 else (1,):
+        weights = {
+            "qweight": pack_int4(q),
+            "group_scales": pack_group_scales(np.full((1 if c == 1 else n // 64, m), c, np.int8)),
+            "scales": np.full(m, 0.5, np.float16),
+            "bias": np.zeros(m, np.float32),
+        }
+        group_size = 0 if c == 1 else 64
+        expected = (x.astype(np.int64) @ q.astype(np.int64) * c * 0.5).astype(np.float32)
+        for path in [p for p in paths(3, (group_size, 0, n), bits, m) if p]:
+            y = Call(x, weights, path, act_bits=bits, group_size=group_size).y
+            np.testing.assert_allclose(y, expected, rtol=2e-7, err_msg=path)
 
 
 @pytest.mark.skipif(not HOPPER, reason="wgmma is Hopper's")
@@ -253,7 +260,7 @@ def test_bands_of_tokens(rng: np.random.Generator) -> None:
     """So many activations that tiles go through them in two bands, with a tile of fewer outputs at the end."""
     tokens, n, m = 1160, 12288, 528
     weights = random_weights(rng, "Int4ResidualMatMul", n, m, 0, 0)
-    weights["scales"] = np.full((1, m), 0.5, np.float16)
+    weights["scales"] = np.full(m, 0.5, np.float16)
     x = rng.integers(-7, 9, (tokens, n)).astype(np.float16)
     x[:, 0], x[:, 1] = -7, 8  # so that every scale is 1
     y = Call(x, weights, "wgmma_large", act_bits=4).y
@@ -314,5 +321,5 @@ def test_arrays_of_the_host_are_refused(rng: np.random.Generator) -> None:
     with pytest.raises(SpecQuantError, match="x does not lie on the GPU"):
         library_cuda.layout(random_input(rng, (2, 64)), **weights)
     x = DeviceArray(random_input(rng, (2, 64)))
-    with pytest.raises(SpecQuantError, match=r"scales is float32 \[1, 8\]; it should be float16"):
-        library_cuda.layout(x, **(weights | {"scales": DeviceArray(np.ones((1, 8), np.float32))}))
+    with pytest.raises(SpecQuantError, match=r"scales is float32 \[8\]; it should be float16"):
+        library_cuda.layout(x, **(weights | {"scales": DeviceArray(np.ones(8, np.float32))}))

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from specquant.custom_ops.functions import function_protos
-from specquant.custom_ops.packing import unpack_int4
+from specquant.custom_ops.packing import unpack_group_scales, unpack_int4
 from specquant.custom_ops.schema import GATES, OPS, PROLOGUES
 from tests.ops import REFERENCE, Arrays, op_model, random_input, random_weights
 
@@ -129,13 +129,14 @@ def test_features_need_not_fill_a_block(rng: np.random.Generator, op: str, subtr
 @pytest.mark.parametrize("act_group", [0, 32])
 def test_integers_are_exact(rng: np.random.Generator, act_group: int) -> None:
     weights = random_weights(rng, "Int4ResidualMatMul", 96, 21, 0, 32)
-    weights["scales"] = (2.0 ** rng.integers(-3, 4, (3, 21))).astype(np.float16)
+    weights["scales"] = (2.0 ** rng.integers(-3, 4, 21)).astype(np.float16)
     weights["bias"] = rng.integers(-9, 9, 21).astype(np.float32)
     attributes = {"group_size": 32, "act_bits": 4, "act_group": act_group}
     x = rng.integers(-7, 9, (2, 4, 96)).astype(np.float32)
     x[..., ::32], x[..., 1::32] = -7, 8  # a range of 15: the scale is 1, so that nothing is rounded
     (y,) = session(op_model("Int4ResidualMatMul", 96, weights, np.float32, attributes)).run(None, {"x": x})
-    weight = np.repeat(weights["scales"], 32, axis=0).astype(np.float64) * unpack_int4(weights["qweight"], 96, 21)
+    scales = weights["scales"].astype(np.float64) * unpack_group_scales(weights["group_scales"], 3, 21)
+    weight = np.repeat(scales, 32, axis=0) * unpack_int4(weights["qweight"], 96, 21)
     np.testing.assert_array_equal(y, x @ weight + weights["bias"])
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops import library, reference
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import pack_int4
+from specquant.custom_ops.packing import pack_group_scales, pack_int4
 from tests.ops import random_input, random_weights
 
 try:
@@ -51,6 +51,29 @@ def test_many_tokens(rng: np.random.Generator, isa: str, bits: int, groups: tupl
         expected = reference.int4_residual_matmul(x, **weights, **attributes)
         limit = 1e-5 * float(np.abs(expected).max())
         np.testing.assert_allclose(y, expected, rtol=0, atol=limit, err_msg=str((tokens, m)))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("groups", [(8, 8), (8, 24), (24, 8), (64, 64), (64, 0), (64, 32), (32, 96)])
+def test_every_scale_of_a_group_in_every_lane(
+    rng: np.random.Generator, isa: str, bits: int, groups: tuple[int, int]
+) -> None:
+    """Whole numbers below 2^24, so that nothing is rounded in any order."""
+    group_size, act_group = groups
+    n, m = 3 * max(groups), 16 * 16 + 5
+    group, output = np.indices((n // group_size, m))
+    c = ((group + output + output // 16) % 16 + 1).astype(np.int8)
+    q = rng.integers(-8, 8, (n, m), dtype=np.int8)
+    scales = (2.0 ** rng.integers(-3, 4, m)).astype(np.float16)
+    weights = {"qweight": pack_int4(q), "group_scales": pack_group_scales(c), "scales": scales}
+    for tokens in (1, 2, 5, 8, 40):
+        x = rng.integers(-127, 128, (tokens, n))
+        x[:, :: act_group or n] = 127  # an activation scale of 1
+        attributes = {"group_size": group_size, "act_bits": bits, "act_group": act_group}
+        y, _ = library.specquant_matmul(x.astype(np.float32), **weights, **attributes, isa=isa)
+        exact = x.astype(np.int64) @ (q * c.repeat(group_size, axis=0).astype(np.int64))
+        np.testing.assert_array_equal(y, exact * scales.astype(np.float64), str(tokens))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

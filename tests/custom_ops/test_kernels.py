@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops import library, reference
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import pack_int4
+from specquant.custom_ops.packing import pack_group_scales, pack_int4
 from tests.ops import Arrays, random_input, random_weights
 
 try:
@@ -86,8 +86,8 @@ def test_long_segments_of_the_largest_values(rng: np.random.Generator, isa: str,
     x = np.full((3, n), qmax, np.float32)
     x[:, rng.integers(n, size=9)] = 0
     x[1] = -x[1]
-    scales = np.full((1, 19), 0.5, np.float16)
-    weights = {"qweight": pack_int4(q), "scales": scales, "bias": np.zeros(19, np.float32)}
+    groups, scales = pack_group_scales(np.ones((1, 19), np.int8)), np.full(19, 0.5, np.float16)
+    weights = {"qweight": pack_int4(q), "group_scales": groups, "scales": scales, "bias": np.zeros(19, np.float32)}
     exact = x.astype(np.int64) @ q.astype(np.int64)
     np.testing.assert_array_equal(matmul(x, weights, isa, act_bits=bits), (exact * 0.5).astype(np.float32))
 

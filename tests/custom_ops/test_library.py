@@ -141,9 +141,15 @@ def test_the_minimum_onnxruntime_has_the_api_that_the_library_asks_for() -> None
     ("changes", "message"),
     [
         ({"bias": np.zeros(4, np.float32)}, r"bias is float32 \[4\]; it should be float32 \[5\]"),
-        ({"scales": np.ones((1, 5), np.float32)}, r"scales is float32 \[1, 5\]; it should be float16"),
+        ({"scales": np.ones(5, np.float32)}, r"scales is float32 \[5\]; it should be float16 \[5\]"),
+        ({"scales": np.ones((1, 5), np.float16)}, r"neither scales \[M\] nor coef"),
+        (
+            {"group_scales": np.zeros((1, 2, 8), np.int8)},
+            r"group_scales is int8 \[1, 2, 8\]; it should be int8 \[1, 1, 8\]",
+        ),
+        ({"group_scales": None}, "group_scales are missing"),
         ({"x": np.ones((2, 16), np.float64)}, "x is float64"),
-        ({"scales": None}, "neither scales nor coef"),
+        ({"scales": None}, r"neither scales \[M\] nor coef"),
     ],
 )
 def test_operands_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
@@ -151,7 +157,8 @@ def test_operands_that_do_not_fit(changes: dict[str, Any], message: str) -> None
     operands: dict[str, Any] = {
         "x": np.ones((2, 16), np.float32),
         "qweight": np.full((1, 2, 64), 0x79, np.int8),
-        "scales": np.ones((1, 5), np.float16),
+        "group_scales": np.zeros((1, 1, 8), np.int8),
+        "scales": np.ones(5, np.float16),
     }
     library.specquant_matmul(**operands)
     with pytest.raises(SpecQuantError, match=message):

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import pack_int4, segment_length, unpack_int4
+from specquant.custom_ops.packing import (
+    pack_group_scales,
+    pack_int4,
+    segment_length,
+    unpack_group_scales,
+    unpack_int4,
+)
 
 SHAPES = [(1, 1), (8, 16), (24, 40), (13, 17), (7, 50), (576, 33)]
 
@@ -55,6 +61,51 @@ def test_unpacking_refuses_other_sizes(rng: np.random.Generator, n: int, m: int)
     packed = pack_int4(rng.integers(-8, 8, (24, 40), dtype=np.int8))
     with pytest.raises(SpecQuantError, match="export the model again"):
         unpack_int4(packed, n, m)
+
+
+GROUPS = [(1, 1), (3, 16), (9, 40), (2, 17), (7, 50), (64, 33)]
+
+
+@pytest.mark.parametrize(("groups", "m"), GROUPS)
+def test_unpacking_undoes_packing_of_group_scales(rng: np.random.Generator, groups: int, m: int) -> None:
+    scales = rng.integers(1, 17, (groups, m), dtype=np.int8)
+    packed = pack_group_scales(scales)
+    assert packed.shape == (-(-m // 16), groups, 8)
+    assert packed.dtype == np.int8
+    np.testing.assert_array_equal(unpack_group_scales(packed, groups, m), scales)
+
+
+@pytest.mark.parametrize(("groups", "m"), GROUPS)
+def test_every_nibble_of_group_scales_is_where_the_layout_says(rng: np.random.Generator, groups: int, m: int) -> None:
+    scales = rng.integers(1, 17, (groups, m), dtype=np.int8)
+    for p, panel in enumerate(pack_group_scales(scales)):
+        for g, eight in enumerate(panel):
+            words = np.frombuffer(eight.tobytes(), "<u4")
+            for lane in range(16):
+                nibble = int(words[lane % 2]) >> 4 * (lane // 2) & 15
+                assert nibble == (scales[g, 16 * p + lane] - 1 if 16 * p + lane < m else 0)
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        np.full((3, 16), 0, np.int8),
+        np.full((3, 16), 17, np.int8),
+        np.full((3, 16), 3, np.uint8),
+        np.full(16, 3, np.int8),
+        np.empty((0, 16), np.int8),
+    ],
+)
+def test_packing_refuses_what_are_not_group_scales(scales: np.ndarray) -> None:
+    with pytest.raises(SpecQuantError, match=r"\A[^\n]+\Z"):
+        pack_group_scales(scales)
+
+
+@pytest.mark.parametrize(("groups", "m"), [(4, 40), (3, 49), (3, 16), (0, 40), (3, 0)])
+def test_unpacking_refuses_other_sizes_of_group_scales(rng: np.random.Generator, groups: int, m: int) -> None:
+    packed = pack_group_scales(rng.integers(1, 17, (3, 40), dtype=np.int8))
+    with pytest.raises(SpecQuantError, match="export the model again"):
+        unpack_group_scales(packed, groups, m)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import unpack_int4
+from specquant.custom_ops.packing import unpack_group_scales, unpack_int4
 from specquant.custom_ops.reference import (
     int4_residual_matmul,
     quantize_activation,
@@ -81,6 +81,7 @@ def test_residual_matmul_number_by_number(rng: np.random.Generator, bits: int, g
     x = rng.standard_normal((2, n)).astype(np.float32)
     y = int4_residual_matmul(x, **weights, group_size=group_size, act_bits=bits, act_group=act_group)
     q_w, length = unpack_int4(weights["qweight"], n, m), act_group or n
+    c = unpack_group_scales(weights["group_scales"], n // (group_size or n), m)
     for t in range(2):
         u = [float(value) for value in x[t]]
         if bits < 16:
@@ -88,7 +89,7 @@ def test_residual_matmul_number_by_number(rng: np.random.Generator, bits: int, g
                 levels, s, z = quantised_by_hand(list(x[t, start : start + length]), bits)
                 u[start : start + length] = [float(s) * (level - z) for level in levels]
         for j in range(m):
-            scales = [float(weights["scales"][i // (group_size or n), j]) for i in range(n)]
+            scales = [float(weights["scales"][j]) * int(c[i // (group_size or n), j]) for i in range(n)]
             terms = [u[i] * scales[i] * int(q_w[i, j]) for i in range(n)]
             expected = math.fsum([*terms, float(weights["bias"][j])])
             assert y[t, j] == pytest.approx(expected, abs=1e-5 * sum(abs(term) for term in terms) + 1e-6)
@@ -126,7 +127,7 @@ def test_fused_op_is_the_two_halves(rng: np.random.Generator, subtract: int) -> 
     groups = {"group_size": 8, "act_bits": 4, "act_group": 16}
     branch, low = spectral_branch(x, weights["basis"], weights["coef"], weights["rank"])
     u = x - subtract * low @ weights["basis"].astype(np.float32).T
-    half = {name: weights[name] for name in ("qweight", "scales", "bias")}
+    half = {name: weights[name] for name in ("qweight", "group_scales", "scales", "bias")}
     expected = branch + int4_residual_matmul(u, **half, **groups)
     y = specquant_matmul(x, **weights, **groups, subtract=subtract)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)

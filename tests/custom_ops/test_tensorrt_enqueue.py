@@ -27,7 +27,7 @@ def multiplied(
     """y of a linear; norm and residual are dummies unless they are among the weights."""
     dummies = {"norm": np.zeros(1, np.float32), "residual": np.zeros(1, x.dtype)}
     inputs = [x, *(weights.get(t.name, dummies.get(t.name)) for t in OPS[op].inputs[1:])]
-    m = weights["scales"].shape[1]
+    m = len(weights["scales"])
     y = np.full((*x.shape[:-1], m // 2 if attributes.get("gate") else m), np.nan, x.dtype)
     most = {0: (x.shape[0] + 100, *x.shape[1:])}
     if "residual" in weights:
@@ -195,9 +195,11 @@ def test_what_is_refused_is_logged(rng: np.random.Generator, harness: Harness) -
     weights = random_weights(rng, op, 64, 40, 5)
     inputs = [random_input(rng, (5, 64)), *weights.values(), np.zeros(1, np.float32), np.zeros(1, np.float32)]
     assert refusal(harness, op, inputs, {"act_bits": 9}, 1) == b"Int4ResidualMatMul: act_bits must be 2 to 8, or 16"
-    for index, name in enumerate(("qweight", "scales", "bias"), 1):
+    for index, name in ((1, "qweight"), (2, "group_scales"), (4, "bias")):
         wrong = [np.concatenate([a, a]) if i == index else a for i, a in enumerate(inputs)]
         assert refusal(harness, op, wrong, {}, 1) == f"{op}: {name} has another shape".encode()
+    wrong = [*inputs[:3], inputs[3][None], *inputs[4:]]  # as scales were of one level
+    assert refusal(harness, op, wrong, {}, 1) == b"Int4ResidualMatMul: x or scales has another number of axes"
     assert refusal(harness, op, inputs, {"prologue": 1}, 1) == b"Int4ResidualMatMul: norm has another shape"
     wrong = [*inputs[:-1], np.zeros((4, 40), np.float32)]
     assert refusal(harness, op, wrong, {}, 1) == b"Int4ResidualMatMul: residual has another shape"

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from specquant.custom_ops import library
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import pack_int4
+from specquant.custom_ops.packing import pack_group_scales, pack_int4
+from specquant.custom_ops.schema import PROLOGUES
 from tests.ops import op_model, random_weights
 
 ort = pytest.importorskip("onnxruntime")
@@ -28,6 +29,7 @@ except SpecQuantError as missing:
 
 ROOT = Path(__file__).parents[2]
 GROUPS = {"group_size": 64, "act_group": 64}
+HEAD = GROUPS | {"act_bits": 8, "prologue": PROLOGUES.index("rms_norm"), "epsilon": 1e-5}
 
 
 def session(model: onnx.ModelProto, threads: int = 0, within: float = 0.0) -> Any:
@@ -103,20 +105,21 @@ def two_digits(rng: np.random.Generator, m: int) -> dict[str, NDArray[Any]]:
     q = rng.integers(-119, 120, (128, m))
     high = (q + 8) // 16
     digits = np.concatenate([high, q - 16 * high]).astype(np.int8)
-    scales = (2.0 ** rng.integers(-9, -7, (2, m))).astype(np.float16)
+    groups, norm = rng.integers(1, 17, (2, m), dtype=np.int8), rng.uniform(-2, 2, 128).astype(np.float32)
     return {
         "qweight": pack_int4(digits),
-        "scales": np.concatenate([16 * scales, scales]),
+        "group_scales": pack_group_scales(np.concatenate([groups, groups])),
+        "scales": rng.uniform(0.004, 0.008, m).astype(np.float16),
         "bias": rng.standard_normal(m).astype(np.float32),
+        "norm": np.concatenate([norm, norm / 16]),
     }
 
 
-def halves(weights: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The same with the first digit alone."""
-    return weights | {
-        "qweight": np.ascontiguousarray(weights["qweight"][:, :16]),
-        "scales": weights["scales"][:2],
-    }
+def first_digits(weights: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The same with zeros for the second ones."""
+    qweight = weights["qweight"].copy()
+    qweight[:, 16:] = -120  # two nibbles of 8
+    return weights | {"qweight": qweight}
 
 
 def expected_within(first: NDArray[Any], full: NDArray[Any], within: float) -> tuple[NDArray[Any], int]:
@@ -130,10 +133,10 @@ def expected_within(first: NDArray[Any], full: NDArray[Any], within: float) -> t
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("m", [1, 16, 333, 4000])
 def test_what_lies_far_below_the_largest_stays_at_its_first_digit(rng: np.random.Generator, isa: str, m: int) -> None:
-    weights, options = two_digits(rng, m), GROUPS | {"act_bits": 8, "isa": isa}
+    weights, options = two_digits(rng, m), HEAD | {"isa": isa}
     x = np.tile(rng.standard_normal((1, 128)).astype(np.float32), 2)
     full, _ = library.specquant_matmul(x, **weights, **options)
-    first, _ = library.specquant_matmul(x[:, :128], **halves(weights), **options)
+    first, _ = library.specquant_matmul(x, **first_digits(weights), **options)
     some, spread = 0, float(np.ptp(first))
     for within in (1e-6, 0.2 * spread, 0.5 * spread, 1e9):
         y, _ = library.specquant_matmul(x, **weights, **options, within=within)
@@ -146,21 +149,30 @@ def test_what_lies_far_below_the_largest_stays_at_its_first_digit(rng: np.random
 
 def test_a_session_leaves_out_second_digits_of_one_token_alone(rng: np.random.Generator) -> None:
     weights = two_digits(rng, 3000)
-    attributes = {"act_bits": 8, "act_clip": 1.0, "hadamard": 0, "prologue": 0, "epsilon": 1e-5}
-    model = op_model("Int4ResidualMatMul", 256, weights, np.float32, GROUPS | attributes)
+    model = op_model("Int4ResidualMatMul", 256, weights, np.float32, HEAD)
     x = np.tile(rng.standard_normal((1, 2, 128)).astype(np.float32), 2)
     exact, one, four = session(model), session(model, 0, 4.0), session(model, 4, 4.0)
-    first, _ = library.specquant_matmul(x[0, :1, :128], **halves(weights), **GROUPS, act_bits=8)
+    first, _ = library.specquant_matmul(x[0, :1], **first_digits(weights), **HEAD)
     full = exact.run(None, {"x": x[:, :1]})[0]
     expected, count = expected_within(first, full[0], 4.0)
     assert 0 < count < 3000 // 16
     for run in (one, four):
         np.testing.assert_array_equal(run.run(None, {"x": x[:, :1]})[0][0], expected)
         np.testing.assert_array_equal(run.run(None, {"x": x})[0], exact.run(None, {"x": x})[0])
-    # Other weights have no second digit.
-    weights["scales"][0, 5] *= 2
-    other = op_model("Int4ResidualMatMul", 256, weights, np.float32, GROUPS | attributes)
-    np.testing.assert_array_equal(*(session(other, 0, w).run(None, {"x": x[:, :1]})[0] for w in (0.0, 1e-6)))
+
+
+@pytest.mark.parametrize("change", ["a norm", "a sign", "a group's scale", "the prologue"])
+def test_a_session_leaves_nothing_out_of_other_weights(rng: np.random.Generator, change: str) -> None:
+    weights, attributes = two_digits(rng, 3000), dict(HEAD)
+    if change == "the prologue":
+        attributes["prologue"] = 0
+    elif change == "a group's scale":
+        weights["group_scales"][2, 3, 5] ^= 1
+    else:
+        weights["norm"][200] *= np.float32(-1 if change == "a sign" else 1 + 2**-20)
+    model = op_model("Int4ResidualMatMul", 256, weights, np.float32, attributes)
+    x = np.tile(rng.standard_normal((1, 1, 128)).astype(np.float32), 2)
+    np.testing.assert_array_equal(*(session(model, 0, within).run(None, {"x": x})[0] for within in (0.0, 1e-6)))
 
 
 @pytest.mark.parametrize(

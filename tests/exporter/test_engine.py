@@ -196,8 +196,8 @@ def test_an_interrupt_leaves_nothing(artifact: Path, tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         (ENGINE_MANIFEST, b"{", "is not an engine's manifest"),
-        (ENGINE_MANIFEST, b'{"format": 3}', "upgrade specquant"),
-        (ENGINE_MANIFEST, b'{"format": 1}', "build the engine again"),
+        (ENGINE_MANIFEST, b'{"format": 4}', "upgrade specquant"),
+        (ENGINE_MANIFEST, b'{"format": 2}', "build the engine again"),
         (ENGINE, b"short", "missing or truncated: run `specquant build .*--gpu sm89"),
         (ENGINE, None, "was changed after it was built"),
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import unpack_int4
+from specquant.custom_ops.packing import unpack_group_scales, unpack_int4
 from specquant.custom_ops.reference import int4_residual_matmul, quantize_activation, specquant_matmul
 from specquant.exporter.calibrate import InputStatistics
 from specquant.exporter.decoder import QuantLinear
@@ -65,6 +65,7 @@ def test_simulation_is_the_op(
         name="qkv",
         parts=PARTS,
         q=unpack_int4(w["qweight"], N, M),
+        group_scales=unpack_group_scales(w["group_scales"], N // (group_size or N), M),
         scales=w["scales"],
         **groups,
         **branch,
@@ -72,7 +73,7 @@ def test_simulation_is_the_op(
         bias=w["bias"],
     )
     x = random_input(rng, (3, 4, N))
-    residual = [w[name] for name in ("qweight", "scales", "bias")]
+    residual = [w[name] for name in ("qweight", "group_scales", "scales", "bias")]
     if rank:
         y = specquant_matmul(x, w["basis"], w["coef"], w["rank"], *residual, **groups, subtract=int(subtract))
     else:
@@ -114,8 +115,11 @@ def test_a_stage_stores_what_it_says(rng: np.random.Generator, recipe: Recipe) -
     groups = N // recipe.group_size if recipe.group_size else 1
     assert (linear.q.dtype, linear.q.shape) == (np.int8, (N, M))
     assert -8 <= linear.q.min() < linear.q.max() <= 7
-    assert (linear.scales.dtype, linear.scales.shape) == (np.float16, (groups, M))
+    assert (linear.scales.dtype, linear.scales.shape) == (np.float16, (M,))
     assert (linear.scales > 0).all()
+    assert (linear.group_scales.dtype, linear.group_scales.shape) == (np.int8, (groups, M))
+    assert linear.group_scales.min() >= 1
+    assert linear.group_scales.max() <= (16 if groups > 1 else 1)
     rank = {"none": 0, "dft": 2 * recipe.k - 1, "klt": recipe.k}[recipe.basis]
     assert linear.subtract == (recipe.subtract and rank > 0)
     if linear.basis is None or linear.coef is None:

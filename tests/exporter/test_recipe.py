@@ -48,9 +48,14 @@ def test_a_file_says_what_differs_from_a_preset(tmp_path: Path) -> None:
     assert (recipe.basis, recipe.k, recipe.a_bits, recipe.damping) == ("dft", preset("paper").k, 8, 1.0)
 
 
+@pytest.mark.parametrize(("a_bits", "act_group", "features"), [(8, -1, 0), (4, -1, 64), (8, 32, 32), (4, 0, 0), (16, 64, 0)])
+def test_activation_groups(a_bits: int, act_group: int, features: int) -> None:
+    assert Recipe(a_bits=a_bits, act_group=act_group).activation_group == features
+
+
 def test_overrides() -> None:
     assert [FULL.at(stage).k for stage in STAGES] == [9, 9, 9, 3]
-    assert [FULL.at(stage).act_group for stage in STAGES] == [64, 0, 64, 64]
+    assert [FULL.at(stage).act_group for stage in STAGES] == [FULL.act_group, 0, FULL.act_group, FULL.act_group]
     assert FULL.at("down_proj").overrides == {}
     assert [FULL.rank(stage) for stage in STAGES] == [17, 17, 17, 5]
     assert (preset("klt").rank("o_proj"), float_recipe().rank("o_proj")) == (preset("klt").k, 0)
@@ -65,7 +70,8 @@ def test_overrides() -> None:
         ({"a_bits": 9}, "a_bits = 9 is not available; nearest: 8"),
         ({"group_size": 60}, "group size 60 is not a multiple of 8; nearest: 64"),
         ({"group_size": 3}, "group size 3 is not a multiple of 8; nearest: 8"),
-        ({"group_size": 48}, "group_size 48 and act_group 64 do not nest.*both 48"),
+        ({"group_size": 48, "a_bits": 4}, "group_size 48 and act_group 64 do not nest.*both 48"),
+        ({"act_group": -8}, "act_group must be -1 or more, not -8"),
         ({"group_size": -8}, "group_size must be 0 or more, not -8"),
         ({"k": 0}, "k must be 1 or more, not 0"),
         ({"samples": 0}, "samples must be 1 or more"),

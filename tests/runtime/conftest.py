@@ -117,17 +117,18 @@ def int4_cache_folder(int4_cache_decoder: Any, tokenizer: Tokenizer, tmp_path_fa
 def _quantized(linear: Any) -> Any:
     """Round-to-nearest in groups of 16, after the projection on four random directions."""
     from specquant.exporter.decoder import QuantLinear
+    from specquant.exporter.head import two_levels
 
     n, m = linear.weight.shape
     basis = np.linalg.qr(np.random.default_rng(n + m).standard_normal((n, 4)))[0].astype(np.float16)
     coef = (basis.T.astype(np.float32) @ linear.weight).astype(np.float16)
     rest = linear.weight - basis.astype(np.float32) @ coef.astype(np.float32)
     groups = rest.reshape(n // 16, 16, m)
-    scales = (np.abs(groups).max(axis=1) / 7).astype(np.float16)
-    q = np.clip(np.rint(groups / scales[:, None].astype(np.float32)), -8, 7).astype(np.int8).reshape(n, m)
-    return QuantLinear(
-        linear.name, linear.parts, q, scales, 16, 8, 16, basis=basis, coef=coef, subtract=True, bias=linear.bias
-    )
+    of_groups, scales = two_levels((np.abs(groups).max(axis=1) / 7).T)
+    products = (of_groups * scales.astype(np.float32)[:, None]).T
+    q = np.clip(np.rint(groups / products[:, None]), -8, 7).astype(np.int8).reshape(n, m)
+    branch = {"basis": basis, "coef": coef, "subtract": True}
+    return QuantLinear(linear.name, linear.parts, q, of_groups.T, scales, 16, 8, 16, **branch, bias=linear.bias)
 
 
 def _export(decoder: Any, tokenizer: Tokenizer, folder: Path, float_type: Any = "float32") -> Path:

@@ -68,13 +68,13 @@ def block(x: Float, weights: dict[str, Float], past: tuple[Float, Float]) -> Flo
     return x + (gate / (1 + np.exp(-gate)) * up) @ weights["down"]
 
 
-def dequantised(q: NDArray[np.int8], scales: NDArray[np.float16]) -> Float:
+def dequantised(q: NDArray[np.int8], scales: NDArray[np.floating]) -> Float:
     return q * scales.astype(np.float64).repeat(len(q) // len(scales), 0)
 
 
 def product_of(entry: QuantLinear) -> Float:
     """The matrix that a linear of ours multiplies by: H (B C + (1 − B Bᵀ) Ŵ)."""
-    weight = dequantised(entry.q, entry.scales)
+    weight = dequantised(entry.q, entry.products)
     if entry.basis is not None and entry.coef is not None:
         basis = entry.basis.astype(np.float64)
         weight = weight + basis @ (entry.coef.astype(np.float64) - basis.T @ weight)
@@ -114,6 +114,8 @@ def test_bytes_of_a_token() -> None:
     read = bytes_read(SHAPE, whole, 10)
     weights = 128 * 256 + 128 * 128 + 128 * 384 + 192 * 128
     assert read["onnxruntime"] == weights * (1 / 2 + 4 / 64) + 10 * 2 * 2 * 32 * 4
+    plain = bytes_read(SHAPE, whole._replace(rank=0), 10)["ours"]
+    assert plain == weights * (1 / 2 + 0.5 / 64) + 2 * (256 + 128 + 384 + 128) + 10 * 2 * 2 * 32 * 2
     assert read["ours"] - bytes_read(SHAPE, whole._replace(rank=0), 10)["ours"] == 2 * 8 * (384 + 256 + 512 + 320)
 
 

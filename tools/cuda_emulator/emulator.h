@@ -30,6 +30,7 @@ struct Copy {
   void* to;
   const void* from;
   bool there;
+  int bytes;
 };
 
 enum class Form { kBytes, kHalfShared, kHalfRegisters };  // of wgmma: operands, and where the left one lies

@@ -117,11 +117,14 @@ inline void load_transposed(uint32_t (&d)[4], const void* shared) {
   });
 }
 
-inline void copy_async(void* shared, const void* global, bool there) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || (there && reinterpret_cast<uintptr_t>(global) % 16))
+inline void copy_async_of(int bytes, void* shared, const void* global, bool there) {
+  if (reinterpret_cast<uintptr_t>(shared) % bytes || (there && reinterpret_cast<uintptr_t>(global) % bytes))
     emulator::fail("cp.async of a misaligned address");
-  emulator::self->pending.push_back({shared, global, there});
+  emulator::self->pending.push_back({shared, global, there, bytes});
 }
+
+inline void copy_async(void* shared, const void* global, bool there) { copy_async_of(16, shared, global, there); }
+inline void copy_async_8(void* shared, const void* global, bool there) { copy_async_of(8, shared, global, there); }
 
 inline void commit_async() {
   emulator::self->groups.push_back(std::move(emulator::self->pending));
@@ -134,9 +137,9 @@ void wait_async() {
   while (int(groups.size()) > pending) {
     for (const emulator::Copy& copy : groups.front()) {
       if (copy.there) {
-        std::memcpy(copy.to, copy.from, 16);
+        std::memcpy(copy.to, copy.from, copy.bytes);
       } else {
-        std::memset(copy.to, 0, 16);
+        std::memset(copy.to, 0, copy.bytes);
       }
     }
     groups.erase(groups.begin());

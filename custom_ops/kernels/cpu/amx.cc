@@ -87,17 +87,21 @@ struct Block {
     }
   }
 
-  // The tile's tokens, T at a time, then half as many …: bias and branch, or y.
+  // The tile's tokens, T at a time, then half as many …: y from their sums.
   template <int T>
-  void start_rows(int64_t tile, int64_t t) {
-    for (const int64_t count = std::min<int64_t>(kTile, rows - tile * kTile); t + T <= count; t += T)
-      start_tile<Zmm, T, C>(p, x, row + tile * kTile + t, panel * kPanel,
-                            *reinterpret_cast<Tile<Zmm, T, C>*>(sums[tile].rows[t]));
-    if constexpr (T > 1) start_rows<T / 2>(tile, t);
+  void finish_rows(int64_t tile, int64_t t) {
+    for (const int64_t count = std::min<int64_t>(kTile, rows - tile * kTile); t + T <= count; t += T) {
+      const int64_t token = row + tile * kTile + t, column = panel * kPanel;
+      __m512 acc[T][C];
+      bias_and_branch<Zmm, T, C>(p, x, token, column, acc);
+      finish_tile<Zmm, T, C>(p, x, token, column, acc,
+                             [&](int i, int c) { return Zmm::load(sums[tile].rows[t + i] + c * kTile); });
+    }
+    if constexpr (T > 1) finish_rows<T / 2>(tile, t);
   }
 
   void run() {
-    for (int64_t tile = 0; tile < tiles; ++tile) start_rows<4>(tile, 0);
+    std::memset(sums, 0, size_t(tiles) * sizeof sums[0]);
     for (Run run(shape, 0); run.start < shape.features; run = Run(shape, run.end)) {
       for (int c = 0; c < C; ++c) unpack(p, shape, run, panel + c, panels[c]);
       if (shape.segment >= kLong) {
@@ -109,9 +113,7 @@ struct Block {
                          sums[tile]);
       }
     }
-    for (int64_t t = 0; t < rows; ++t)
-      store_tile<Zmm, 1, C>(p, x, row + t, panel * kPanel,
-                            *reinterpret_cast<Tile<Zmm, 1, C>*>(sums[t / kTile].rows[t % kTile]));
+    for (int64_t tile = 0; tile < tiles; ++tile) finish_rows<4>(tile, 0);
   }
 };
 

@@ -84,13 +84,10 @@ void unpack(const Problem& p, const Shape& shape, const Run& run, int64_t panel,
     _mm512_store_si512(weights, _mm512_sub_epi8(_mm512_and_si512(packed, mask), offset));
     _mm512_store_si512(weights + 64, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(packed, 4), mask), offset));
   }
-  const int64_t groups = p.group_size ? p.in_features / p.group_size : 1, column = panel * kPanel;
-  for (int64_t s = run.start / shape.segment, i = 0; s * shape.segment < run.end; ++s, ++i) {
-    uint16_t spare[kTile];
-    const int64_t g = s * groups / shape.segments;
-    _mm512_store_ps(to.scales[i], Zmm::half(whole<kTile>(p.scales, g * p.out_features + column,
-                                                         groups * p.out_features, spare)));
-  }
+  const int64_t groups = groups_of(p);
+  const uint8_t* scales = p.group_scales + panel * groups * kGroupBytes;
+  for (int64_t s = run.start / shape.segment, i = 0; s * shape.segment < run.end; ++s, ++i)
+    _mm512_store_ps(to.scales[i], Zmm::group_scales(scales + s * groups / shape.segments * kGroupBytes, 0));
 }
 
 // sums += s · scales · products, in the vectors' order of operations.

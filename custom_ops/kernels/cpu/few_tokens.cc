@@ -14,7 +14,9 @@ constexpr int64_t kLeastBytes = 48 * 1024, kMostBytes = 192 * 1024;  // of weigh
 constexpr int64_t kAskedPanels = 4;  // between two looks at how far the thread has asked
 constexpr int kMostShares = 64;      // threads beyond it help the others
 
+// Of a panel's weights, and of its groups' scales, what is read.
 int64_t panel_bytes(const Problem& p) { return round_up(p.in_features, kBlock) / kBlock * kPanel * 4; }
+int64_t group_bytes(const Problem& p) { return groups_of(p) * kGroupBytes; }
 
 // Panels of each of several threads: the caller's share, and the rest in equal parts. A pool whose threads have no numbers
 // has two: of who prepares, and of all others.
@@ -69,12 +71,11 @@ bool ask(const Problem& p, int64_t& panel, int64_t end, const Stop& stop) {
     }
     return true;
   };
-  const int64_t groups = p.group_size ? p.in_features / p.group_size : 1;
   while (panel < end) {
     const int64_t count = std::min(kAskedPanels, end - panel), column = panel * kPanel;
     const int64_t row = std::min(count * kPanel, p.out_features - column) * int64_t(sizeof(uint16_t));
-    for (int64_t g = 0; p.qweight && g < groups; ++g)
-      if (!lines(p.scales + g * p.out_features + column, row)) return false;
+    if (p.qweight && !lines(p.scales + column, row)) return false;
+    if (p.qweight && !lines(p.group_scales + panel * group_bytes(p), count * group_bytes(p))) return false;
     for (int64_t k = 0; p.basis && k < p.rank; ++k)
       if (!lines(p.coef + k * p.out_features + column, row)) return false;
     if (p.qweight && !lines(p.qweight + panel * panel_bytes(p), count * panel_bytes(p))) return false;
@@ -193,7 +194,7 @@ void run(Together& together) {
   share_out(pool, Together::run, &together, pool.run ? std::min(tasks, threads) : 1);
 }
 
-// The second half of the features, for some panels: sums go on where the first half left them, in y.
+// The second half of the features, for some panels.
 struct Rest {
   const Work& work;
   const Problem& problem;
@@ -218,8 +219,8 @@ struct Rest {
     for (; from < to; ++from) {
       const uint8_t* const weights = problem.qweight + panels[from] * activations.panel_bytes;
       for (int64_t i = 0; i < panel_bytes(problem); i += 64) __builtin_prefetch(weights + i, 0, 2);
-      for (int64_t g = 0; g < problem.in_features / problem.group_size; ++g)
-        __builtin_prefetch(problem.scales + g * problem.out_features + panels[from] * kPanel, 0, 2);
+      const uint8_t* const scales = problem.group_scales + panels[from] * activations.group_bytes;
+      for (int64_t i = 0; i < group_bytes(problem); i += 64) __builtin_prefetch(scales + i, 0, 2);
     }
   }
 };
@@ -246,9 +247,9 @@ void multiply_few(const Work& work, const ThreadPool& pool) {
   int64_t count = 0;
   for (int64_t i = 0; i < panels; ++i)
     if (!(x.largest[i] < least)) x.wanted[count++] = i;
-  half.bias = static_cast<const float*>(p.y);
+  part.begun = true;
   half.qweight += x.panel_bytes / 2;
-  half.scales += half.in_features / half.group_size * p.out_features;
+  half.group_scales += x.group_bytes / 2;
   part.tiles += half.in_features;
   part.steps += part.segments;
   Rest rest{work, half, part, x.wanted, count};

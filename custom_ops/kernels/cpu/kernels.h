@@ -9,7 +9,7 @@
 
 namespace specquant {
 
-constexpr int32_t kAbi = 9;  // raised when Problem, Attention, or an exported function, changes
+constexpr int32_t kAbi = 10;  // raised when Problem, Attention, or an exported function, changes
 
 // What becomes of x before anything else, row by row in float32.
 enum Prologue : int32_t {
@@ -47,7 +47,8 @@ struct Problem {
   const uint16_t* basis;   // float16 [N, r]
   const uint16_t* coef;    // float16 [r, M]
   const uint8_t* qweight;  // [P, Q, 64], two nibbles a byte
-  const uint16_t* scales;  // float16 [G, M]
+  const uint8_t* group_scales;  // [P, G, 8], 16 nibbles: 1 less than a group's scale (docs/ops.md, "Packed weights")
+  const uint16_t* scales;  // float16 [M]
   const float* bias;       // [M], or null
   const float* norm;       // [N], of kRmsNorm
   const void* residual;    // [T, M], added to y; or null, as it is with a gate

@@ -42,6 +42,7 @@ Activations lay_out(const Problem& p, char* base, char** end) {
   x.features = round_up(p.in_features, 64) + 64;
   x.columns = round_up(p.basis ? p.rank : 0, kPanel);
   x.panel_bytes = round_up(p.in_features, kBlock) / kBlock * kPanel * 4;
+  x.group_bytes = p.qweight ? groups_of(p) * kGroupBytes : 0;
   x.segments = p.qweight ? p.in_features / segment_length(p) : 0;
   Arena arena{base};
   if (p.basis && p.subtract && rows >= kTurnedTokens && x.columns <= kTurnedColumns)
@@ -57,6 +58,7 @@ Activations lay_out(const Problem& p, char* base, char** end) {
   if (p.within > 0.0f && p.tokens == 1) {
     x.largest = arena.take<float>(panels_of(p));
     x.wanted = arena.take<int64_t>(panels_of(p));
+    x.kept = arena.take<float>(panels_of(p) * kPanel);
   }
   *end = arena.next;
   return x;
@@ -154,6 +156,7 @@ const char* check(const Problem& p) {
     if (p.rank < 0 || p.rank > p.basis_rank) return "rank must be 0 to the columns of the basis";
   }
   if (p.qweight) {
+    if (!p.group_scales) return "group_scales are missing";
     if (!p.scales) return "scales are missing";
     if (!(p.act_clip > 0.0f && p.act_clip <= 1.0f)) return "act_clip must be more than 0, and at most 1";
     if (p.act_bits != 16 && (p.act_bits < 2 || p.act_bits > 8)) return "act_bits must be 2 to 8, or 16";

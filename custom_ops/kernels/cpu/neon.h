@@ -117,6 +117,17 @@ struct Neon {
     return to_float({vsubq_s32(vandq_s32(packed.low, mask), middle), vsubq_s32(vandq_s32(packed.high, mask), middle)});
   }
   static I next_nibble(I packed) { return {vshrq_n_s32(packed.low, 4), vshrq_n_s32(packed.high, 4)}; }
+  // Scales of a group and the outputs from `lane`, 0 or 8, of its panel on.
+  static F group_scales(const uint8_t* from, int lane) {
+    const uint8x8_t bytes = vld1_u8(from);
+    const int32x4_t left{0, 0, -4, -4};
+    const auto four = [&](int shift) {
+      const uint32x4_t words = vreinterpretq_u32_u8(vcombine_u8(bytes, bytes));
+      const uint32x4_t nibbles = vandq_u32(vshlq_u32(words, vsubq_s32(left, vdupq_n_s32(shift))), vdupq_n_u32(15));
+      return vcvtq_f32_u32(vaddq_u32(nibbles, vdupq_n_u32(1)));
+    };
+    return {four(2 * lane), four(2 * lane + 8)};
+  }
 
   // 4 bytes a lane, lanes `stride` bytes apart.
   static I gather(const uint8_t* from, int64_t stride) {

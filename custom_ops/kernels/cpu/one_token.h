@@ -2,6 +2,7 @@
 // then weights, panel by panel.
 #pragma once
 
+#include "finish.h"
 #include "sums.h"
 
 namespace specquant {
@@ -12,22 +13,13 @@ constexpr int64_t kStrip = 64;  // panels whose sums are kept at once
 // Short panels are read one after another, as one stream; long ones several at once.
 inline bool short_panels(const Problem& p) { return (p.in_features + 7) / 8 * kPanel * 4 < 16 * 1024; }
 
-// Asks for the scales of some panels: their rows lie too far apart for the hardware to see them coming.
-inline void touch_scales(const Problem& p, int64_t column, int64_t columns) {
-  constexpr int64_t line = 32;  // elements of two bytes
-  const int64_t end = std::min(column + columns, p.out_features);
-  const int64_t groups = p.group_size ? p.in_features / p.group_size : 1;
-  for (int64_t g = 0; g < groups; ++g)
-    for (int64_t i = column; i < end; i += line) __builtin_prefetch(p.scales + g * p.out_features + i, 0, 2);
-}
-
 // Asks for the weights that add_block does not ask for, those of the beginning.
 inline void touch_weights(const Problem& p, const Activations& x, int64_t panel) {
   const uint8_t* weights = p.qweight + panel * x.panel_bytes;
   for (int64_t i = 0; i < kWeightsAhead; i += 64) __builtin_prefetch(weights + i);
 }
 
-// sums[column …] += low · C, rows k to k + K of it, in the order of start_tile. Whole: what is read lies in C.
+// sums[column …] += low · C, rows k to k + K of it, in the order of bias_and_branch. Whole: what is read lies in C.
 template <class V, int K, bool kWhole>
 inline __attribute__((always_inline)) void add_coefficients(const Problem& p, const typename V::F (&low)[K], int64_t k,
                                                             int64_t column, float* sums) {
@@ -88,18 +80,17 @@ constexpr int64_t kHalvesBlocks = 8192;  // of a segment: 16 · 15 · 127 · 4 a
 template <class V>
 bool in_halves(const Problem& p, const Activations& x) {
   if (!InHalves<V>::value || x.rows != 1 || !p.qweight || p.act_bits == 16) return false;
-  const int64_t blocks = (p.in_features + 7) / 8 / x.segments, groups = p.group_size ? p.in_features / p.group_size : 1;
-  return groups == x.segments && p.in_features % 8 == 0 && blocks % kStep == 0 && blocks <= kHalvesBlocks;
+  const int64_t blocks = (p.in_features + 7) / 8 / x.segments;
+  return groups_of(p) == x.segments && p.in_features % 8 == 0 && blocks % kStep == 0 && blocks <= kHalvesBlocks;
 }
 
-// sums += Σ_segments s · scales[g] · Σ a · q_w of one whole panel, as add_integer: nothing but that, since it would take
-// longer than memory does.
+// sums += Σ_segments s · c[g] · Σ a · q_w of one panel, as add_integer: nothing but that, since it would take longer
+// than memory does.
 template <class V>
 inline __attribute__((always_inline)) void add_panel(const uint8_t* weights, int64_t ahead, const int8_t* a, const Step* steps,
-                                                     const uint16_t* scales, int64_t segments, int64_t blocks,
-                                                     int64_t outputs, float* sums) {
+                                                     const uint8_t* scales, int64_t segments, int64_t blocks, float* sums) {
   typename V::F sum = V::load(sums);
-  for (int64_t s = 0; s < segments; ++s, scales += outputs) {
+  for (int64_t s = 0; s < segments; ++s, scales += kGroupBytes) {
     // Two of each, in names of their own, which GCC keeps in registers: the multipliers would wait for one chain.
     typename V::I low = V::splat_int(steps[s].start), high = V::splat_int(0), low2 = high, high2 = high;
     for (int64_t k = 0; k < blocks; k += kStep)
@@ -111,27 +102,21 @@ inline __attribute__((always_inline)) void add_panel(const uint8_t* weights, int
         V::dot_halves(low2, high2, weights + kPanel * 4, a + kBlock);
       }
     const auto total = V::add(V::add(low, low2), V::sixteenth(V::add(high, high2)));
-    sum = V::fma(V::splat(steps[s].scale) * V::half(scales), V::to_float(total), sum);
+    sum = V::fma(V::splat(steps[s].scale) * V::group_scales(scales, 0), V::to_float(total), sum);
   }
   V::store(sums, sum);
 }
 
-// y of one token's panels, one after another; how many were done: a last one of fewer outputs is not.
+// Sums of one token's panels, one after another.
 template <class V>
-int64_t add_whole_panels(const Problem& p, const Activations& x, int64_t panel, int64_t panels, float* sums) {
-  const int64_t whole = std::min(panels, p.out_features / kPanel - panel), blocks = p.in_features / 8;
-  const int64_t in_segment = blocks / x.segments;
+void add_in_halves(const Problem& p, const Activations& x, int64_t panel, int64_t panels, float* sums) {
+  const int64_t blocks = p.in_features / 8, in_segment = blocks / x.segments;
   // Of panels that are read in part, what lies a panel further is wanted, and not what comes next.
   const int64_t ahead = blocks * kPanel * 4 < std::min(x.panel_bytes, 2 * kWeightsAhead) ? x.panel_bytes : kWeightsAhead;
-  for (int64_t i = 0; i < whole; ++i)
-    add_panel<V>(p.qweight + (panel + i) * x.panel_bytes, ahead, x.tiles, x.steps, p.scales + (panel + i) * kPanel, x.segments,
-                 in_segment, p.out_features, sums + i * kPanel);
-  int64_t i = 0;
-  for (; i + 2 <= whole; i += 2)
-    store_tile<V, 1, 2>(p, x, 0, (panel + i) * kPanel, *reinterpret_cast<Tile<V, 1, 2>*>(sums + i * kPanel));
-  if (i < whole)
-    store_tile<V, 1, 1>(p, x, 0, (panel + i) * kPanel, *reinterpret_cast<Tile<V, 1, 1>*>(sums + i * kPanel));
-  return whole;
+  const uint8_t* weights = p.qweight + panel * x.panel_bytes;
+  const uint8_t* scales = p.group_scales + panel * x.group_bytes;
+  for (; panels; --panels, weights += x.panel_bytes, scales += x.group_bytes, sums += kPanel)
+    add_panel<V>(weights, ahead, x.tiles, x.steps, scales, x.segments, in_segment, sums);
 }
 
 // P panels at a time, then half as many …
@@ -139,31 +124,47 @@ template <class V, int P>
 void add_panels(const Problem& p, const Activations& x, int64_t row, int64_t column, int64_t panels, float* sums) {
   constexpr int C = P * kPanel / V::W;
   for (; panels >= P; column += P * kPanel, panels -= P, sums += P * kPanel) {
-    auto& tile = *reinterpret_cast<Tile<V, 1, C>*>(sums);
-    if (p.qweight && p.act_bits < 16) add_integer<V, 1, C>(p, x, row, column, sums);
-    if (p.qweight && p.act_bits == 16) add_float<V, 1, C>(p, x, row, column, tile);
-    store_tile<V, 1, C>(p, x, row, column, tile);
+    typename V::F tile[1][C];
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) tile[0][v] = V::load(sums + v * V::W);
+    p.act_bits < 16 ? add_integer<V, 1, C>(p, x, row, column, tile) : add_float<V, 1, C>(p, x, row, column, tile);
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) V::store(sums + v * V::W, tile[0][v]);
   }
   if constexpr (P > 1) add_panels<V, P / 2>(p, x, row, column, panels, sums);
 }
 
+// y of P panels at a time: sums, which hold bias and branch, and products.
+template <class V, int P>
+void finish_strip(const Problem& p, const Activations& x, int64_t row, int64_t column, int64_t panels, const float* sums,
+                  const float* products) {
+  constexpr int C = P * kPanel / V::W;
+  for (; panels >= P; panels -= P, column += P * kPanel, sums += P * kPanel, products += P * kPanel) {
+    typename V::F acc[1][C];
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) acc[0][v] = V::load(sums + v * V::W);
+    finish_tile<V, 1, C>(p, x, row, column, acc, [&](int, int v) { return V::load(products + v * V::W); });
+  }
+  if constexpr (P > 1) finish_strip<V, P / 2>(p, x, row, column, panels, sums, products);
+}
+
 template <class V>
 void multiply_one(const Problem& p, const Activations& x, int64_t row, int64_t panel, int64_t panels) {
-  alignas(64) float sums[kStrip * kPanel];
-  const bool halves = in_halves<V>(p, x);
+  alignas(64) float sums[kStrip * kPanel], own[kStrip * kPanel];
+  const bool halves = in_halves<V>(p, x), streamed = p.act_bits < 16 && short_panels(p);
   for (int64_t done; panels; panel += done, panels -= done) {
     done = std::min(panels, kStrip);
     const int64_t column = panel * kPanel;
-    const bool streamed = p.qweight && p.act_bits < 16 && short_panels(p);
+    float* const products = x.kept ? x.kept + column : own;
     if (p.qweight) touch_weights(p, x, panel);
-    if (streamed) touch_scales(p, column, done * kPanel);
     start_strip<V>(p, x, row, column, done * kPanel, sums);
-    int64_t first = 0;
+    if (!x.begun) std::fill(products, products + done * kPanel, 0.0f);
     if constexpr (InHalves<V>::value)
-      if (halves) first = add_whole_panels<V>(p, x, panel, done, sums);
-    const int64_t from = first * kPanel;
-    streamed ? add_panels<V, 1>(p, x, row, column + from, done - first, sums + from)
-             : add_panels<V, V::panels(1)>(p, x, row, column + from, done - first, sums + from);
+      if (halves) add_in_halves<V>(p, x, panel, done, products);
+    if (p.qweight && !halves)
+      streamed ? add_panels<V, 1>(p, x, row, column, done, products)
+               : add_panels<V, V::panels(1)>(p, x, row, column, done, products);
+    finish_strip<V, 2>(p, x, row, column, done, sums, products);
   }
 }
 

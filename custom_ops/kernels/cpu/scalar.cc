@@ -90,6 +90,12 @@ struct Portable {
   }
   static F lowest_nibble(I packed) { return to_float((packed & 15) - 8); }
   static I next_nibble(I packed) { return packed >> 4; }
+  // Scales of a group and the outputs from `lane`, 0 or 8, of its panel on.
+  static F group_scales(const uint8_t* from, int lane) {
+    F value;
+    for (int i = 0; i < W; ++i) value[i] = float((from[i % 2 * 4 + (lane + i) / 4] >> (i / 2 % 2 * 4) & 15) + 1);
+    return value;
+  }
 
   static I gather(const uint8_t* from, int64_t stride) {
     I value;

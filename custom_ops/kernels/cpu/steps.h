@@ -7,6 +7,7 @@ namespace specquant {
 
 constexpr int64_t kPanel = 16;  // outputs in a panel of packed weights
 constexpr int64_t kBlock = 8;   // features in a block of it
+constexpr int64_t kGroupBytes = 8;  // of a panel's scales of one group
 constexpr int64_t kTileTokens = kFewTokens;  // tokens whose activations are interleaved
 constexpr int64_t kWidestTile = 16;  // tokens: tasks begin at multiples, `tiles` and `steps` have room for whole ones
 constexpr int64_t kTaskProducts = 8 << 20;  // Kernels::task_products where the byte dot product is a vector's
@@ -15,6 +16,9 @@ constexpr int64_t kTaskProducts = 8 << 20;  // Kernels::task_products where the 
 static inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
+
+// G, of a problem with weights.
+static inline int64_t groups_of(const Problem& p) { return p.group_size ? p.in_features / p.group_size : 1; }
 
 // What one segment of a token's activations brings to the product besides the sum of products.
 struct Step {
@@ -28,6 +32,7 @@ struct Activations {
   int64_t features;  // row stride of u and a: N, and padding that keeps rows out of each other's cache sets
   int64_t columns;   // row stride of low
   int64_t panel_bytes;  // from one panel of weights to the next
+  int64_t group_bytes;  // from one panel of group_scales to the next
   int64_t segments;  // row stride of the three below
   float* turned;     // B turned, [columns, features]: many tokens take it in that order; or null
   float* u;          // what is multiplied by the INT4 weights; zeros from N on
@@ -40,9 +45,12 @@ struct Activations {
   // Filled by Kernels::arrange, here as `interleave` does.
   int8_t* tiles;     // [rows / kTileTokens, blocks of features, tokens, kBlock]
   Step* steps;       // [segments, rows]
-  // Where `within` leaves outputs at half of the features, else null: the largest of each panel, and those to go on with.
+  // Where `within` leaves outputs at half of the features, else null: the largest of each panel, those to go on with, and
+  // sums of products [P, kPanel], which the second half adds to (begun).
   float* largest;
   int64_t* wanted;
+  float* kept;
+  bool begun;
 };
 
 // Rows [row, row + rows) of one kv head against cached tokens [first, end). A row is a query: of a token's num_heads /

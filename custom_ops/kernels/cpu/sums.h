@@ -1,4 +1,4 @@
-// What is added up for a tile of T tokens × C vectors of outputs: bias and branch, integer or float products, residual or gate.
+// The INT4 product of a tile of T tokens × C vectors of outputs, but for the scales of outputs.
 //
 // V is the instruction set: W lanes along outputs, I of int32, F of float32, and the unpacked Weights of 8 features.
 #pragma once
@@ -6,34 +6,10 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "gate.h"
 #include "tokens.h"
 
 namespace specquant {
 namespace {
-
-template <class V, int T, int C>
-using Tile = float[T][C * V::W];
-
-// sums = bias + low · C[:rank]
-template <class V, int T, int C>
-void start_tile(const Problem& p, const Activations& x, int64_t row, int64_t column, Tile<V, T, C>& sums) {
-  typename V::F acc[T][C];
-  float spare[V::W];
-#pragma GCC unroll 8
-  for (int v = 0; v < C; ++v) {
-    const auto bias = p.bias ? V::load(whole<V::W>(p.bias, column + v * V::W, p.out_features, spare)) : V::splat(0.0f);
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) acc[t][v] = bias;
-  }
-  if (p.basis)
-    add_product<V, T, C>(acc, x.low + row * x.columns, x.columns, 0, p.rank, p.coef, p.out_features, p.basis_rank,
-                         column);
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) V::store(&sums[t][v * V::W], acc[t][v]);
-}
 
 // The C vectors of packed weights under `column`, at their first block; 64 bytes further is the next block.
 template <class V, int C>
@@ -156,49 +132,49 @@ inline __attribute__((always_inline)) void add_blocks(const uint8_t* (&weights)[
       for (int v = 0; v < C; ++v) V::unpair(acc[t][v], acc[t + 1][v]);
 }
 
-// sums += Σ_segments s · scales[g] · acc, acc = Σ a · q_w exactly, because check() bounds N.
+// sums += Σ_segments s · c[g] · acc, acc = Σ a · q_w exactly, because check() bounds N.
 template <class V, int T, int C>
-void add_integer(const Problem& p, const Activations& x, int64_t row, int64_t column, float* sums) {
+inline __attribute__((always_inline)) void add_integer(const Problem& p, const Activations& x, int64_t row, int64_t column,
+                                                       typename V::F (&sums)[T][C]) {
   const uint8_t* weights[C];
   weight_streams<V, C>(p, x, column, weights);
   const int64_t blocks = round_up(p.in_features, kBlock) / kBlock / x.segments;  // in a segment
-  const int64_t groups = p.group_size ? p.in_features / p.group_size : 1, segments_in_group = x.segments / groups;
+  const int64_t segments_in_group = x.segments / groups_of(p);
   const int64_t group = row / kTileTokens * kTileTokens;  // of tokens whose activations lie side by side
   const int64_t stride = std::min(kTileTokens, x.rows - group) * kBlock;
   const int8_t* a = x.tiles + group * x.features + (row - group) * kBlock;
   const Step* steps = x.steps + row;
-  for (int64_t s = 0, g = 0, left = segments_in_group; s < x.segments; ++s) {
+  const uint8_t* scales = p.group_scales + column / kPanel * x.group_bytes;
+  for (int64_t s = 0, left = segments_in_group; s < x.segments; ++s) {
     typename V::I acc[T][C];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 8
       for (int v = 0; v < C; ++v) acc[t][v] = V::splat_int(steps[t].start);
     add_blocks<V, T, C>(weights, a, stride, blocks, acc);
-    uint16_t spare[C * V::W];
-    const uint16_t* scales = whole<C * V::W>(p.scales, g * p.out_features + column, groups * p.out_features, spare);
 #pragma GCC unroll 8
     for (int v = 0; v < C; ++v) {
-      const auto scale = V::half(scales + v * V::W);
+      const auto scale = V::group_scales(scales + v * V::W / kPanel * x.group_bytes, v * V::W % kPanel);
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        float* sum = sums + (t * C + v) * V::W;
-        V::store(sum, V::fma(V::splat(steps[t].scale) * scale, V::to_float(acc[t][v]), V::load(sum)));
-      }
+      for (int t = 0; t < T; ++t)
+        sums[t][v] = V::fma(V::splat(steps[t].scale) * scale, V::to_float(acc[t][v]), sums[t][v]);
     }
     a += blocks * stride;
     steps += x.rows;
-    if (--left == 0) ++g, left = segments_in_group;
+    if (--left == 0) scales += kGroupBytes, left = segments_in_group;
   }
 }
 
-// sums += Σ_groups scales[g] · Σ u · q_w in float32: activations that are not quantised.
+// sums += Σ_groups c[g] · Σ u · q_w in float32: activations that are not quantised.
 template <class V, int T, int C>
-void add_float(const Problem& p, const Activations& x, int64_t row, int64_t column, Tile<V, T, C>& sums) {
+inline __attribute__((always_inline)) void add_float(const Problem& p, const Activations& x, int64_t row, int64_t column,
+                                                     typename V::F (&sums)[T][C]) {
   const uint8_t* weights[C];
   weight_streams<V, C>(p, x, column, weights);
-  const int64_t groups = p.group_size ? p.in_features / p.group_size : 1;
+  const int64_t groups = groups_of(p);
   const int64_t blocks = round_up(p.in_features, kBlock) / kBlock / groups;
-  for (int64_t g = 0; g < groups; ++g) {
+  const uint8_t* scales = p.group_scales + column / kPanel * x.group_bytes;
+  for (int64_t g = 0; g < groups; ++g, scales += kGroupBytes) {
     typename V::F acc[T][C];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
@@ -224,52 +200,9 @@ void add_float(const Problem& p, const Activations& x, int64_t row, int64_t colu
     }
 #pragma GCC unroll 8
     for (int v = 0; v < C; ++v) {
-      uint16_t spare[V::W];
-      const auto scale = V::half(
-          whole<V::W>(p.scales, g * p.out_features + column + v * V::W, groups * p.out_features, spare));
+      const auto scale = V::group_scales(scales + v * V::W / kPanel * x.group_bytes, v * V::W % kPanel);
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        float* sum = &sums[t][v * V::W];
-        V::store(sum, V::fma(scale, acc[t][v], V::load(sum)));
-      }
-    }
-  }
-}
-
-// Last, so that small products are not lost beside a large residual.
-template <class V, int T, int C>
-void add_residual(const Problem& p, const Activations& x, int64_t row, int64_t column, Tile<V, T, C>& sums) {
-  for (int t = 0; t < T; ++t)
-    for (int v = 0; v < C; ++v) {
-      const int64_t at = (x.first_token + row + t) * p.out_features + column + v * V::W, all = p.tokens * p.out_features;
-      float* const sum = &sums[t][v * V::W];
-      if (p.half) {
-        uint16_t spare[V::W];
-        V::store(sum, V::load(sum) + V::half(whole<V::W>(static_cast<const uint16_t*>(p.residual), at, all, spare)));
-      } else {
-        float spare[V::W];
-        V::store(sum, V::load(sum) + V::load(whole<V::W>(static_cast<const float*>(p.residual), at, all, spare)));
-      }
-    }
-}
-
-template <class V, int T, int C>
-void store_tile(const Problem& p, const Activations& x, int64_t row, int64_t column, Tile<V, T, C>& sums) {
-  if (p.residual) add_residual<V, T, C>(p, x, row, column, sums);
-  const int64_t parts = p.gate ? 2 : 1, width = p.out_features / parts, first = column / parts, left = width - first;
-  const int64_t lanes = std::min(left, C * V::W / parts);
-  for (int t = 0; t < T; ++t) {
-    if (p.gate) gate_pairs<V, C * V::W>(sums[t], p.gate == kGeluGate);
-    const int64_t at = (x.first_token + row + t) * width + first;
-    if (p.half) {
-      uint16_t rounded[C * V::W];
-      for (int v = 0; v < C; ++v) V::store_half(rounded + v * V::W, V::load(&sums[t][v * V::W]));
-      std::memcpy(static_cast<uint16_t*>(p.y) + at, rounded, size_t(lanes) * sizeof(uint16_t));
-    } else if (lanes == C * V::W) {
-#pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) V::store(static_cast<float*>(p.y) + at + v * V::W, V::load(&sums[t][v * V::W]));
-    } else {
-      std::memcpy(static_cast<float*>(p.y) + at, sums[t], size_t(lanes) * sizeof(float));
+      for (int t = 0; t < T; ++t) sums[t][v] = V::fma(scale, acc[t][v], sums[t][v]);
     }
   }
 }

@@ -1,5 +1,5 @@
 // y for a tile of T tokens × P panels, all features: accumulators stay in registers, weights are unpacked once
-// per tile, and the branch and the bias are what the sums start from.
+// per tile, and the branch and the bias come last.
 #pragma once
 
 #include "one_token.h"
@@ -10,12 +10,15 @@ namespace {
 template <class V, int T, int P>
 void multiply_tile(const Problem& p, const Activations& x, int64_t row, int64_t panel) {
   constexpr int C = P * kPanel / V::W;
-  alignas(64) Tile<V, T, C> sums;
   const int64_t column = panel * kPanel;
-  start_tile<V, T, C>(p, x, row, column, sums);
-  if (p.qweight && p.act_bits < 16) add_integer<V, T, C>(p, x, row, column, sums[0]);
+  typename V::F sums[T][C];
+#pragma GCC unroll 16
+  for (int i = 0; i < T * C; ++i) sums[i / C][i % C] = V::splat(0.0f);
+  if (p.qweight && p.act_bits < 16) add_integer<V, T, C>(p, x, row, column, sums);
   if (p.qweight && p.act_bits == 16) add_float<V, T, C>(p, x, row, column, sums);
-  store_tile<V, T, C>(p, x, row, column, sums);
+  typename V::F acc[T][C];
+  bias_and_branch<V, T, C>(p, x, row, column, acc);
+  finish_tile<V, T, C>(p, x, row, column, acc, [&](int t, int v) { return sums[t][v]; });
 }
 
 // Panels, side by side in y, of T tokens.

@@ -102,6 +102,14 @@ struct Ymm {
     return to_float(_mm256_sub_epi32(_mm256_and_si256(packed, splat_int(15)), splat_int(8)));
   }
   static I next_nibble(I packed) { return _mm256_srli_epi32(packed, 4); }
+  // Scales of a group and the outputs from `lane`, 0 or 8, of its panel on.
+  static F group_scales(const uint8_t* from, int lane) {
+    int64_t words;
+    std::memcpy(&words, from, sizeof words);
+    const I shifts = lane ? _mm256_setr_epi32(16, 16, 20, 20, 24, 24, 28, 28) : _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12);
+    const I nibbles = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi64x(words), shifts), splat_int(15));
+    return to_float(_mm256_add_epi32(nibbles, splat_int(1)));
+  }
 
   // 4 bytes a lane, lanes `stride` bytes apart.
   static I gather(const uint8_t* from, int64_t stride) {

@@ -85,6 +85,16 @@ struct Zmm {
     return _mm512_permutexvar_ps(packed, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
   }
   static I next_nibble(I packed) { return _mm512_srli_epi32(packed, 4); }
+  // Scales of a group and the outputs from `lane` of its panel on. The table's index is a lane's low 4 bits, too.
+  static F group_scales(const uint8_t* from, int /*lane*/) {
+    int64_t words;
+    std::memcpy(&words, from, sizeof words);
+    I shifts = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    F values = _mm512_setr_ps(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+    __asm__("" : "+v"(shifts));  // GCC would load both for every group
+    __asm__("" : "+v"(values));
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi64(words), shifts), values);
+  }
 
   static I gather(const uint8_t* from, int64_t stride) {
     const I lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -1,5 +1,6 @@
 // The second stage for every shape: a thread per number of y, no tensor cores. Slow, and the oracle of the others.
 #include "gate.cuh"
+#include "unpack.cuh"
 
 namespace specquant_cuda {
 namespace {
@@ -34,24 +35,23 @@ __device__ float output_of(const Args& args, int token, int output) {
   const int blocks = ceil_div(args.n, kBlock);
   const uint8_t* weights =
       args.qweight + static_cast<int64_t>(output / kPanel) * blocks * 64 + output % kPanel * 4;
+  const uint8_t* of_groups = args.group_scales + static_cast<int64_t>(output / kPanel) * args.groups * 8;
+  const int run = min(args.group, args.segment), blocks_of_run = ceil_div(run, kBlock);
   float y = 0.0f;
-  if (args.bits == 16) {
-    const __half* u = static_cast<const __half*>(args.levels) + static_cast<int64_t>(token) * args.kp;
-    for (int group = 0; group < args.n / args.weight_group; ++group)
-      y = fmaf(__half2float(args.scales[static_cast<int64_t>(group) * args.m + output]),
-               dot_halves(weights, u, group * args.weight_group, args.weight_group), y);
-    y *= args.scale[token];
-  } else {
-    const int8_t* levels = static_cast<const int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp;
-    for (int s = 0; s < args.segments; ++s) {
-      const int count = ceil_div(args.segment, kBlock);
-      const int sum = dot_levels(weights, levels, s * count, count);
-      const int64_t at = static_cast<int64_t>(s) * args.tp + token;
-      const int64_t group = static_cast<int64_t>(s) * args.segment / args.weight_group;
-      const float scale = args.scale[at] / args.level_unit * __half2float(args.scales[group * args.m + output]);
-      y = fmaf(scale, static_cast<float>(sum), y);
+  for (int i = 0; i < args.n / run; ++i) {
+    const int64_t first = static_cast<int64_t>(i) * run;
+    const uint2 raw = *reinterpret_cast<const uint2*>(of_groups + first / args.group * 8);
+    const float c = GroupScales(raw, output % kPanel / 4).as_float(output % 4);
+    if (args.bits == 16) {
+      const __half* u = static_cast<const __half*>(args.levels) + static_cast<int64_t>(token) * args.kp;
+      y = fmaf(c * args.scale[token], dot_halves(weights, u, static_cast<int>(first), run), y);
+    } else {
+      const int8_t* levels = static_cast<const int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp;
+      const int sum = dot_levels(weights, levels, i * blocks_of_run, blocks_of_run);
+      y = fmaf(c * args.scale[first / args.segment * args.tp + token], static_cast<float>(sum), y);
     }
   }
+  y *= __half2float(args.scales[output]);
   if (args.rank) {
     const __half* low = args.low + static_cast<int64_t>(token) * 2 * args.rp;
     float branch = 0.0f;

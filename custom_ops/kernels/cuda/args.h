@@ -29,15 +29,16 @@ enum Order {
   kRows,       // [T, kp]
   kFragments,  // [T, kp], as `gemm` wants each row: place_of
   kTiles,      // [kp / kChunk, tp, kChunk], as `gemm90` wants them: tile_place
+  kWideTiles,  // the same, as its wide tiles do
 };
 
 struct Args {
   int tokens, n, m;              // T, N, M
   int r, rank, rp;               // columns stored, used, and used padded to kRankStep; rank 0: no branch
   int kp, tp;                    // N padded to kStep, T padded to kTokenPad
-  int segments, segment;         // S, N / S
-  int weight_group, act_group;   // features per scale, N where the attribute is 0
-  uint32_t group_steps, segment_steps;  // reciprocals of weight_group / kStep and segment / kStep, for `quotient`
+  int segments, segment;         // runs of features that share an activation scale, and the features of one
+  int groups, group;             // of weights: G, N / G
+  uint32_t group_steps, segment_steps;  // reciprocals of group / kStep and segment / kStep, for `quotient`
   int hadamard, splits, bits;    // splits: shares of the features in `down`
   int shares;                    // and in `reduce`
   int x_half, y_half;
@@ -49,12 +50,13 @@ struct Args {
   bool early;                    // later kernels may start before earlier ones end
   int subtract;                  // only where there is a branch
   Order order;                   // of the levels
-  float clip, level_unit;
+  float clip;
   uint32_t high_nibbles;         // 0xF0F0F0F0, unknown to the compiler: one instruction holds one constant only
   const void* x;                 // after prologue and rotation, if it is to be
   const __half* basis;
   const __half* coef;
   const uint8_t* qweight;
+  const uint8_t* group_scales;
   const __half* scales;
   const float* bias;
   const void* residual;          // as y
@@ -70,8 +72,9 @@ struct Args {
 
 // How products of levels and weights are summed.
 enum Mode {
-  kFold,      // int32 over 64 features, then float with the scales of the segment they are in
-  kChannel,   // int32 over all features, which are one segment
+  kFold,      // int32 over 64 features, then float with the scales of the segment and the group they are in
+  kChannel,   // int32 over all features, which are one segment and one group
+  kMultiples, // the same where there are groups: of the weights times the scales of theirs
   kHalf,      // float16 activations
 };
 
@@ -112,8 +115,9 @@ cudaError_t matvec(const Args& args, Mode mode, int multiprocessors, cudaStream_
 bool takes_one_token(const Args& args, Mode mode, int multiprocessors);
 cudaError_t one_token(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream);
 cudaError_t gemm(const Args& args, Mode mode, bool large, cudaStream_t stream);
-// sm_90a only. large: of its two tiles.
-cudaError_t gemm90(const Args& args, Mode mode, bool large, int multiprocessors, cudaStream_t stream);
+// sm_90a only. tile: tokens x outputs are 64 x 256; 128 x 256, or 80 x 256 of kFold; 256 x 128, of kMultiples alone.
+enum class Tile90 { kSmall, kLarge, kWide };
+cudaError_t gemm90(const Args& args, Mode mode, Tile90 tile, int multiprocessors, cudaStream_t stream);
 cudaError_t multiply_any(const Args& args, cudaStream_t stream);
 
 // Where a feature's level lies in its row for `gemm`, which takes 32 features at a time: ldmatrix gives thread t of four
@@ -123,14 +127,21 @@ __host__ __device__ constexpr uint32_t place_of(uint32_t feature, bool halves) {
   return feature - within + (halves ? within % 8 / 2 * 8 + 2 * t + within % 2 : within % 8 / 4 * 16 + 4 * t + within % 4);
 }
 
+// The same for `gemm90`'s wide tiles, of kChunk features: threads 0 and 1 of four take features of the first half, the others
+// those of the second.
+__host__ __device__ constexpr uint32_t wide_place(uint32_t feature) {
+  const uint32_t block = feature % 64 / 8, t = feature / 64 * 2 + block % 2;
+  return block / 2 * 32 + feature % 8 / 4 * 16 + 4 * t + feature % 4;
+}
+
 // Where the level of a token's feature lies in kTiles: rows of 128 bytes whose 16-byte columns are swizzled.
-__host__ __device__ constexpr int64_t tile_place(uint32_t token, uint32_t feature, int tp) {
-  const uint32_t place = place_of(feature % kChunk, false);
+__host__ __device__ constexpr int64_t tile_place(uint32_t token, uint32_t feature, int tp, bool wide) {
+  const uint32_t place = wide ? wide_place(feature % kChunk) : place_of(feature % kChunk, false);
   return (static_cast<int64_t>(feature / kChunk) * tp + token) * kChunk + ((place / 16 ^ token % 8) * 16 + place % 16);
 }
 
 __host__ __device__ constexpr int64_t level_place(const Args& args, int token, int feature) {
-  return args.order == kTiles ? tile_place(token, feature, args.tp)
+  return args.order >= kTiles ? tile_place(token, feature, args.tp, args.order == kWideTiles)
                               : static_cast<int64_t>(token) * args.kp +
                                     (args.order == kFragments ? place_of(feature, args.bits == 16) : feature);
 }

@@ -8,18 +8,20 @@ namespace {
 
 using namespace specquant_cuda;
 
-enum class Path { kCluster, kMatvec, kGemmSmall, kGemmLarge, kWgmmaSmall, kWgmmaLarge, kAny };
+enum class Path { kCluster, kMatvec, kGemmSmall, kGemmLarge, kWgmmaSmall, kWgmmaLarge, kWgmmaWide, kAny };
 
 // Of more tokens the first stage is sooner done by `prompt`, which takes 16 at once, where it takes the problem.
 constexpr int kClusterTokens = 8;
 
-// Whether gemm90's large tile takes less time, in rounds of all multiprocessors; a tile costs some tokens more than it has.
-bool wide_pays(const Plan& plan, const Device& device) {
-  const auto time = [&](int tokens) {
-    const int tiles = ceil_div(plan.args.tokens, tokens) * ceil_div(plan.args.m, 256);
-    return ceil_div(tiles, device.multiprocessors) * (tokens + 20);
+// Which of gemm90's tiles takes the least time, in rounds of all multiprocessors; a tile costs some tokens more than it has.
+Path wgmma_path(const Plan& plan, const Device& device) {
+  const auto time = [&](int tokens, int outputs) {
+    const int tiles = ceil_div(plan.args.tokens, tokens) * ceil_div(plan.args.m, outputs);
+    return ceil_div(tiles, device.multiprocessors) * (tokens * outputs / 256 + 20);
   };
-  return time(plan.mode == kChannel ? 128 : 80) <= time(64);
+  const bool large = time(plan.mode == kFold ? 80 : 128, 256) <= time(64, 256);
+  if (plan.wide && time(256, 128) <= time(large ? 128 : 64, 256)) return Path::kWgmmaWide;
+  return large ? Path::kWgmmaLarge : Path::kWgmmaSmall;
 }
 
 // The second stage: the one asked for, if it takes the problem, else the fastest that does.
@@ -31,7 +33,7 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
     const bool large = large_tiles * 4 >= device.multiprocessors * 3;
     const bool cluster = plan.cluster && (tokens <= kClusterTokens || !plan.prompt);
     path = matvec        ? (cluster ? Path::kCluster : Path::kMatvec)
-           : plan.gemm90 ? (wide_pays(plan, device) ? Path::kWgmmaLarge : Path::kWgmmaSmall)
+           : plan.gemm90 ? wgmma_path(plan, device)
            : plan.gemm   ? (large ? Path::kGemmLarge : Path::kGemmSmall)
                          : Path::kAny;
     return nullptr;
@@ -46,6 +48,7 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
                {"gemm_large", Path::kGemmLarge, plan.gemm},
                {"wgmma_small", Path::kWgmmaSmall, plan.gemm90},
                {"wgmma_large", Path::kWgmmaLarge, plan.gemm90},
+               {"wgmma_wide", Path::kWgmmaWide, plan.wide},
                {"any", Path::kAny, true}};
   for (const auto& entry : known) {
     if (std::strcmp(entry.name, name) != 0) continue;
@@ -53,7 +56,7 @@ const char* choose(const Plan& plan, const Device& device, const char* name, Pat
     if (entry.fits) return nullptr;
     return say("path %s does not take these sizes; leave the choice to the library", name);
   }
-  return "path must be cluster, matvec, gemm_small, gemm_large, wgmma_small, wgmma_large or any, or empty";
+  return "path must be cluster, matvec, gemm_small, gemm_large, wgmma_small, wgmma_large, wgmma_wide or any, or empty";
 }
 
 // First stage: levels and scales, low; in kernels of their own.
@@ -106,6 +109,7 @@ SPECQUANT_EXPORT const char* specquant_cuda_workspace(const SpecquantCudaProblem
   for (const char* place : {arena, arena + 4}) {
     SpecquantCudaProblem p = *problem;
     p.x = p.qweight = p.scales = place;
+    p.group_scales = arena;
     p.bias = p.norm = reinterpret_cast<const float*>(place);
     p.basis = p.coef = p.basis_rank ? place : nullptr;
     if (const char* wrong = check(p)) return wrong;
@@ -140,7 +144,8 @@ SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* p
   a.low_factor = reinterpret_cast<float*>(at(plan.layout.low_factor));
   a.levels = at(plan.layout.levels);
   a.scale = reinterpret_cast<float*>(at(plan.layout.scale));
-  a.order = chosen == Path::kWgmmaSmall || chosen == Path::kWgmmaLarge ? kTiles
+  a.order = chosen == Path::kWgmmaWide                                   ? kWideTiles
+            : chosen == Path::kWgmmaSmall || chosen == Path::kWgmmaLarge ? kTiles
             : chosen == Path::kGemmSmall || chosen == Path::kGemmLarge ? kFragments
                                                                        : kRows;
 
@@ -155,8 +160,9 @@ SPECQUANT_EXPORT const char* specquant_cuda_matmul(const SpecquantCudaProblem* p
       case Path::kMatvec: error = matvec(a, plan.mode, device.multiprocessors, on); break;
       case Path::kGemmSmall: error = gemm(a, plan.mode, false, on); break;
       case Path::kGemmLarge: error = gemm(a, plan.mode, true, on); break;
-      case Path::kWgmmaSmall: error = gemm90(a, plan.mode, false, device.multiprocessors, on); break;
-      case Path::kWgmmaLarge: error = gemm90(a, plan.mode, true, device.multiprocessors, on); break;
+      case Path::kWgmmaSmall: error = gemm90(a, plan.mode, Tile90::kSmall, device.multiprocessors, on); break;
+      case Path::kWgmmaLarge: error = gemm90(a, plan.mode, Tile90::kLarge, device.multiprocessors, on); break;
+      case Path::kWgmmaWide: error = gemm90(a, plan.mode, Tile90::kWide, device.multiprocessors, on); break;
       case Path::kAny: error = multiply_any(a, on); break;
     }
   }

@@ -60,14 +60,12 @@ __device__ __forceinline__ void quantize_token(const Args& args, const Places& a
   int8_t* out = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) out[i] = static_cast<int8_t>(q.byte(at.values[i]));
-#pragma unroll 1
-  for (int s = rank * kThreads + threadIdx.x; s < args.segments; s += blocks * kThreads) store_scale(args, token, s, q);
+  if (rank == 0 && threadIdx.x == 0) store_scale(args, token, 0, q);
 }
 
 // Groups that lie within the block, a warp each.
 __device__ __forceinline__ void quantize_groups(const Args& args, const Places& at, int token, int first, int count) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, length = args.act_group;
-  const int spread = length / args.segment;  // segments of a group
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, length = args.segment;
   int8_t* out = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
 #pragma unroll 1
   for (int start = warp * length; start < count; start += kWarps * length) {
@@ -80,16 +78,14 @@ __device__ __forceinline__ void quantize_groups(const Args& args, const Places& 
     const Quantizer q(over_warp(lowest, Smallest()), over_warp(highest, Largest()), args.clip, args.bits);
 #pragma unroll 1
     for (int i = lane; i < length; i += 32) out[start + i] = static_cast<int8_t>(q.byte(at.values[start + i]));
-    const int segment = (first + start) / args.segment;
-#pragma unroll 1
-    for (int s = lane; s < spread; s += 32) store_scale(args, token, segment + s, q);
+    if (lane == 0) store_scale(args, token, (first + start) / length, q);
   }
 }
 
 // Groups of kStep features, a warp each, whose u stays in registers.
 __device__ __forceinline__ void quantize_steps(const Args& args, const Places& at, int token, int first, int count,
                                                float factor) {
-  const int lane = threadIdx.x % 32, spread = kStep / args.segment;
+  const int lane = threadIdx.x % 32;
   int8_t* out = static_cast<int8_t*>(args.levels) + static_cast<int64_t>(token) * args.kp + first;
 #pragma unroll 1
   for (int start = threadIdx.x / 32 * kStep; start < count; start += kWarps * kStep) {
@@ -104,7 +100,7 @@ __device__ __forceinline__ void quantize_steps(const Args& args, const Places& a
     const Quantizer q(lowest, highest, args.clip, args.bits);
 #pragma unroll
     for (int i = 0; i < 2; ++i) out[start + lane + 32 * i] = static_cast<int8_t>(q.byte(u[i]));
-    if (lane < spread) store_scale(args, token, (first + start) / args.segment + lane, q);
+    if (lane == 0) store_scale(args, token, (first + start) / kStep, q);
   }
 }
 
@@ -170,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const Args args, c
 // Features of a block: whole groups, whole rotations, whole steps.
 int span_of(const Args& args) {
   int64_t unit = std::lcm(kStep, args.hadamard ? args.hadamard : 1);
-  if (args.act_group < args.n && args.bits != 16) unit = std::lcm<int64_t>(unit, args.act_group);
+  if (args.segments > 1) unit = std::lcm<int64_t>(unit, args.segment);
   return static_cast<int>(std::min<int64_t>(round_up(ceil_div(args.n, args.cluster), unit), 1 << 20));
 }
 
@@ -192,8 +188,8 @@ size_t cluster_shared(const Args& args) { return Places::bytes(span_of(args), ar
 cudaError_t first_stage(const Args& args, const Source& source, cudaStream_t stream) {
   const auto pick = [&](auto wide, auto half) { return (source.half ? half : wide)(args, source, stream); };
   if (args.bits == 16) return pick(start<float, kHalves>, start<__half, kHalves>);
-  if (args.act_group == args.n) return pick(start<float, kToken>, start<__half, kToken>);
-  if (args.act_group == kStep) return pick(start<float, kSteps>, start<__half, kSteps>);
+  if (args.segments == 1) return pick(start<float, kToken>, start<__half, kToken>);
+  if (args.segment == kStep) return pick(start<float, kSteps>, start<__half, kSteps>);
   return pick(start<float, kGroups>, start<__half, kGroups>);
 }
 

@@ -29,6 +29,7 @@ cudaError_t gemm(const Args& args, Mode mode, bool large, cudaStream_t stream) {
   switch (mode) {
     case kFold: return launch_tile<kFold>(args, large, stream);
     case kChannel: return launch_tile<kChannel>(args, large, stream);
+    case kMultiples: return launch_tile<kMultiples>(args, large, stream);
     default: return launch_tile<kHalf>(args, large, stream);
   }
 }

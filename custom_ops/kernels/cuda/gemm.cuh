@@ -19,12 +19,12 @@ template <Mode mode, int token_frags, int warps_t, int warps_o, int stages>
 struct Gemm : GemmSlots<mode, token_frags, warps_t, warps_o, stages> {
   using Base = GemmSlots<mode, token_frags, warps_t, warps_o, stages>;
   using Base::activations, Base::args, Base::first_output, Base::first_token, Base::g, Base::kFolds, Base::kIntegers,
-      Base::kSlot, Base::kTokenScales, Base::shared, Base::t, Base::token_row, Base::warp_output, Base::weight_scales,
+      Base::kSlot, Base::kTokenScales, Base::group_scales, Base::shared, Base::t, Base::token_row, Base::warp_output,
       Base::weights;
 
   uint32_t mask;
   int magic[4];           // 1.5 · 2^23 as a float, four times
-  float acc[2][4][token_frags][4];  // [o][w][f][2h + e]; int32 until the end for kChannel
+  float acc[2][4][token_frags][4];  // [o][w][f][2h + e]; int32 until the end without segments
 
   __device__ __forceinline__ Gemm(const Args& a, uint8_t* memory) : Base(a, memory) {
     mask = args.high_nibbles;
@@ -61,19 +61,24 @@ struct Gemm : GemmSlots<mode, token_frags, warps_t, warps_o, stages> {
     for (int o = 0; o < 2; ++o) {
       const uint4 raw[2] = {weights(slot, o, 0), weights(slot, o, 1)};
       float scale[8];
-      if constexpr (kFolds) weight_scales(slot, o, scale);
+      if constexpr (kFolds) group_scales(slot, o, scale);
+      const GroupScales c(mode == kMultiples ? group_scales(slot, o, g / 4) : make_uint2(0, 0), g % 4);
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         uint32_t b[2][2];
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
           const uint32_t words[4] = {raw[s].x, raw[s].y, raw[s].z, raw[s].w};
-          unpack_s8(words[w], mask, b[s][0], b[s][1]);
+          if constexpr (mode == kMultiples) {
+            Multiple(c.of(w)).unpack(words[w], b[s][0], b[s][1]);
+          } else {
+            unpack_s8(words[w], mask, b[s][0], b[s][1]);
+          }
         }
 #pragma unroll
         for (int f = 0; f < token_frags; ++f) {
           float(&out)[4] = acc[o][w][f];
-          if constexpr (mode == kChannel) {
+          if constexpr (!kFolds) {
             int sum[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum[i] = __float_as_int(out[i]);
@@ -88,9 +93,9 @@ struct Gemm : GemmSlots<mode, token_frags, warps_t, warps_o, stages> {
             mma_s8(sum, a[f][1], b[1], sum);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              // scale has 11 bits, so −magic · scale is exact and the fused result is sum · scale, rounded once.
-              const float s = scale[i % 2 * 4 + w];
-              out[i] = fmaf(fmaf(__int_as_float(sum[i]), s, -kMagic * s), token_scale[f][i / 2], out[i]);
+              // c is a small whole number: −magic · c is exact, and sum · c, too.
+              const float c = scale[i % 2 * 4 + w];
+              out[i] = fmaf(fmaf(__int_as_float(sum[i]), c, -kMagic * c), token_scale[f][i / 2], out[i]);
             }
           }
         }
@@ -109,7 +114,7 @@ struct Gemm : GemmSlots<mode, token_frags, warps_t, warps_o, stages> {
         const uint4 raw = weights(slot, o, s);
         const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
         float scale[8];
-        weight_scales(slot, o, scale);
+        group_scales(slot, o, scale);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           uint32_t pairs[4];
@@ -128,7 +133,7 @@ struct Gemm : GemmSlots<mode, token_frags, warps_t, warps_o, stages> {
     }
   }
 
-  // kChannel: sums to floats. kHalf: the factor of the token's activations.
+  // Times the outputs' scales, and of the token's activations what was not multiplied yet. All but c · q entered as 16 · q.
   __device__ __forceinline__ void finish() {
 #pragma unroll
     for (int f = 0; f < token_frags; ++f)
@@ -136,20 +141,19 @@ struct Gemm : GemmSlots<mode, token_frags, warps_t, warps_o, stages> {
       for (int h = 0; h < 2; ++h) {
         const int token = first_token + token_row(f, h);
         if (token >= args.tokens) continue;
-        const float scale = args.scale[token];
+        constexpr float unit = mode == kFold || mode == kChannel ? 0.0625f : 1.0f;
+        const float of_token = (kFolds ? 1.0f : args.scale[token]) * unit;
 #pragma unroll
         for (int o = 0; o < 2; ++o) {
           const int output = first_output + warp_output + 32 * o + 8 * t;
           if (output >= args.m) continue;
+          float scale[8];
+          load8(scale, args.scales + output, true);
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             float& out = acc[o][i % 4][f][2 * h + i / 4];
-            if constexpr (mode == kHalf) {
-              out *= scale;
-            } else {
-              const int sum = __float_as_int(out) >> 4;  // a multiple of 16: the weights were
-              out = scale * __half2float(args.scales[output + i]) * static_cast<float>(sum);
-            }
+            const float sum = mode == kChannel || mode == kMultiples ? static_cast<float>(__float_as_int(out)) : out;
+            out = of_token * scale[i] * sum;
           }
         }
       }
@@ -278,7 +282,7 @@ __global__ void __launch_bounds__(G::kThreads) gemm_kernel(const Args args) {
     commit_async();
     gemm.multiply(step);
   }
-  if constexpr (!G::kFolds) gemm.finish();
+  gemm.finish();
   gemm.add_branch();
   gemm.store();
 }

@@ -6,26 +6,47 @@
 // 4s + t of 8 features; word 2i + h is row g + 8h of its part of fragment i, k of step s. The first stage has put the
 // activations where operand B is read from (args.h, tile_place), so that a tile of them is one contiguous copy.
 //
-// Without groups the int32 sums run over all features. With groups they are folded into float every 64 or 128 features:
-// three instructions an output, where the tensor cores take as long as two for 64 features:
-// docs/cuda.md has the count.
+// Weights are unpacked as q times their group's scale, which fits a signed byte, so that int32 sums run over all features.
+// Where activations have segments, too, sums are folded into float every 64 or 128 features: two instructions an output, as
+// long as the tensor cores take for 64 features (docs/cuda.md).
 #pragma once
 
 #include "gemm90_end.cuh"
+#include "gemm90_wide.cuh"
 
 namespace specquant_cuda {
 
 // The products of such a thread.
-template <Mode mode, int tokens, int folds>
-struct Consumer90 : Sums90<mode, tokens, folds> {
-  using Base = Sums90<mode, tokens, folds>;
+template <Mode mode, int tokens, int folds, bool split>
+struct Consumer90 : Sums90<mode, tokens, folds, split> {
+  using Base = Sums90<mode, tokens, folds, split>;
   using G = typename Base::G;
   using Base::g, Base::gemm, Base::group, Base::mask, Base::release, Base::sums, Base::t, Base::totals;
 
+  static constexpr bool kGroups = mode != kChannel;
+  const uint8_t* of_groups;  // scales of groups of the thread's panel
+  uint2 scales[2];           // those of a chunk's halves, asked for while the chunk before is multiplied
+
   __device__ __forceinline__ explicit Consumer90(const G& gemm_) : Base(gemm_) {}
 
+  __device__ __forceinline__ void load_scales(int chunk) {
+#pragma unroll
+    for (int half = 0; kGroups && half < 2; ++half) {
+      const int at = quotient(2 * (gemm.first + chunk) + half, gemm.args.group_steps);
+      scales[half] = __ldg(reinterpret_cast<const uint2*>(of_groups + 8 * at));
+    }
+  }
+
+  // output: the tile's first.
+  __device__ __forceinline__ void start(int output) {
+    const int panel = min(output / kPanel + 2 * group + g / 4, gemm.args.m / kPanel - 1);
+    of_groups = gemm.args.group_scales + static_cast<int64_t>(panel) * gemm.args.groups * 8;
+    load_scales(0);
+  }
+
   // Fragments of 64 features: [i][step of 32].
-  __device__ __forceinline__ void weights(uint32_t (&a)[2][2][4], const uint8_t* slot, int half) const {
+  __device__ __forceinline__ void weights(uint32_t (&a)[2][2][4], const uint8_t* slot, int half, const uint2& raw) const {
+    const GroupScales c(raw, g % 4);
     const uint8_t* panel = slot + G::kWeights + (2 * group + g / 4) * G::kPanelBytes + g % 4 * 16;
     // Blocks t and t + 2 share their banks: their threads read their two halves in turn.
     const bool turned = t >= 2;
@@ -37,7 +58,14 @@ struct Consumer90 : Sums90<mode, tokens, folds> {
       const uint32_t words[4] = {turned ? other.x : one.x, turned ? other.y : one.y, turned ? one.x : other.x,
                                  turned ? one.y : other.y};
 #pragma unroll
-      for (int w = 0; w < 4; ++w) unpack_s8(words[w], mask, a[w / 2][s][w % 2], a[w / 2][s][w % 2 + 2]);
+      for (int w = 0; w < 4; ++w) {
+        uint32_t &first = a[w / 2][s][w % 2], &second = a[w / 2][s][w % 2 + 2];
+        if constexpr (kGroups) {
+          Multiple(c.of(w)).unpack(words[w], first, second);
+        } else {
+          unpack_s8(words[w], mask, first, second);
+        }
+      }
     }
   }
 
@@ -56,18 +84,20 @@ struct Consumer90 : Sums90<mode, tokens, folds> {
     for (int i = 0; i < 2 * G::kSums; ++i) hold(sums[i / G::kSums][i % G::kSums]);
   }
 
-  // All features of a tile, without groups. at: slots taken so far.
+  // All features of a tile, without segments. at: slots taken so far.
   __device__ __forceinline__ void run_channels(int& at, int output) {
     for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
       const int slot = at % G::kSlots;
       const uint8_t* from = gemm.shared + slot * G::kSlot;
+      const uint2 now[2] = {scales[0], scales[1]};
+      load_scales(min(chunk + 1, gemm.chunks - 1));
       barrier_wait(gemm.full + slot, at / G::kSlots & 1);
       uint32_t first[2][2][4], second[2][2][4];
-      weights(first, from, 0);
+      weights(first, from, 0, now[0]);
       multiply(first, from, 0, chunk > 0);
       wgmma_wait<1>();
       if (chunk) release(gemm.empty + (at - 1) % G::kSlots);
-      weights(second, from, 1);
+      weights(second, from, 1, now[1]);
       multiply(second, from, 1, true);
       wgmma_wait<1>();
     }
@@ -77,20 +107,22 @@ struct Consumer90 : Sums90<mode, tokens, folds> {
     release(gemm.empty + (at - 1) % G::kSlots);
   }
 
-  __device__ __forceinline__ void run_groups(int& at, int output) {
+  __device__ __forceinline__ void run_segments(int& at, int output) {
 #pragma unroll
     for (int i = 0; i < 2 * G::kSums; ++i) totals[i / G::kSums][i % G::kSums] = 0.0f;
     for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
       const int slot = at % G::kSlots;
       const uint8_t* from = gemm.shared + slot * G::kSlot;
+      const uint2 now[2] = {scales[0], scales[1]};
+      load_scales(min(chunk + 1, gemm.chunks - 1));
       barrier_wait(gemm.full + slot, at / G::kSlots & 1);
 #pragma unroll
       for (int fold_ = 0; fold_ < folds; ++fold_) {
         uint32_t first[2][2][4], second[2][2][4];
-        weights(first, from, fold_);
+        weights(first, from, fold_, now[fold_]);
         multiply(first, from, fold_, false);
         if constexpr (folds == 1) {
-          weights(second, from, 1);
+          weights(second, from, 1, now[1]);
           multiply(second, from, 1, true);
         }
         wgmma_wait<0>();
@@ -102,32 +134,28 @@ struct Consumer90 : Sums90<mode, tokens, folds> {
     this->load_ends(this->output_of(output));
   }
 
-  // totals += sums · both scales.
+  // totals += sums · the tokens' scales.
   __device__ __forceinline__ void fold(const uint8_t* slot, int which) {
-    const int output = 32 * group + 4 * g;
-    const uint2 raw = *reinterpret_cast<const uint2*>(slot + G::kWeightScales + (which * G::kOutputs + output) * 2);
-    const float2 low = __half22float2(half2_of(raw.x)), high = __half22float2(half2_of(raw.y));
-    const float scale[4] = {low.x, low.y, high.x, high.y};
 #pragma unroll
     for (int block = 0; block < tokens / 8; ++block) {
       const int token = which * tokens + 8 * block + 2 * t;
       const float2 token_scale = *reinterpret_cast<const float2*>(slot + G::kTokenScales + token * 4);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int w = i / 2, j = 4 * block + i % 4;
-        float& total = totals[i / 4][j];
-        total = fmaf(static_cast<float>(sums[i / 4][j]) * scale[w], i % 2 ? token_scale.y : token_scale.x, total);
+        float& total = totals[i / 4][4 * block + i % 4];
+        total = fmaf(static_cast<float>(sums[i / 4][4 * block + i % 4]), i % 2 ? token_scale.y : token_scale.x, total);
       }
     }
   }
 };
 
-template <Mode mode, int tokens, int folds>
-__global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
+// parts: blocks of a cluster, which share a tile where it is split.
+template <Mode mode, int tokens, int folds, bool split>
+__global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args, int parts) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)  // empty for all GPUs but Hopper
-  using G = Gemm90<mode, tokens, folds>;
+  using G = Gemm90<mode, tokens, folds, split>;
   extern __shared__ __align__(1024) uint8_t memory[];
-  const G gemm(args, memory);
+  const G gemm(args, parts, memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < G::kSlots; ++i) {
       barrier_init(gemm.full + i, 1);
@@ -135,25 +163,41 @@ __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args) {
     }
     barrier_init(gemm.end_full, 1);
     barrier_init(gemm.end_empty, 4 * G::kConsumers);
+    if constexpr (split) box_open(gemm.box, tokens * G::kOutputs * 4);
     barriers_ready();
   }
   __syncthreads();
+  if constexpr (split) cluster_arrive();
   wait_for_previous();
+  if constexpr (split) cluster_wait();
   if (threadIdx.x < 128) {
     leave_registers<40>();
     gemm.produce(threadIdx.x / 32, threadIdx.x % 32);
   } else {
     take_registers<232>();
-    Consumer90<mode, tokens, folds> consumer(gemm);
-    int at = 0, turn = 0;
-    for (int tile = blockIdx.x; tile < gemm.tiles; tile += gridDim.x, ++turn) {
-      const int2 corner = gemm.corner(tile);
-      if constexpr (G::kFolds) {
-        consumer.run_groups(at, corner.y);
-      } else {
-        consumer.run_channels(at, corner.y);
+    int turn = 0;
+    if constexpr (G::kWide) {
+      Wide90 consumer(gemm);
+      int slot = 0;
+      uint32_t parity = 0;
+      for (int tile = blockIdx.x; tile < gemm.tiles; tile += gridDim.x, ++turn) {
+        const int2 corner = gemm.corner(tile);
+        consumer.run(slot, parity, corner.y);
+        consumer.finish(corner, turn);
       }
-      consumer.finish(corner, turn);
+    } else {
+      Consumer90<mode, tokens, folds, split> consumer(gemm);
+      int at = 0;
+      for (int tile = gemm.first_tile(); tile < gemm.tiles; tile = gemm.next_tile(tile), ++turn) {
+        const int2 corner = gemm.corner(tile);
+        consumer.start(corner.y);
+        if constexpr (G::kFolds) {
+          consumer.run_segments(at, corner.y);
+        } else {
+          consumer.run_channels(at, corner.y);
+        }
+        consumer.finish(corner, turn);
+      }
     }
   }
 #endif

@@ -1,6 +1,7 @@
-// The end of a tile of gemm90.cuh: scales where there are no groups, the branch, bias, residual or gate, from sums to y.
+// The end of a tile of gemm90.cuh: scales, the branch, bias, residual or gate, from sums to y.
 #pragma once
 
+#include "cluster.cuh"
 #include "gate.cuh"
 #include "gemm90_ring.cuh"
 #include "unpack.cuh"
@@ -11,9 +12,9 @@ namespace specquant_cuda {
 enum End90 { kPlain, kAdded, kPairs, kSiluPairs };
 
 // What a thread of the two multiplying warpgroups holds, and what it does at the end of a tile.
-template <Mode mode, int tokens, int folds>
+template <Mode mode, int tokens, int folds, bool split>
 struct Sums90 {
-  using G = Gemm90<mode, tokens, folds>;
+  using G = Gemm90<mode, tokens, folds, split>;
 
   const G& gemm;
   int group, g, t, lane;
@@ -54,7 +55,7 @@ struct Sums90 {
     const Args& args = gemm.args;
     load_coef(ends.coef, output, 0);
     ends.scale = make_uint2(0, 0);
-    if (mode == kChannel && output < args.m) ends.scale = __ldg(reinterpret_cast<const uint2*>(args.scales + output));
+    if (output < args.m) ends.scale = __ldg(reinterpret_cast<const uint2*>(args.scales + output));
     const bool there = args.bias && output < args.m;
     const float4 bias =
         there ? __ldg(reinterpret_cast<const float4*>(args.bias + output)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -73,7 +74,7 @@ struct Sums90 {
       }
   }
 
-  // y of a tile: scales where there are no groups, the branch, bias, residual or gate.
+  // y of a tile: scales, the branch, bias, residual or gate.
   __device__ __forceinline__ void finish(int2 corner, int turn) {
     gemm.args.y_half ? finish_rank<true>(corner, turn) : finish_rank<false>(corner, turn);
   }
@@ -90,7 +91,7 @@ struct Sums90 {
 
   template <int blocks, bool halves>
   __device__ __forceinline__ void finish_end(int2 corner, int turn) {
-    constexpr bool often = mode == kChannel && halves && blocks < 2;
+    constexpr bool often = !G::kFolds && halves && blocks < 2;
     if (often && gemm.args.gate == kSiluGate) {
       finish_as<blocks, halves, kSiluPairs>(corner, turn);
     } else if (gemm.args.gate) {
@@ -106,7 +107,7 @@ struct Sums90 {
   template <int blocks, bool halves, End90 end>
   __device__ __forceinline__ void finish_as(int2 corner, int turn) {
     const Args& args = gemm.args;
-    constexpr int together = blocks > 1 ? 1 : 2;  // times 8 tokens
+    constexpr int together = split || blocks > 1 ? 1 : 2;  // times 8 tokens
     const int first_token = corner.x + 2 * t, output = output_of(corner.y);
     const int tokens_left = output < args.m ? args.tokens - first_token : 0;  // from this thread's first on
     uint32_t coef[blocks ? blocks : 1][2][2][4];
@@ -117,15 +118,15 @@ struct Sums90 {
     }
     const float2 low_scales = __half22float2(half2_of(ends.scale.x));
     const float2 high_scales = __half22float2(half2_of(ends.scale.y));
-    constexpr float unit = 0.0625f;  // sums are 16 times too large: the weights were
+    constexpr float unit = mode == kChannel ? 0.0625f : 1.0f;  // its weights entered as 16 · q, the others as c · q
     const float scale[4] = {low_scales.x * unit, low_scales.y * unit, high_scales.x * unit, high_scales.y * unit};
     barrier_wait(gemm.end_full, turn & 1);
     constexpr bool added = end == kAdded, pairs = end == kPairs || end == kSiluPairs;
     constexpr int size = halves ? 2 : 4;
     const int64_t step = static_cast<int64_t>(args.width) * size;
     int64_t at = first_token * step + static_cast<int64_t>(pairs ? output / 2 : output) * size;  // of y here, in bytes
-#pragma unroll
-    for (int start = 0; start < tokens / 8; start += together) {
+    // 8 · together tokens; sum(i, k, e) is of output i.
+    const auto finish_tokens = [&](int start, const auto& sum) {
       uint4 residual[together][2];
       if (added && args.residual) {
 #pragma unroll
@@ -150,23 +151,21 @@ struct Sums90 {
       }
 #pragma unroll
       for (int k = 0; k < together; ++k, at += 8 * step) {
-        const int place = (8 * (start + k) + 2 * t) * 4;
+        const uint8_t* of_tokens = gemm.shared + (8 * (start + k) + 2 * t) * 4;
         float2 factor = make_float2(0.0f, 0.0f), token_scale = make_float2(0.0f, 0.0f);
-        if constexpr (blocks > 0) factor = *reinterpret_cast<const float2*>(gemm.shared + G::kFactors + place);
-        if constexpr (mode == kChannel)
-          token_scale = *reinterpret_cast<const float2*>(gemm.shared + G::kEndScales + place);
+        if (blocks > 0) factor = *reinterpret_cast<const float2*>(of_tokens + G::kFactors);
+        if (!G::kFolds) token_scale = *reinterpret_cast<const float2*>(of_tokens + G::kEndScales);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float v[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int j = 4 * (start + k) + i % 2 * 2 + e;
             float rest = ends.bias[i];
             if constexpr (blocks > 0) rest = fmaf(branch[k][i / 2 * 4 + i % 2 * 2 + e], e ? factor.y : factor.x, rest);
-            if constexpr (mode == kChannel) {
-              v[i] = fmaf(static_cast<float>(sums[i / 2][j]), (e ? token_scale.y : token_scale.x) * scale[i], rest);
+            if constexpr (G::kFolds) {
+              v[i] = fmaf(sum(i, k, e), scale[i], rest);
             } else {
-              v[i] = totals[i / 2][j] + rest;
+              v[i] = fmaf(static_cast<float>(sum(i, k, e)), (e ? token_scale.y : token_scale.x) * scale[i], rest);
             }
           }
           if (added && args.residual) add_residual<halves>(v, residual[k][e]);
@@ -181,8 +180,79 @@ struct Sums90 {
         }
       }
       hold(at);  // or the places of all tokens are worked out at once, and take registers
+    };
+    if constexpr (split) {
+      finish_share(at, 8 * step, finish_tokens);
+    } else {
+#pragma unroll
+      for (int start = 0; start < tokens / 8; start += together)
+        finish_tokens(start, [&](int i, int k, int e) { return of(i / 2, 4 * (start + k) + i % 2 * 2 + e); });
     }
     release(gemm.end_empty);
+  }
+
+  // A sum, of all of this block's features.
+  __device__ __forceinline__ auto of(int i, int j) const {
+    if constexpr (G::kFolds) {
+      return totals[i][j];
+    } else {
+      return sums[i][j];
+    }
+  }
+
+  // Sums of 8 tokens go to the block of the cluster that finishes these: 8 a thread, from every block.
+  static constexpr int kThreads = G::kConsumers * 128, kTokenBlocks = tokens / 8;
+  __device__ __forceinline__ float4* exchanged(int token_block, int from, int i) const {
+    return reinterpret_cast<float4*>(gemm.shared + G::kExchange) + ((token_block * gemm.parts + from) * 2 + i) * kThreads +
+           (threadIdx.x - 128);
+  }
+  __device__ __forceinline__ void exchange() const {
+    const int part = cluster_rank(), own = kTokenBlocks / gemm.parts;  // token blocks that a block finishes
+#pragma unroll
+    for (int block = 0; block < kTokenBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float v[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if constexpr (G::kFolds) {
+            v[j] = totals[i][4 * block + j];
+          } else {
+            v[j] = __int_as_float(sums[i][4 * block + j]);
+          }
+        }
+        box_send(exchanged(block % own, part, i), block / own, make_float4(v[0], v[1], v[2], v[3]), gemm.box, gemm.parts);
+      }
+    }
+  }
+
+  // The token blocks of this block of the cluster. at: of y, which moves on by `step` bytes for each.
+  template <class Finish>
+  __device__ __forceinline__ void finish_share(int64_t& at, int64_t step, const Finish& finish_tokens) const {
+    const int own = kTokenBlocks / gemm.parts, start = cluster_rank() * own;
+    exchange();
+    at += start * step;
+    box_wait(gemm.box, gemm.parts);
+#pragma unroll 1
+    for (int block = 0; block < own; ++block) {
+      decltype(of(0, 0)) all[2][4] = {};
+#pragma unroll 1
+      for (int from = 0; from < gemm.parts; ++from)  // in this order, whoever is first
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float4 v = *exchanged(block, from, i);
+          const float each[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if constexpr (G::kFolds) {
+              all[i][j] += each[j];
+            } else {
+              all[i][j] += __float_as_int(each[j]);
+            }
+          }
+        }
+      finish_tokens(start + block, [&](int i, int, int e) { return all[i / 2][i % 2 * 2 + e]; });
+    }
   }
 
   // Four outputs of it, as they lie. at: in bytes.

@@ -21,8 +21,8 @@ struct GemmSlots {
 
   // A slot of the ring.
   static constexpr int kWeights = kTokens * kRowBytes;
-  static constexpr int kWeightScales = kWeights + kOutputs * kStep / 2;
-  static constexpr int kTokenScales = kWeightScales + (mode == kChannel ? 0 : kOutputs * 2);
+  static constexpr int kGroupScales = kWeights + kOutputs * kStep / 2;
+  static constexpr int kTokenScales = kGroupScales + (mode == kChannel ? 0 : kOutputs / kPanel * 8);
   static constexpr int kSlot = kTokenScales + (kFolds ? kTokens * 4 : 0);
   static constexpr int kShared = kSlot * stages;
 
@@ -70,10 +70,10 @@ struct GemmSlots {
                  panel < panels && step * (kStep / kBlock) + block < blocks);
     }
     if constexpr (mode != kChannel) {
-      if (thread < kOutputs / 8) {
-        const int64_t group = step * kStep / args.weight_group;
-        const int output = first_output + thread * 8;
-        copy_async(slot + kWeightScales + thread * 16, args.scales + group * args.m + output, output < args.m);
+      if (thread < kOutputs / kPanel) {
+        const uint8_t* from = args.group_scales + static_cast<int64_t>(first_output / kPanel) * args.groups * 8;
+        const int at = thread * args.groups + quotient(step, args.group_steps);
+        copy_async_8(slot + kGroupScales + thread * 8, from + at * 8, thread < panels);
       }
     }
     if constexpr (kFolds) {
@@ -107,9 +107,16 @@ struct GemmSlots {
     load_matrices(a, slot + place(row, 2 * pair + lane / 16));
   }
 
-  __device__ __forceinline__ void weight_scales(const uint8_t* slot, int o, float (&scale)[8]) const {
-    const int at = (warp_output + 32 * o + 8 * t) * 2;
-    widen(*reinterpret_cast<const uint4*>(slot + kWeightScales + at), scale);
+  // Of panel 2 · o + half of the warp's.
+  __device__ __forceinline__ uint2 group_scales(const uint8_t* slot, int o, int half) const {
+    return *reinterpret_cast<const uint2*>(slot + kGroupScales + (warp_output / kPanel + 2 * o + half) * 8);
+  }
+
+  // c of outputs 32 · o + 8t … 8t + 7.
+  __device__ __forceinline__ void group_scales(const uint8_t* slot, int o, float (&scale)[8]) const {
+    const uint2 raw = group_scales(slot, o, t / 2);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scale[i] = GroupScales(raw, t % 2 * 2 + i / 4).as_float(i % 4);
   }
 };
 

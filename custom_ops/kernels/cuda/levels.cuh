@@ -37,7 +37,7 @@ struct Quantizer {
 };
 
 __device__ __forceinline__ void store_scale(const Args& args, int token, int segment, const Quantizer& q) {
-  args.scale[static_cast<int64_t>(segment) * args.tp + token] = q.scale * args.level_unit;
+  args.scale[static_cast<int64_t>(segment) * args.tp + token] = q.scale;
 }
 
 // The low bytes of four words.

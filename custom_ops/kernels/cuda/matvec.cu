@@ -10,8 +10,7 @@ template <Mode mode, int frags, int warps, bool staged>
 __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
   using M = Matvec<mode, frags, warps, staged>;
   extern __shared__ uint4 kept[];
-  __shared__ float4 shares4[warps][M::kTokens * kOutputs / 4];  // kChannel: int32
-  __shared__ float4 branch4[mode == kChannel ? warps : 1][M::kTokens * kOutputs / 4];
+  __shared__ float4 shares4[warps][M::kTokens * kOutputs / 4];
   M work(args, reinterpret_cast<char*>(kept));
   const int steps = args.kp / kStep;
 
@@ -37,34 +36,13 @@ __global__ void __launch_bounds__(warps * 32) matvec_kernel(const Args args) {
     }
   }
 
-  work.branch(coef, mode == kChannel ? branch4[work.warp] : shares4[work.warp]);
-#pragma unroll
-  for (int i = 0; i < frags * 2; ++i) {
-    const int f = i / 2, e = i % 2, token = 8 * f + 2 * work.t + e;
-    float4& to = shares4[work.warp][token * (kOutputs / 4) + work.g];
-    float4 v = make_float4(work.acc[0][f][e], work.acc[0][f][2 + e], work.acc[1][f][e], work.acc[1][f][2 + e]);
-    if constexpr (mode != kChannel) {
-      const float factor = mode == kHalf && token < args.tokens ? args.scale[token] : 1.0f;
-      v = make_float4(fmaf(v.x, factor, to.x), fmaf(v.y, factor, to.y), fmaf(v.z, factor, to.z), fmaf(v.w, factor, to.w));
-    }
-    to = v;
-  }
+  work.finish(coef, shares4[work.warp]);
   __syncthreads();
 
   for (int i = threadIdx.x; i < min(M::kTokens, args.tokens) * kOutputs; i += warps * 32) {
     const int token = i / kOutputs, place = work.first_output + i % kOutputs, output = min(place, args.m - 1);
     float y = 0.0f;
-    if constexpr (mode == kChannel) {
-      int sum = 0;
-      for (int w = 0; w < warps; ++w) {
-        sum += reinterpret_cast<const int*>(shares4[w])[i];
-        y += reinterpret_cast<const float*>(branch4[w])[i];
-      }
-      sum >>= 4;  // a multiple of 16: the weights were
-      y += args.scale[token] * __half2float(args.scales[output]) * static_cast<float>(sum);
-    } else {
-      for (int w = 0; w < warps; ++w) y += reinterpret_cast<const float*>(shares4[w])[i];
-    }
+    for (int w = 0; w < warps; ++w) y += reinterpret_cast<const float*>(shares4[w])[i];
     if (args.bias) y += args.bias[output];
     if (args.residual) y += residual_at(args, static_cast<int64_t>(token) * args.m + output);
     store_outputs(args, token, output, y, place < args.m);
@@ -94,7 +72,7 @@ cudaError_t launch(const Args& args, int multiprocessors, cudaStream_t stream) {
                          : start<mode, 1, 16>(args, stream);
   }
   if (args.tokens <= 16) return start<mode, 2, 8>(args, stream);
-  if constexpr (mode != kChannel) return start<mode, 4, 8>(args, stream);
+  if constexpr (mode == kFold || mode == kHalf) return start<mode, 4, 8>(args, stream);
   return cudaErrorInvalidValue;  // plan.cc sends no more tokens here
 }
 
@@ -105,6 +83,7 @@ cudaError_t matvec(const Args& args, Mode mode, int multiprocessors, cudaStream_
   switch (mode) {
     case kFold: return launch<kFold>(args, multiprocessors, stream);
     case kChannel: return launch<kChannel>(args, multiprocessors, stream);
+    case kMultiples: return launch<kMultiples>(args, multiprocessors, stream);
     default: return launch<kHalf>(args, multiprocessors, stream);
   }
 }

@@ -42,14 +42,14 @@ struct Matvec {
   struct Step {
     uint4 weights[2];                                 // blocks t and 4 + t
     uint4 activations[frags][mode == kHalf ? 2 : 1];  // int8: blocks t and 4 + t side by side
-    uint2 scales;                                     // of outputs 4g … 4g + 3
+    uint2 group_scales;                               // of the panel
     float2 token_scale[frags];                        // of tokens 2t, 2t + 1
   };
 
   const Args& args;
   const int warp, lane, g, t, first_output, blocks;
   const uint32_t mask;
-  const uint8_t* panel;
+  const uint8_t *panel, *of_groups;
   const Staged<mode, frags> places;
   char* const kept;        // the staged bytes
   float acc[2][frags][4];  // [words 0, 1 or 2, 3][f][2h + e]: output 4g + 2·pair + h, token 8f + 2t + e
@@ -60,11 +60,10 @@ struct Matvec {
         kept(shared) {
     const int panels = ceil_div(args.m, kPanel), wanted = first_output / kPanel + g / 4;
     panel = args.qweight + static_cast<int64_t>(min(wanted, panels - 1)) * blocks * 64 + g % 4 * 16;
+    of_groups = args.group_scales + static_cast<int64_t>(min(wanted, panels - 1)) * args.groups * 8;
 #pragma unroll
     for (int i = 0; i < 2 * frags * 4; ++i) acc[i / (frags * 4)][i / 4 % frags][i % 4] = 0.0f;
   }
-
-  __device__ __forceinline__ bool scaled() const { return first_output + 4 * g < args.m; }
 
   // What earlier kernels do not write.
   __device__ __forceinline__ void load_weights(Step& s, int step) const {
@@ -73,11 +72,8 @@ struct Matvec {
       const int block = step * (kStep / kBlock) + 4 * i + t;
       s.weights[i] = block < blocks ? load_stream(panel + static_cast<int64_t>(block) * 64) : make_uint4(0, 0, 0, 0);
     }
-    if constexpr (mode != kChannel) {
-      const int64_t group = quotient(step, args.group_steps);
-      const __half* from = args.scales + group * args.m + first_output + 4 * g;
-      s.scales = scaled() ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
-    }
+    if constexpr (mode != kChannel)
+      s.group_scales = __ldg(reinterpret_cast<const uint2*>(of_groups + quotient(step, args.group_steps) * 8));
   }
 
   // Copies what the first stage made; the block meets before it is read.
@@ -131,16 +127,15 @@ struct Matvec {
   }
 
   __device__ __forceinline__ void add(const Step& s) {
-    const float2 low = __half22float2(half2_of(s.scales.x)), high = __half22float2(half2_of(s.scales.y));
-    const float scale[2][2] = {{low.x, low.y}, {high.x, high.y}};
+    const GroupScales c(mode == kChannel ? make_uint2(0, 0) : s.group_scales, g % 4);
     if constexpr (mode == kHalf) {
-      add_halves(s, scale);
+      add_halves(s, c);
     } else {
-      add_integers(s, scale);
+      add_integers(s, c);
     }
   }
 
-  __device__ __forceinline__ void add_integers(const Step& s, const float (&scale)[2][2]) {
+  __device__ __forceinline__ void add_integers(const Step& s, const GroupScales& c) {
     uint32_t a[2][2][4];  // [pair][i]
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -162,7 +157,7 @@ struct Matvec {
         } else {
           constexpr int magic = 0x4B400000;  // as in gemm.cuh
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum[i] = magic;
+          for (int i = 0; i < 4; ++i) sum[i] = mode == kFold ? magic : 0;
         }
         mma_s8(sum, a[pair][0], b[0], sum);
         mma_s8(sum, a[pair][1], b[1], sum);
@@ -170,8 +165,10 @@ struct Matvec {
         for (int i = 0; i < 4; ++i) {
           if constexpr (mode == kChannel) {
             out[i] = __int_as_float(sum[i]);
+          } else if constexpr (mode == kMultiples) {  // without the weights' 16 times, or a long sum would not fit
+            out[i] = __int_as_float(__float_as_int(out[i]) + c.of(2 * pair + i / 2) * (sum[i] >> 4));
           } else {
-            const float factor = scale[pair][i / 2];
+            const float factor = c.as_float(2 * pair + i / 2);
             out[i] = fmaf(fmaf(__int_as_float(sum[i]), factor, -kMagic * factor),
                           i % 2 ? s.token_scale[f].y : s.token_scale[f].x, out[i]);
           }
@@ -180,7 +177,7 @@ struct Matvec {
     }
   }
 
-  __device__ __forceinline__ void add_halves(const Step& s, const float (&scale)[2][2]) {
+  __device__ __forceinline__ void add_halves(const Step& s, const GroupScales& c) {
     float part[2][frags][4] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -209,7 +206,7 @@ struct Matvec {
 #pragma unroll
     for (int i = 0; i < 2 * frags * 4; ++i) {
       const int pair = i / (frags * 4), f = i / 4 % frags, j = i % 4;
-      acc[pair][f][j] = fmaf(part[pair][f][j], scale[pair][j / 2], acc[pair][f][j]);
+      acc[pair][f][j] = fmaf(part[pair][f][j], c.as_float(2 * pair + j / 2), acc[pair][f][j]);
     }
   }
 
@@ -250,19 +247,33 @@ struct Matvec {
     }
   }
 
-  // This warp's shares of low · C, float32 [tokens, outputs]. coef: of its first.
-  __device__ __forceinline__ void branch(uint2 (&coef)[4], float4* to) const {
+  // This warp's share of y, float32 [tokens, outputs]: scales, and its shares of low · C. coef: of the first of these.
+  __device__ __forceinline__ void finish(uint2 (&coef)[4], float4* to) const {
     float sum[2][frags][4] = {};
     for (int share = warp; share < branch_shares(); share += warps) {
       if (share != warp) load_coef(coef, share);
       add_branch(sum, coef, share);
     }
+    const int output = min(first_output + 4 * g, args.m - 4);
+    const uint2 raw = __ldg(reinterpret_cast<const uint2*>(args.scales + output));
+    const float2 lower = __half22float2(half2_of(raw.x)), upper = __half22float2(half2_of(raw.y));
+    const float scale[2][2] = {{lower.x, lower.y}, {upper.x, upper.y}};
+    constexpr float unit = mode == kFold || mode == kChannel ? 0.0625f : 1.0f;  // their weights entered as 16 · q
+    constexpr bool integers = mode == kChannel || mode == kMultiples;
 #pragma unroll
     for (int i = 0; i < frags * 2; ++i) {
       const int f = i / 2, e = i % 2, token = 8 * f + 2 * t + e;
-      const float factor = args.rank && token < args.tokens ? args.low_factor[token] : 0.0f;
-      to[token * (kOutputs / 4) + g] = make_float4(sum[0][f][e] * factor, sum[0][f][2 + e] * factor,
-                                                   sum[1][f][e] * factor, sum[1][f][2 + e] * factor);
+      const bool there = token < args.tokens;
+      const float factor = args.rank && there ? args.low_factor[token] : 0.0f;
+      const float of_token = mode == kFold || !there ? unit : unit * args.scale[token];
+      float v[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float all = acc[j / 2][f][j % 2 * 2 + e];
+        v[j] = fmaf(integers ? static_cast<float>(__float_as_int(all)) : all, of_token * scale[j / 2][j % 2],
+                    sum[j / 2][f][j % 2 * 2 + e] * factor);
+      }
+      to[token * (kOutputs / 4) + g] = make_float4(v[0], v[1], v[2], v[3]);
     }
   }
 };

@@ -10,23 +10,12 @@
 namespace specquant_cuda {
 namespace {
 
-template <Mode mode>
-__device__ __forceinline__ float together(const Args& args, const Shares& shares, const char* kept, int index, int output) {
-  const int from = index / kTile * shares.parts * kTile + index % kTile;
+__device__ __forceinline__ float together(const Shares& shares, const char* kept, int index) {
+  const float* sums = reinterpret_cast<const float*>(kept + shares.sums) + index / kTile * shares.parts * kTile + index % kTile;
   float y = 0.0f;
-  if constexpr (mode == kChannel) {
-    int sum = 0;
-    for (int p = 0; p < shares.parts; ++p) {
-      sum += reinterpret_cast<const int*>(kept + shares.sums)[from + p * kTile];
-      if (args.rank) y += reinterpret_cast<const float*>(kept + shares.branch)[from + p * kTile];
-    }
-    sum >>= 4;  // a multiple of 16: the weights were
-    return y + args.scale[0] * __half2float(args.scales[output]) * static_cast<float>(sum);
-  } else {
 #pragma unroll 4
-    for (int p = 0; p < shares.parts; ++p) y += reinterpret_cast<const float*>(kept + shares.sums)[from + p * kTile];
-    return y;
-  }
+  for (int p = 0; p < shares.parts; ++p) y += sums[p * kTile];
+  return y;
 }
 
 template <Mode mode>
@@ -64,8 +53,6 @@ __global__ void __launch_bounds__(kMostWarps * 32, 1) one_token_kernel(const Arg
   work.stage();
   __syncthreads();
 
-#pragma unroll
-  for (int i = 0; i < 4; ++i) work.out[i] = 0.0f;
   work.clear_sums();
   for (uint32_t parity = 0; at.tile < last; parity ^= 1) {
     const Place next = work.after(at);
@@ -108,7 +95,7 @@ __global__ void __launch_bounds__(kMostWarps * 32, 1) one_token_kernel(const Arg
 
   for (int i = threadIdx.x; i < (last - first) * kTile; i += blockDim.x) {
     const int place = first * kTile + i, output = min(place, args.m - 1);
-    float y = together<mode>(args, shares, kept, i, output);
+    float y = together(shares, kept, i);
     const bool here = i == static_cast<int>(threadIdx.x);
     if (args.bias) y += here ? bias : args.bias[output];
     if (args.residual) y += here ? residual : residual_at(args, output);
@@ -118,12 +105,12 @@ __global__ void __launch_bounds__(kMostWarps * 32, 1) one_token_kernel(const Arg
 }
 
 // warps: the most of a block.
-Shares divided(const Args& args, Mode mode, int multiprocessors, int warps) {
+Shares divided(const Args& args, int multiprocessors, int warps) {
   Shares s{};
   s.tiles = ceil_div(args.m, kTile), s.units = ceil_div(args.kp, kUnitFeatures);
   s.parts = ceil_div(s.units, ceil_div(s.units, warps));
   s.slots = std::min(warps / s.parts, ceil_div(s.tiles, multiprocessors));
-  const int bytes = s.parts * kTile * 4 * (mode == kChannel ? 2 : 1);  // of a tile's sums
+  const int bytes = s.parts * kTile * 4;  // of a tile's sums
   s.blocks = std::max(std::min(s.tiles, multiprocessors), ceil_div(s.tiles, kMostSums / bytes));
   s.least = s.tiles / s.blocks, s.more = s.tiles % s.blocks;
   s.levels = static_cast<int>(round_up(s.parts * s.slots * (kUnitBytes + 8), kZeros)) + kZeros;
@@ -131,21 +118,20 @@ Shares divided(const Args& args, Mode mode, int multiprocessors, int warps) {
   s.starts = s.scales + s.units * kGroups * 4;
   s.low = s.starts + s.units * kGroups * 4;
   s.sums = s.low + args.rp * 4;
-  s.branch = s.sums + ceil_div(s.tiles, s.blocks) * s.parts * kTile * 4;
-  s.bytes = mode == kChannel ? s.branch + s.branch - s.sums : s.branch;
+  s.bytes = s.sums + ceil_div(s.tiles, s.blocks) * bytes;
   return s;
 }
 
 // As many warps as shared memory allows.
-Shares shares_of(const Args& args, Mode mode, int multiprocessors) {
+Shares shares_of(const Args& args, int multiprocessors) {
   int warps = kMostWarps;
-  while (warps > 4 && divided(args, mode, multiprocessors, warps).bytes > args.most_shared) warps /= 2;
-  return divided(args, mode, multiprocessors, warps);
+  while (warps > 4 && divided(args, multiprocessors, warps).bytes > args.most_shared) warps /= 2;
+  return divided(args, multiprocessors, warps);
 }
 
 template <Mode mode>
 cudaError_t start(const Args& args, int multiprocessors, cudaStream_t stream) {
-  const Shares shares = shares_of(args, mode, multiprocessors);
+  const Shares shares = shares_of(args, multiprocessors);
   const auto kernel = one_token_kernel<mode>;
   static Known known;
   const cudaError_t error = allow(kernel, args.most_shared, false, known);
@@ -158,11 +144,13 @@ cudaError_t start(const Args& args, int multiprocessors, cudaStream_t stream) {
 
 bool takes_one_token(const Args& args, Mode mode, int multiprocessors) {
   return args.early && args.tokens == 1 && mode != kHalf && args.n % kStep == 0 &&
-         shares_of(args, mode, multiprocessors).bytes <= args.most_shared;
+         shares_of(args, multiprocessors).bytes <= args.most_shared;
 }
 
 cudaError_t one_token(const Args& args, Mode mode, int multiprocessors, cudaStream_t stream) {
-  return mode == kFold ? start<kFold>(args, multiprocessors, stream) : start<kChannel>(args, multiprocessors, stream);
+  return mode == kFold       ? start<kFold>(args, multiprocessors, stream)
+         : mode == kMultiples ? start<kMultiples>(args, multiprocessors, stream)
+                              : start<kChannel>(args, multiprocessors, stream);
 }
 
 }  // namespace specquant_cuda

@@ -35,13 +35,13 @@ struct Shares {
   int tiles, units;  // of the product
   int parts, slots;  // warps that share a tile; tiles that a block has under way
   int blocks, least, more;  // of the grid; tiles of a block, the first `more` of which have one more
-  int levels, scales, starts, low, sums, branch, bytes;
+  int levels, scales, starts, low, sums, bytes;
 };
 
 // What a unit needs beside its weights.
 struct Constants {
-  uint2 scales[2];  // of groups 2t and 2t + 1
-  uint2 column;     // of C: the thread's t-th of the warp's first four; of a tile's first unit
+  uint2 group_scales[2];  // of groups 2t and 2t + 1 and the panel
+  uint2 column, scales;   // of C: the thread's t-th of the warp's first four; of the outputs. Of a tile's first unit
 };
 
 // A tile of 32 outputs and a unit of 512 features.
@@ -61,6 +61,7 @@ struct OneToken {
   Constants now;
   int low[2][4], high[2][4];  // sums of low and high nibbles: [words 0, 1 or 2, 3][2h + e], of output 4 · quad + 2 · pair + h
   float out[4];
+  int total[4];  // kMultiples: of the tile
 
   __device__ __forceinline__ OneToken(const Args& a, const Shares& s, char* shared)
       : args(a), shares(s), kept(shared), lane(threadIdx.x % 32), g(lane / 4), t(lane % 4),
@@ -94,22 +95,27 @@ struct OneToken {
 
   __device__ __forceinline__ void load(Constants& to, const Place& at, bool first) const {
     if (args.rank && first) to.column = column(at.tile, 0);
+    if (first) to.scales = four(args.scales, at.tile);
     if constexpr (mode == kChannel) return;
-    const int output = at.tile * kTile + 4 * quad;
+    const int panel = min(at.tile * (kTile / kPanel) + quad / 4, ceil_div(args.m, kPanel) - 1);
+    const uint8_t* of_groups = args.group_scales + static_cast<int64_t>(panel) * args.groups * 8;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int group = at.unit * kGroups + 2 * t + e;
-      const bool there = output < args.m && group < groups;
-      const int64_t row = static_cast<int64_t>(quotient(group, args.group_steps)) * args.m + output;
-      to.scales[e] = there ? __ldg(reinterpret_cast<const uint2*>(args.scales + row)) : make_uint2(0, 0);
+      const int group = min(at.unit * kGroups + 2 * t + e, groups - 1);
+      to.group_scales[e] = __ldg(reinterpret_cast<const uint2*>(of_groups + quotient(group, args.group_steps) * 8));
     }
   }
 
   // The thread's column of C: the t-th of four, of which the warp takes every parts-th.
   __device__ __forceinline__ uint2 column(int tile, int i) const {
-    const int c = 4 * (part + i * shares.parts) + t, output = tile * kTile + 4 * quad;
-    const __half* from = args.coef + static_cast<int64_t>(c) * args.m + output;
-    return c < args.rank && output < args.m ? __ldg(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+    const int c = 4 * (part + i * shares.parts) + t;
+    return c < args.rank ? four(args.coef + static_cast<int64_t>(c) * args.m, tile) : make_uint2(0, 0);
+  }
+
+  // Of a row of M, those of the thread's outputs.
+  __device__ __forceinline__ uint2 four(const __half* row, int tile) const {
+    const int output = tile * kTile + 4 * quad;
+    return output < args.m ? __ldg(reinterpret_cast<const uint2*>(row + output)) : make_uint2(0, 0);
   }
 
   // What the first stage made, to shared memory; the block meets after it.
@@ -121,7 +127,7 @@ struct OneToken {
       const bool there = group < groups, first = i % 4 == 0;
       uint4 v = make_uint4(0, 0, 0, 0);
       if (there) v = *reinterpret_cast<const uint4*>(static_cast<const char*>(args.levels) + 16 * i);
-      if (mode != kChannel && first) {
+      if (mode == kFold && first) {
         const int64_t at = static_cast<int64_t>(quotient(group, args.segment_steps)) * args.tp;
         reinterpret_cast<float*>(kept + shares.scales)[group] = there ? args.scale[at] : 0.0f;
       }
@@ -133,14 +139,14 @@ struct OneToken {
       uint2* to = reinterpret_cast<uint2*>(kept + shares.levels + group * kLevelBytes + i % 4 * 16);
       to[group / 2 % 2] = make_uint2(v.x, v.y), to[1 - group / 2 % 2] = make_uint2(v.z, v.w);
       constexpr int magic = 0x4B400000;  // as in gemm.cuh
-      if (first) reinterpret_cast<int*>(kept + shares.starts)[group] = (mode == kChannel ? 0 : magic) - 128 * sum;
+      if (first) reinterpret_cast<int*>(kept + shares.starts)[group] = (mode == kFold ? magic : 0) - 128 * sum;
     }
     for (int i = threadIdx.x; args.rank && i < args.rp; i += blockDim.x)
       reinterpret_cast<float*>(kept + shares.low)[i] =
           (__half2float(args.low[i]) + __half2float(args.low[args.rp + i])) * args.low_factor[0];
   }
 
-  // The sums of a unit start with what makes up for the nibbles' 8.
+  // The sums of a unit; without groups they go on.
   __device__ __forceinline__ void begin(const Place& at) {
     const int2 start = *reinterpret_cast<const int2*>(kept + shares.starts + 4 * (at.unit * kGroups + 2 * t));
 #pragma unroll
@@ -173,18 +179,24 @@ struct OneToken {
     }
   }
 
-  // The unit's sums, times the scales of weights and token.
+  // The unit's sums, times the scales of their groups and of the token. They are of 16 · q, and start with what makes up for
+  // the nibbles' 8.
   __device__ __forceinline__ void fold(const Place& at, const Constants& constants) {
     if constexpr (mode == kChannel) return;
-    const float2 token = *reinterpret_cast<const float2*>(kept + shares.scales + 4 * (at.unit * kGroups + 2 * t));
+    float2 token = make_float2(0.0f, 0.0f);
+    if constexpr (mode == kFold)
+      token = *reinterpret_cast<const float2*>(kept + shares.scales + 4 * (at.unit * kGroups + 2 * t));
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const float2 lower = __half22float2(half2_of(constants.scales[e].x)), upper = __half22float2(half2_of(constants.scales[e].y));
-      const float scale[4] = {lower.x, lower.y, upper.x, upper.y};
+      const GroupScales c(constants.group_scales[e], quad % 4);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = 2 * (i % 2) + e, sum = 16 * low[i / 2][at] + high[i / 2][at];
-        out[i] = fmaf((__int_as_float(sum) - kMagic) * scale[i], e ? token.y : token.x, out[i]);
+        if constexpr (mode == kFold) {
+          out[i] = fmaf((__int_as_float(sum) - kMagic) * c.as_float(i), e ? token.y : token.x, out[i]);
+        } else {  // without the 16, or a long sum would not fit
+          total[i] += c.of(i) * (sum >> 4);
+        }
       }
     }
   }
@@ -206,10 +218,9 @@ struct OneToken {
   }
 
   // Values of four threads' t as one: each is left with that of output 4 · quad + t.
-  template <class T>
-  __device__ __forceinline__ T over_threads(const T (&v)[4]) const {
+  __device__ __forceinline__ float over_threads(const float (&v)[4]) const {
     const bool odd = t % 2, upper = t / 2;
-    T a = odd ? v[1] : v[0], b = odd ? v[3] : v[2];
+    float a = odd ? v[1] : v[0], b = odd ? v[3] : v[2];
     a += __shfl_xor_sync(~0u, odd ? v[0] : v[1], 1);
     b += __shfl_xor_sync(~0u, odd ? v[2] : v[3], 1);
     return (upper ? b : a) + __shfl_xor_sync(~0u, upper ? a : b, 10);  // the same quad
@@ -217,31 +228,27 @@ struct OneToken {
 
   // index: of the tile in its block.
   __device__ __forceinline__ void finish(int tile, int index, const Constants& constants) {
-    const int at = ((index * shares.parts) + part) * kTile + 4 * quad + t;
-    if constexpr (mode == kChannel) {
-      int sums[4];
+    constexpr float unit = mode == kMultiples ? 1.0f : 0.0625f;  // the others' are sums of 16 · q
+    const float of_token = mode == kFold ? unit : unit * args.scale[0];
+    const float2 lower = __half22float2(half2_of(constants.scales.x)), upper = __half22float2(half2_of(constants.scales.y));
+    const float scale[4] = {lower.x * of_token, lower.y * of_token, upper.x * of_token, upper.y * of_token};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int pair = i / 2, h = i % 2;
-        sums[i] = 16 * (low[pair][2 * h] + low[pair][2 * h + 1]) + high[pair][2 * h] + high[pair][2 * h + 1];
-      }
-      reinterpret_cast<int*>(kept + shares.sums)[at] = over_threads(sums);
-      if (args.rank) {
-        branch(tile, constants.column, out);
-        reinterpret_cast<float*>(kept + shares.branch)[at] = over_threads(out);
-      }
-      clear_sums();
-    } else {
-      if (args.rank) branch(tile, constants.column, out);
-      reinterpret_cast<float*>(kept + shares.sums)[at] = over_threads(out);
+    for (int i = 0; i < 4; ++i) {
+      const int pair = i / 2, h = i % 2;
+      if constexpr (mode == kChannel)
+        total[i] = 16 * (low[pair][2 * h] + low[pair][2 * h + 1]) + high[pair][2 * h] + high[pair][2 * h + 1];
+      out[i] = scale[i] * (mode == kFold ? out[i] : static_cast<float>(total[i]));
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = 0.0f;
+    if (args.rank) branch(tile, constants.column, out);
+    reinterpret_cast<float*>(kept + shares.sums)[((index * shares.parts) + part) * kTile + 4 * quad + t] = over_threads(out);
+    clear_sums();
   }
 
   __device__ __forceinline__ void clear_sums() {
 #pragma unroll
     for (int i = 0; i < 8; ++i) low[i / 4][i % 4] = high[i / 4][i % 4] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = 0.0f, total[i] = 0;
   }
 };
 

@@ -36,7 +36,7 @@ const char* check(const SpecquantCudaProblem& p) {
   if (p.in_features < 1 || p.in_features > kMostFeatures) return "in-features must be 1 to 524288";
   if (p.out_features < 1 || p.out_features > kMostOutputs) return "out-features must be 1 to 4194304";
   if (p.tokens < 0 || p.tokens > kMostTokens) return "the number of tokens must be 0 to 4194304";
-  if (!p.qweight || !p.scales) return "qweight or scales are missing";
+  if (!p.qweight || !p.group_scales || !p.scales) return "qweight, group_scales or scales are missing";
   if (p.hadamard && (p.hadamard < kBlock || p.hadamard > kMostHadamard || (p.hadamard & (p.hadamard - 1)) ||
                      p.in_features % p.hadamard))
     return "hadamard must be 0, or a power of two from 8 to 4096 that divides in-features";
@@ -59,6 +59,7 @@ const char* check(const SpecquantCudaProblem& p) {
   for (const int32_t flag : {p.subtract, p.half})
     if (flag != 0 && flag != 1) return "subtract and half must be 0 or 1";
   if (reinterpret_cast<uintptr_t>(p.qweight) % 4) return "qweight must be aligned to 4 bytes";
+  if (reinterpret_cast<uintptr_t>(p.group_scales) % 8) return "group_scales must be aligned to 8 bytes";
   return nullptr;
 }
 
@@ -68,13 +69,13 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   a.tokens = int(p.tokens), a.n = int(p.in_features), a.m = int(p.out_features);
   a.r = int(p.basis_rank), a.rank = int(p.rank), a.rp = int(round_up(p.rank, kRankStep));
   a.kp = int(round_up(a.n, kStep)), a.tp = int(round_up(a.tokens, kTokenPad));
-  a.weight_group = p.group_size ? int(p.group_size) : a.n;
-  a.act_group = p.act_group ? int(p.act_group) : a.n;
   a.bits = p.act_bits;
   const bool halves = a.bits == 16;
-  a.segment = halves ? a.weight_group : std::min(a.weight_group, a.act_group);
+  a.group = p.group_size ? int(p.group_size) : a.n;
+  a.groups = a.n / a.group;
+  a.segment = p.act_group && !halves ? int(p.act_group) : a.n;
   a.segments = a.n / a.segment;
-  a.group_steps = reciprocal(ceil_div(a.weight_group, kStep)), a.segment_steps = reciprocal(ceil_div(a.segment, kStep));
+  a.group_steps = reciprocal(ceil_div(a.group, kStep)), a.segment_steps = reciprocal(ceil_div(a.segment, kStep));
   a.hadamard = int(p.hadamard), a.gate = p.gate, a.width = p.gate ? a.m / 2 : a.m;
   const bool moved = a.hadamard || p.prologue;
   a.x_half = p.half && !moved, a.y_half = p.half;
@@ -84,21 +85,22 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   a.clip = p.act_clip;
   a.basis = static_cast<const __half*>(p.basis), a.coef = static_cast<const __half*>(p.coef);
   a.qweight = static_cast<const uint8_t*>(p.qweight), a.scales = static_cast<const __half*>(p.scales);
+  a.group_scales = static_cast<const uint8_t*>(p.group_scales);
   a.bias = p.bias, a.residual = p.residual;
   a.x = p.x, a.y = p.y;
 
-  plan.mode = halves ? kHalf : a.segments == 1 ? kChannel : kFold;
-  a.level_unit = plan.mode == kFold ? 0.0625f : 1.0f;
+  plan.mode = halves ? kHalf : a.segments > 1 ? kFold : a.groups > 1 ? kMultiples : kChannel;
 
   const bool vectors = a.m % 8 == 0 && aligned(p.qweight) && aligned(p.scales) && aligned(p.bias) &&
                        aligned(p.coef) && aligned(p.residual) && aligned(p.y);
-  const bool whole_steps = a.segment % kStep == 0 || a.segments == 1;
-  const bool sums_fit = plan.mode != kChannel || a.n <= kChannelFeatures;
+  const bool whole_steps = (a.segment % kStep == 0 || a.segments == 1) && (a.group % kStep == 0 || a.groups == 1);
+  const bool sums_fit = plan.mode == kFold || halves || a.n <= kChannelFeatures;
   plan.gemm = vectors && whole_steps && sums_fit;
-  // gemm90: on Hopper, whole chunks and panels; a segment is a multiple of 64 features here.
+  // gemm90: on Hopper, whole chunks and panels; segments and groups are multiples of 64 features here.
   plan.gemm90 = plan.gemm && device.major == 9 && device.minor == 0 && !halves && a.n % kChunk == 0 &&
                 a.m % kPanel == 0 && a.rp <= kFastRank;
-  plan.matvec_tokens = !plan.gemm ? 0 : plan.mode == kChannel ? kMatvecTokens / 2 : kMatvecTokens;
+  plan.wide = plan.gemm90 && plan.mode == kMultiples && a.rp <= kRankStep;
+  plan.matvec_tokens = !plan.gemm ? 0 : plan.mode == kChannel || plan.mode == kMultiples ? kMatvecTokens / 2 : kMatvecTokens;
 
   const bool hopper = device.major == 9;
   const int64_t shared = hopper ? kSharedHopper : kSharedLeast;
@@ -110,19 +112,19 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   a.late_norm = p.prologue && p.half && !a.hadamard && a.rank;
   plan.prompt = device.major >= 9 && a.n % kBlock == 0 && a.r <= kFastRank && aligned(p.x) && aligned(p.basis) &&
                 (!p.prologue || aligned(p.norm)) && a.units <= kPromptWarps &&
-                (halves || a.act_group == a.n || (a.act_group == kStep && a.segment == kStep)) &&
+                (a.segments == 1 || a.segment == kStep) &&
                 int64_t(prompt_shared(a)) <= shared;
 
   plan.tensor_prepare =
       !plan.prompt && a.n % kBlock == 0 && a.r <= kFastRank && (moved || aligned(p.x)) && aligned(p.basis);
-  plan.direct = plan.tensor_prepare && !halves && a.segment == kStep && a.act_group == kStep;
+  plan.direct = plan.tensor_prepare && !halves && a.segment == kStep;
   // 16 blocks are more than other GPUs than Hopper take.
   a.most_shared = int(shared);
   a.cluster = 1;
   while (a.cluster * kClusterFeatures < a.n && a.cluster < (hopper ? 16 : 8)) a.cluster *= 2;
   plan.cluster = device.major >= 9 && plan.matvec_tokens && a.r <= kFastRank && (!a.rank || aligned(p.basis)) &&
                  int64_t(cluster_shared(a)) <= shared;
-  plan.two_pass = plan.tensor_prepare && !halves && a.act_group == a.n && !plan.direct;
+  plan.two_pass = plan.tensor_prepare && !halves && a.segments == 1 && !plan.direct;
   const int tiles = ceil_div(std::max(a.tokens, 1), kDownTokens), chunks = ceil_div(a.n, kDownChunk);
   a.splits = int(std::clamp<int64_t>(3 * device.multiprocessors / tiles, 1, std::min<int64_t>(chunks, kSplits)));
 
@@ -130,7 +132,7 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
                         ceil_div(a.n, kStep));
 
   SpecquantCudaLayout& at = plan.layout;
-  const int64_t elements = p.tokens * a.n, rows = halves ? 1 : a.segments;
+  const int64_t elements = p.tokens * a.n;
   Arena arena;
   at.rotated = arena.take(moved && !plan.prompt, elements * 4);
   at.reduced = arena.take(a.subtract && !plan.direct && !plan.two_pass && !plan.prompt, elements * 4);
@@ -138,11 +140,11 @@ Plan make_plan(const SpecquantCudaProblem& p, const Device& device) {
   at.low = arena.take(a.rank, p.tokens * 2 * a.rp * 2);
   at.low_factor = arena.take(a.rank, int64_t(a.tp) * 4);
   at.levels = arena.take(true, int64_t(plan.gemm90 ? a.tp : a.tokens) * a.kp * (halves ? 2 : 1));
-  at.scale = arena.take(true, rows * a.tp * 4);
+  at.scale = arena.take(true, int64_t(a.segments) * a.tp * 4);
   plan.range = arena.take(plan.two_pass, int64_t(a.shares) * p.tokens * 8);
   at.bytes = arena.end;
   at.tokens_padded = a.tp, at.features_padded = a.kp, at.rank_padded = a.rp;
-  at.segments = rows, at.splits = a.splits, at.level_unit = a.level_unit;
+  at.segments = a.segments, at.splits = a.splits;
   return plan;
 }
 

@@ -16,7 +16,7 @@ struct Plan {
   bool cluster;         // `first_stage` takes what matvec does
   bool prompt;          // `prompt` takes the first stage of any number of tokens
   int matvec_tokens;    // the most tokens that `matvec` takes, 0: none
-  bool gemm, gemm90;    // whether they take it
+  bool gemm, gemm90, wide;  // whether they take it; gemm90 with its wide tiles
 };
 
 // Sizes, attributes and pointers: null if sound, else one line.

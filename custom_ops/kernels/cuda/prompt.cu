@@ -26,7 +26,7 @@ struct Prompt {
 
   __device__ __forceinline__ Prompt(const Args& a, const Source& s, uint8_t* memory)
       : args(a), source(s), others(a, s, memory), norm(reads == kValues && s.prologue == kRmsNorm),
-        whole(a.bits == 16 || a.act_group == a.n) {
+        whole(a.segments == 1) {
     renew();
   }
 
@@ -100,14 +100,7 @@ struct Prompt {
     if (args.bits == 16) half_factor(max_nan(-range.x, range.y), q.scale, q.inverse);
     renew();
     const int lane = others.lane;
-    if (lane < kPromptTokens && token + lane < args.tokens) {
-      if (args.bits != 16) {
-        for (int s = unit; s < args.segments; s += others.warps * args.spread)
-          store_scale(args, token + lane, s, q);
-      } else if (unit == 0) {
-        args.scale[token + lane] = q.scale;
-      }
-    }
+    if (unit == 0 && lane < kPromptTokens && token + lane < args.tokens) store_scale(args, token + lane, 0, q);
     const Quantizer all = q;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

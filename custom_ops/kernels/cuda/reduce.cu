@@ -236,8 +236,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) reduce_kernel(const Args args
   if constexpr (what == Reduce::kTokenLevels) {
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      for (int segment = blockIdx.y * 4 + t; segment < args.segments; segment += gridDim.y * 4)
-        if (first + 8 * h < args.tokens) store_scale(args, first + 8 * h, segment, of_token[h]);
+      if (blockIdx.y == 0 && t == 0 && first + 8 * h < args.tokens) store_scale(args, first + 8 * h, 0, of_token[h]);
   }
 }
 

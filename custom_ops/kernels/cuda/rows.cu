@@ -15,12 +15,12 @@ template <class U>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const Args args, const U* all) {
   __shared__ float scratch[kWarps];
   let_next_start();
-  const int token = blockIdx.x, length = args.act_group, groups = args.n / length, spread = args.segments / groups;
+  const int token = blockIdx.x, length = args.segment;
   const U* u = all + static_cast<int64_t>(token) * args.n;
   int8_t* levels = static_cast<int8_t*>(args.levels);
   const bool wide = length >= kLongGroup;
   const int worker = wide ? threadIdx.x : threadIdx.x % 32, workers = wide ? kThreads : 32;
-  for (int group = wide ? 0 : threadIdx.x / 32; group < groups; group += wide ? 1 : kWarps) {
+  for (int group = wide ? 0 : threadIdx.x / 32; group < args.segments; group += wide ? 1 : kWarps) {
     const int start = group * length;
     float lowest = 0.0f, highest = 0.0f;
     for (int i = worker; i < length; i += workers) {
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const Args args, con
     const Quantizer q(lowest, highest, args.clip, args.bits);
     for (int i = worker; i < length; i += workers)
       levels[level_place(args, token, start + i)] = static_cast<int8_t>(q.byte(to_float(u[start + i])));
-    for (int s = group * spread + worker; s < (group + 1) * spread; s += workers) store_scale(args, token, s, q);
+    if (worker == 0) store_scale(args, token, group, q);
   }
   for (int i = args.n + threadIdx.x; i < args.kp; i += kThreads) levels[level_place(args, token, i)] = 0;
 }

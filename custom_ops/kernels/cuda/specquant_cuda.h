@@ -1,6 +1,6 @@
 /* The CUDA kernels of the op set (docs/ops.md, docs/cuda.md): a C API on device pointers and a stream.
  *
- * Symbols: N in-features, M out-features, r columns of the basis, T tokens, G weight groups, S segments,
+ * Symbols: N in-features, M out-features, r columns of the basis, T tokens, G weight groups,
  * P = ceil(M / 16) panels, Q = ceil(N / 8) blocks. All arrays lie on the GPU, contiguous, row by row.
  */
 #ifndef SPECQUANT_CUDA_H
@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define SPECQUANT_CUDA_ABI 7
+#define SPECQUANT_CUDA_ABI 8
 
 /* One call of SpecQuantMatMul, or of Int4ResidualMatMul when basis is null. library_cuda.py mirrors it. */
 typedef struct SpecquantCudaProblem {
@@ -35,7 +35,8 @@ typedef struct SpecquantCudaProblem {
   const void* basis;     /* float16 [N, r], or null */
   const void* coef;      /* float16 [r, M] */
   const void* qweight;   /* [P, Q, 64], two nibbles a byte */
-  const void* scales;    /* float16 [G, M] */
+  const void* group_scales; /* [P, G, 8], 16 nibbles: 1 less than a group's scale */
+  const void* scales;    /* float16 [M] */
   const float* bias;     /* [M], or null */
   const float* norm;     /* [N], of rms_norm */
   const void* residual;  /* [T, M], added to y, which it may be but not overlap otherwise; or null, as with a gate */
@@ -50,10 +51,9 @@ typedef struct SpecquantCudaLayout {
   int64_t low;      /* float16 [T, 2, rank_padded]: leading and trailing bits of low / low_factor */
   int64_t low_factor; /* float32 [T] */
   int64_t levels;   /* int8 [T, features_padded], less their zero-point, or float16 where act_bits is 16: u / scale */
-  int64_t scale;    /* float32 [segments, tokens_padded], times level_unit; one row where act_bits is 16 */
+  int64_t scale;    /* float32 [segments, tokens_padded] */
   int64_t bytes;    /* of the whole workspace */
   int64_t tokens_padded, features_padded, rank_padded, segments, splits;
-  float level_unit; /* 1/16 where a sum of 16 times the weights is folded in float, else 1 */
 } SpecquantCudaLayout;
 
 /* One call of SpectralBranch: low = x . B[:, :rank], y = low . C. library_cuda_branch.py mirrors it. */

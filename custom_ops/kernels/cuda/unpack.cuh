@@ -12,6 +12,30 @@ __device__ __forceinline__ void unpack_s8(uint32_t word, uint32_t mask, uint32_t
   second = (word & mask) ^ 0x80808080u;
 }
 
+// Eight bytes of group scales as they lie (docs/ops.md, "Packed weights"), for the quad-th four outputs of their panel.
+struct GroupScales {
+  uint32_t even, odd;  // nibble i: of output 2i, of output 2i + 1
+
+  __device__ __forceinline__ GroupScales(const uint2& raw, int quad) : even(raw.x >> 8 * quad), odd(raw.y >> 8 * quad) {}
+  __device__ __forceinline__ int of(int i) const { return static_cast<int>((i % 2 ? odd : even) >> i / 2 * 4 & 15) + 1; }
+  // As a float: bits of 2^23 + nibble.
+  __device__ __forceinline__ float as_float(int i) const {
+    return __uint_as_float(((i % 2 ? odd : even) >> i / 2 * 4 & 15) | 0x4B000000u) - 8388607.0f;
+  }
+};
+
+// c · q as signed bytes, features 0..3 and 4..7, c from 1 to 16. Bytes c · nibble + 128 − 8c are 128 + c · q, from 0 to 240:
+// one multiplication for four of them.
+struct Multiple {
+  uint32_t c, rest;
+
+  __device__ __forceinline__ explicit Multiple(int c_) : c(c_), rest(0x80808080u - c_ * 0x08080808u) {}
+  __device__ __forceinline__ void unpack(uint32_t word, uint32_t& first, uint32_t& second) const {
+    first = ((word & 0x0F0F0F0Fu) * c + rest) ^ 0x80808080u;
+    second = ((word >> 4 & 0x0F0F0F0Fu) * c + rest) ^ 0x80808080u;
+  }
+};
+
 // Low or high nibbles of bytes 0 and 2, each less 8, as float16. 0x6400 is 1024, whose last place is 1.
 __device__ __forceinline__ uint32_t low_nibbles(uint32_t bytes) {
   const __half2 offset = half2_of(0x64086408u);  // 1024 + 8

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from specquant.custom_ops.errors import SpecQuantError
-from specquant.custom_ops.packing import unpack_int4
+from specquant.custom_ops.packing import unpack_group_scales, unpack_int4
 from specquant.exporter.decoder import Decoder, FloatLinear
 from specquant.exporter.graph import build_model, save_model
 from specquant.exporter.graph.writer import FloatType
@@ -130,6 +130,8 @@ def test_tensors_have_the_names_of_their_modules(rng: np.random.Generator, tmp_p
     assert not isinstance(entry, FloatLinear)
     name = "model.layers.1.self_attn.qkv_proj"
     np.testing.assert_array_equal(unpack_int4(arrays[f"{name}.qweight"], *entry.q.shape), entry.q)
+    found = unpack_group_scales(arrays[f"{name}.group_scales"], *entry.group_scales.shape)
+    np.testing.assert_array_equal(found, entry.group_scales)
     np.testing.assert_array_equal(arrays[f"{name}.scales"], entry.scales)
     np.testing.assert_array_equal(arrays["model.norm.weight"], decoder.final_norm)
     np.testing.assert_array_equal(arrays["model.layers.1.mlp_norm.weight"], decoder.layers[1].mlp_norm)
