@@ -47,7 +47,11 @@ _FIELDS: dict[str, tuple[str, Any, str]] = {
     "--k": ("k", int, "frequencies (dft, rank 2k - 1) or directions (klt, rank k) of the branch"),
     "--ranks": ("ranks", str, "uniform, or fisher: more directions where they are worth more, at the same size in all"),
     "--group-size": ("group_size", int, "input features that share a weight scale; 0: per channel"),
-    "--act-group": ("act_group", int, "input features that share an activation scale; 0: per token; -1: 0 at 8 bits, else 64"),
+    "--act-group": (
+        "act_group",
+        int,
+        "input features that share an activation scale; 0: per token; -1: 64 below 8 bits",
+    ),
     "--hadamard": ("hadamard", int, "largest block of the Hadamard transform of activations; 0: none"),
     "--budget": (
         "budget",

@@ -37,8 +37,9 @@ class Linear:
         packed = torch.randint(-128, 128, (m // 16, n // 8, 64), dtype=torch.int8, **options)
         self.operands: dict[str, Any] = {
             "qweight": packed,
-            "group_scales": torch.randint(-128 if groups > 1 else 0, 128 if groups > 1 else 1, (m // 16, groups, 8),
-                                          dtype=torch.int8, **options),
+            "group_scales": torch.randint(
+                -128 if groups > 1 else 0, 128 if groups > 1 else 1, (m // 16, groups, 8), dtype=torch.int8, **options
+            ),
             "scales": ((0.01 + 0.01 * torch.rand(m, **options)) / (8 if groups > 1 else 1)).half(),
             "bias": torch.randn(m, **options),
             "group_size": args.group_size,

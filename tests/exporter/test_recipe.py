@@ -48,7 +48,9 @@ def test_a_file_says_what_differs_from_a_preset(tmp_path: Path) -> None:
     assert (recipe.basis, recipe.k, recipe.a_bits, recipe.damping) == ("dft", preset("paper").k, 8, 1.0)
 
 
-@pytest.mark.parametrize(("a_bits", "act_group", "features"), [(8, -1, 0), (4, -1, 64), (8, 32, 32), (4, 0, 0), (16, 64, 0)])
+@pytest.mark.parametrize(
+    ("a_bits", "act_group", "features"), [(8, -1, 0), (4, -1, 64), (8, 32, 32), (4, 0, 0), (16, 64, 0)]
+)
 def test_activation_groups(a_bits: int, act_group: int, features: int) -> None:
     assert Recipe(a_bits=a_bits, act_group=act_group).activation_group == features
 
