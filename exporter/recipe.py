@@ -74,7 +74,7 @@ class Recipe:
     def activation_group(self) -> int:
         """Features that share an activation scale; 0: a token.
 
-        At 8 bits groups of 64 gain next to nothing, and a scale a token lets products of integers run over all features,
+        At 8 bits groups of 64 gain next to nothing, and a scale a token lets sums of integers run over all features,
         which makes prompts twice as fast on a GPU (docs/cuda_times.md); at 4 bits they are worth 5 % of perplexity.
         """
         if self.a_bits == 16:
