@@ -117,6 +117,12 @@ cudaError_t one_token(const Args& args, Mode mode, int multiprocessors, cudaStre
 cudaError_t gemm(const Args& args, Mode mode, bool large, cudaStream_t stream);
 // sm_90a only. tile: tokens x outputs are 64 x 256; 128 x 256, or 80 x 256 of kFold; 256 x 128, of kMultiples alone.
 enum class Tile90 { kSmall, kLarge, kWide };
+// Blocks that share a small tile's features where there are few tiles: 8, 4 or 2, of 2 chunks each at least; or 1.
+constexpr int shares_of_tile(const Args& args, int tiles, int multiprocessors) {
+  int parts = 8;
+  while (parts > 1 && (tiles * parts > multiprocessors || args.n / kChunk < 2 * parts)) parts /= 2;
+  return parts;
+}
 cudaError_t gemm90(const Args& args, Mode mode, Tile90 tile, int multiprocessors, cudaStream_t stream);
 cudaError_t multiply_any(const Args& args, cudaStream_t stream);
 

@@ -13,15 +13,20 @@ enum class Path { kCluster, kMatvec, kGemmSmall, kGemmLarge, kWgmmaSmall, kWgmma
 // Of more tokens the first stage is sooner done by `prompt`, which takes 16 at once, where it takes the problem.
 constexpr int kClusterTokens = 8;
 
-// Which of gemm90's tiles takes the least time, in rounds of all multiprocessors; a tile costs some tokens more than it has.
+// Which of gemm90's tiles takes the least time, in rounds of all multiprocessors. A round's cost was measured on an H100 (tokens
+// of a tile, and what unpacking its weights takes): 27 us of 4096 features are 148.
 Path wgmma_path(const Plan& plan, const Device& device) {
-  const auto time = [&](int tokens, int outputs) {
-    const int tiles = ceil_div(plan.args.tokens, tokens) * ceil_div(plan.args.m, outputs);
-    return ceil_div(tiles, device.multiprocessors) * (tokens * outputs / 256 + 20);
+  const auto rounds = [&](int tokens, int outputs) {
+    return ceil_div(ceil_div(plan.args.tokens, tokens) * ceil_div(plan.args.m, outputs), device.multiprocessors);
   };
-  const bool large = time(plan.mode == kFold ? 80 : 128, 256) <= time(64, 256);
-  if (plan.wide && time(256, 128) <= time(large ? 128 : 64, 256)) return Path::kWgmmaWide;
-  return large ? Path::kWgmmaLarge : Path::kWgmmaSmall;
+  constexpr int of_fold[] = {84, 100}, of_channel[] = {106, 148}, of_multiples[] = {135, 185, 153};
+  const int* const cost = plan.mode == kFold ? of_fold : plan.mode == kChannel ? of_channel : of_multiples;
+  const int small_tiles = ceil_div(plan.args.tokens, 64) * ceil_div(plan.args.m, 256);
+  const int parts = shares_of_tile(plan.args, small_tiles, device.multiprocessors);
+  const int small = parts > 1 ? cost[0] / parts + 12 : rounds(64, 256) * cost[0];
+  const int large = rounds(plan.mode == kFold ? 80 : 128, 256) * cost[1];
+  if (plan.wide && rounds(256, 128) * cost[2] <= std::min(small, large)) return Path::kWgmmaWide;
+  return large <= small ? Path::kWgmmaLarge : Path::kWgmmaSmall;
 }
 
 // The second stage: the one asked for, if it takes the problem, else the fastest that does.

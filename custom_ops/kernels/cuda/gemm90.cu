@@ -7,8 +7,6 @@
 namespace specquant_cuda {
 namespace {
 
-constexpr int kLeastChunks = 2;  // of a block that shares a tile
-
 template <Mode mode, int tokens, int folds>
 cudaError_t launch(const Args& args, int multiprocessors, cudaStream_t stream) {
   using G = Gemm90<mode, tokens, folds>;
@@ -21,19 +19,18 @@ cudaError_t launch(const Args& args, int multiprocessors, cudaStream_t stream) {
   return launch_early(kernel, dim3(blocks), G::kThreads, G::kShared, args.early, stream, args, 1);
 }
 
-// Few tiles: each by as many blocks as run at once, up to 8.
+// Few tiles: each by some blocks, if these run at once.
 template <Mode mode, int folds>
 cudaError_t launch_small(const Args& args, int multiprocessors, cudaStream_t stream) {
   using G = Gemm90<mode, 64, folds, true>;
   const auto kernel = gemm90_kernel<mode, 64, folds, true>;
-  static Known known, counts[3];
-  const int tiles = ceil_div(args.tokens, 64) * ceil_div(args.m, G::kOutputs), chunks = args.n / kChunk;
-  cudaError_t error = 2 * tiles <= multiprocessors ? allow(kernel, G::kShared, false, known) : cudaSuccess;
-  if (error != cudaSuccess) return error;
-  for (int i = 2, parts = 8; i >= 0; --i, parts /= 2) {
-    if (tiles * parts > multiprocessors || chunks < kLeastChunks * parts) continue;
+  static Known known, counts;
+  const int tiles = ceil_div(args.tokens, 64) * ceil_div(args.m, G::kOutputs);
+  const int parts = shares_of_tile(args, tiles, multiprocessors);
+  if (parts > 1) {
+    cudaError_t error = allow(kernel, G::kShared, false, known);
     int clusters = 0;
-    error = count_clusters(kernel, G::kThreads, G::kShared, parts, clusters, counts[i]);
+    if (error == cudaSuccess) error = count_clusters(kernel, G::kThreads, G::kShared, parts, clusters, counts);
     if (error != cudaSuccess) return error;
     if (clusters >= tiles)
       return launch_cluster(kernel, dim3(tiles * parts), G::kThreads, G::kShared, parts, stream, args, parts);
