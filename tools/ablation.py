@@ -61,8 +61,9 @@ RANKS = {"qkv_proj": (64, 32), "o_proj": (48, 32), "gate_up_proj": (16, 24), "do
 
 
 def grouped(recipe: Recipe, size: int) -> Recipe:
-    """With one scale for each `size` input features, weights and activations alike; 0: per channel, per token."""
-    return replace(recipe, group_size=size, act_group=size)
+    """With a weight scale for each `size` input features, and activations in groups as recipes have them by themselves;
+    0: per channel, per token."""
+    return replace(recipe, group_size=size, act_group=-1 if size else 0)
 
 
 def no_branch(recipe: Recipe) -> Recipe:
