@@ -52,6 +52,7 @@ void subtract_branch(const Problem& p, const Activations& x, int64_t row) {
   switch (rank == p.basis_rank ? rank : 0) {
     case 8: subtract_as_it_lies<E, T, true, 8>(p, x, row, 0, inside); break;
     case 16: subtract_as_it_lies<E, T, true, 16>(p, x, row, 0, inside); break;
+    case 24: subtract_as_it_lies<E, T, true, 24>(p, x, row, 0, inside); break;
     case 32: subtract_as_it_lies<E, T, true, 32>(p, x, row, 0, inside); break;
     default: subtract_as_it_lies<E, T, true, 0>(p, x, row, 0, inside);
   }
