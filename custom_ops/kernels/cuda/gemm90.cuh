@@ -84,19 +84,18 @@ struct Consumer90 : Sums90<mode, tokens, folds, split> {
     for (int i = 0; i < 2 * G::kSums; ++i) hold(sums[i / G::kSums][i % G::kSums]);
   }
 
-  // All features of a tile, without segments. at: slots taken so far.
-  __device__ __forceinline__ void run_channels(int& at, int output) {
-    for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
-      const int slot = at % G::kSlots;
-      const uint8_t* from = gemm.shared + slot * G::kSlot;
+  // All features of a tile, without segments.
+  __device__ __forceinline__ void run_channels(typename G::Turn& at, int output) {
+    for (int chunk = 0; chunk < gemm.chunks; ++chunk, at.next()) {
+      const uint8_t* from = gemm.shared + at.slot * G::kSlot;
       const uint2 now[2] = {scales[0], scales[1]};
       load_scales(min(chunk + 1, gemm.chunks - 1));
-      barrier_wait(gemm.full + slot, at / G::kSlots & 1);
+      barrier_wait(gemm.full + at.slot, at.parity);
       uint32_t first[2][2][4], second[2][2][4];
       weights(first, from, 0, now[0]);
       multiply(first, from, 0, chunk > 0);
       wgmma_wait<1>();
-      if (chunk) release(gemm.empty + (at - 1) % G::kSlots);
+      if (chunk) release(gemm.empty + at.last);
       weights(second, from, 1, now[1]);
       multiply(second, from, 1, true);
       wgmma_wait<1>();
@@ -104,18 +103,17 @@ struct Consumer90 : Sums90<mode, tokens, folds, split> {
     this->load_ends(this->output_of(output));
     wgmma_wait<0>();
     hold_sums();
-    release(gemm.empty + (at - 1) % G::kSlots);
+    release(gemm.empty + at.last);
   }
 
-  __device__ __forceinline__ void run_segments(int& at, int output) {
+  __device__ __forceinline__ void run_segments(typename G::Turn& at, int output) {
 #pragma unroll
     for (int i = 0; i < 2 * G::kSums; ++i) totals[i / G::kSums][i % G::kSums] = 0.0f;
-    for (int chunk = 0; chunk < gemm.chunks; ++chunk, ++at) {
-      const int slot = at % G::kSlots;
-      const uint8_t* from = gemm.shared + slot * G::kSlot;
+    for (int chunk = 0; chunk < gemm.chunks; ++chunk, at.next()) {
+      const uint8_t* from = gemm.shared + at.slot * G::kSlot;
       const uint2 now[2] = {scales[0], scales[1]};
       load_scales(min(chunk + 1, gemm.chunks - 1));
-      barrier_wait(gemm.full + slot, at / G::kSlots & 1);
+      barrier_wait(gemm.full + at.slot, at.parity);
 #pragma unroll
       for (int fold_ = 0; fold_ < folds; ++fold_) {
         uint32_t first[2][2][4], second[2][2][4];
@@ -129,7 +127,7 @@ struct Consumer90 : Sums90<mode, tokens, folds, split> {
         hold_sums();
         fold(from, fold_);
       }
-      release(gemm.empty + slot);
+      release(gemm.empty + at.slot);
     }
     this->load_ends(this->output_of(output));
   }
@@ -176,18 +174,16 @@ __global__ void __launch_bounds__(384, 1) gemm90_kernel(const Args args, int par
   } else {
     take_registers<232>();
     int turn = 0;
+    typename G::Turn at;
     if constexpr (G::kWide) {
       Wide90 consumer(gemm);
-      int slot = 0;
-      uint32_t parity = 0;
       for (int tile = blockIdx.x; tile < gemm.tiles; tile += gridDim.x, ++turn) {
         const int2 corner = gemm.corner(tile);
-        consumer.run(slot, parity, corner.y);
+        consumer.run(at, corner.y);
         consumer.finish(corner, turn);
       }
     } else {
       Consumer90<mode, tokens, folds, split> consumer(gemm);
-      int at = 0;
       for (int tile = gemm.first_tile(); tile < gemm.tiles; tile = gemm.next_tile(tile), ++turn) {
         const int2 corner = gemm.corner(tile);
         consumer.start(corner.y);

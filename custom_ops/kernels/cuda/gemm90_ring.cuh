@@ -66,6 +66,17 @@ struct Gemm90 {
     return make_int2((which * band + rest - strip * rows) * tokens, strip * kOutputs);
   }
 
+  // Where a warp that multiplies is in the ring.
+  struct Turn {
+    int slot = 0, last = 0;  // last: the slot before
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ void next() {
+      last = slot;
+      if (++slot == kSlots) slot = 0, parity ^= 1;
+    }
+  };
+
   // One of the copies that fill a slot: a lane's, from tile to tile the same kind.
   struct Job {
     bool there = false;

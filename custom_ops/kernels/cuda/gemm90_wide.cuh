@@ -61,35 +61,32 @@ struct Wide90 {
     wgmma_commit();
   }
 
-  // All features of a tile. slot, parity: of the ring.
-  __device__ __forceinline__ void run(int& slot, uint32_t& parity, int output) {
+  // All features of a tile.
+  __device__ __forceinline__ void run(G::Turn& at, int output) {
     const int panel = min(output / kPanel + warp, gemm.args.m / kPanel - 1);
     of_groups = gemm.args.group_scales + static_cast<int64_t>(panel) * gemm.args.groups * 8;
     load_scales(0);
-    int last = slot;
-    for (int chunk = 0; chunk < gemm.chunks; ++chunk) {
-      const uint8_t* from = gemm.shared + slot * G::kSlot;
+    for (int chunk = 0; chunk < gemm.chunks; ++chunk, at.next()) {
+      const uint8_t* from = gemm.shared + at.slot * G::kSlot;
       const uint64_t operand = wgmma_operand(from);
       const Multiple c[2] = {Multiple(static_cast<int>(scales.x >> 4 * g & 15) + 1),
                              Multiple(static_cast<int>(scales.y >> 4 * g & 15) + 1)};
       load_scales(min(chunk + 1, gemm.chunks - 1));
-      barrier_wait(gemm.full + slot, parity);
+      barrier_wait(gemm.full + at.slot, at.parity);
       uint32_t first[2][4], second[2][4];
       weights(first, from, 0, c);
       multiply(first, operand, 0, chunk > 0);
       wgmma_wait<1>();
-      if (chunk) release(gemm.empty + last);
+      if (chunk) release(gemm.empty + at.last);
       weights(second, from, 1, c);
       multiply(second, operand, 1, true);
       wgmma_wait<1>();
-      last = slot;
-      if (++slot == G::kSlots) slot = 0, parity ^= 1;
     }
     load_ends(output_of(output));
     wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < G::kSums; ++i) hold(sums[i]);
-    release(gemm.empty + last);
+    release(gemm.empty + at.last);
   }
 
   __device__ __forceinline__ void load_ends(int output) {
