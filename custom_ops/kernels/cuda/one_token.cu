@@ -10,7 +10,7 @@
 namespace specquant_cuda {
 namespace {
 
-__device__ __forceinline__ float together(const Shares& shares, const char* kept, int index) {
+[[maybe_unused]] __device__ __forceinline__ float together(const Shares& shares, const char* kept, int index) {
   const float* sums = reinterpret_cast<const float*>(kept + shares.sums) + index / kTile * shares.parts * kTile + index % kTile;
   float y = 0.0f;
 #pragma unroll 4
