@@ -85,7 +85,7 @@ cudaError_t rotate(const Args& args, const void* x, int x_half, float* rotated, 
 cudaError_t down(const Args& args, cudaStream_t stream);
 enum class Reduce {
   kKeep,         // low, and `reduced` where subtract is set
-  kGroupLevels,  // low and levels, for groups and segments of 64
+  kGroupLevels,  // low and levels, for segments of 64
   kRanges,       // low, and the range of every token's u: the first of two passes
   kTokenLevels,  // levels, a group a token: the second
 };

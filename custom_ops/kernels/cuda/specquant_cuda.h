@@ -147,7 +147,8 @@ const char* specquant_cuda_workspace(const SpecquantCudaProblem* problem, int64_
 /* y of the problem, in order on `stream` (a cudaStream_t); nothing waits and nothing is allocated, so the call can be
  * captured in a graph. `workspace` (256-byte aligned) has at least the bytes of the layout; its content is lost.
  * `path` chooses the second stage: null or "" the fastest that fits, else "cluster" or "matvec" (T <= 32), "gemm_small",
- * "gemm_large" or "any", the slow one that takes every shape. */
+ * "gemm_large", "wgmma_small", "wgmma_large", "wgmma_wide" (compute capability 9.0) or "any", the slow one that takes every
+ * shape (docs/cuda.md says what the others take). */
 const char* specquant_cuda_matmul(const SpecquantCudaProblem* problem, void* workspace, int64_t workspace_bytes,
                                   void* stream, const char* path);
 
