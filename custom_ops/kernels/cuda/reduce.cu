@@ -1,4 +1,4 @@
-// low from its shares, u = x − low · Bᵀ on tensor cores, and the levels of u where groups and segments are of 64 or a
+// low from its shares, u = x − low · Bᵀ on tensor cores, and the levels of u where groups of them are of 64 or a
 // group is a whole token. The latter in two passes that both compute u: cheaper than keeping it.
 //
 // A warp takes 16 tokens and, one after another, units of 64 features. Which feature a column of a fragment means is
